@@ -1,0 +1,99 @@
+// Picks the instruction set, once, from the machine and the environment; tests may pick a lesser one.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel_table.h"
+
+namespace moekernels {
+namespace {
+
+constexpr CpuIsa kAll[] = {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16};
+
+const cpu::KernelTable* table_of(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::kPortable: return cpu::portable_kernels();
+    case CpuIsa::kAvx2: return cpu::avx2_kernels();
+    case CpuIsa::kAvx512: return cpu::avx512_kernels();
+    case CpuIsa::kAvx512Bf16: return cpu::avx512bf16_kernels();
+  }
+  return nullptr;
+}
+
+bool machine_has(CpuIsa isa) {
+#if defined(__x86_64__)
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case CpuIsa::kPortable: return true;
+    case CpuIsa::kAvx2: return avx2;
+    case CpuIsa::kAvx512: return avx512;
+    case CpuIsa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+#else
+  return isa == CpuIsa::kPortable;
+#endif
+}
+
+CpuIsa clamp_to_best(CpuIsa isa) {
+  for (int32_t i = static_cast<int32_t>(isa); i > 0; --i) {
+    const CpuIsa candidate = static_cast<CpuIsa>(i);
+    if (table_of(candidate) != nullptr && machine_has(candidate)) return candidate;
+  }
+  return CpuIsa::kPortable;
+}
+
+CpuIsa initial_isa() {
+  const char* name = std::getenv("MOEKERNELS_CPU_ISA");
+  if (name != nullptr) {
+    for (CpuIsa isa : kAll) {
+      if (std::strcmp(name, name_of(isa)) == 0) return clamp_to_best(isa);
+    }
+  }
+  return best_cpu_isa();
+}
+
+std::atomic<CpuIsa>& current() {
+  static std::atomic<CpuIsa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+const char* name_of(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::kPortable: return "portable";
+    case CpuIsa::kAvx2: return "avx2";
+    case CpuIsa::kAvx512: return "avx512";
+    case CpuIsa::kAvx512Bf16: return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+CpuIsa best_cpu_isa() {
+  static const CpuIsa best = clamp_to_best(CpuIsa::kAvx512Bf16);
+  return best;
+}
+
+CpuIsa current_cpu_isa() {
+  return current().load(std::memory_order_relaxed);
+}
+
+void set_cpu_isa(CpuIsa isa) {
+  current().store(clamp_to_best(isa), std::memory_order_relaxed);
+}
+
+const Parallel& serial() {
+  static const Parallel instance{
+      [](void*, int64_t num_tasks, Parallel::Body body, void* context) { body(context, 0, num_tasks); }, nullptr, 1};
+  return instance;
+}
+
+const cpu::KernelTable& cpu::kernels() {
+  return *table_of(current_cpu_isa());
+}
+
+}  // namespace moekernels

@@ -1,0 +1,17 @@
+// Compiled with -mavx2 -mfma -mf16c.
+#define MOEKERNELS_VECTOR_BYTES 32
+#define MOEKERNELS_NATIVE_BFLOAT16 0
+
+#include "kernel_table.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "kernels.h"
+
+const moekernels::cpu::KernelTable* moekernels::cpu::avx2_kernels() {
+  return &kKernels;
+}
+#else
+const moekernels::cpu::KernelTable* moekernels::cpu::avx2_kernels() {
+  return nullptr;
+}
+#endif

@@ -1,0 +1,17 @@
+// Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c.
+#define MOEKERNELS_VECTOR_BYTES 64
+#define MOEKERNELS_NATIVE_BFLOAT16 0
+
+#include "kernel_table.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "kernels.h"
+
+const moekernels::cpu::KernelTable* moekernels::cpu::avx512_kernels() {
+  return &kKernels;
+}
+#else
+const moekernels::cpu::KernelTable* moekernels::cpu::avx512_kernels() {
+  return nullptr;
+}
+#endif

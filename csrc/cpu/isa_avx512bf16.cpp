@@ -1,0 +1,17 @@
+// Compiled with -mavx512bf16 on top of the flags of isa_avx512.cpp.
+#define MOEKERNELS_VECTOR_BYTES 64
+#define MOEKERNELS_NATIVE_BFLOAT16 1
+
+#include "kernel_table.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "kernels.h"
+
+const moekernels::cpu::KernelTable* moekernels::cpu::avx512bf16_kernels() {
+  return &kKernels;
+}
+#else
+const moekernels::cpu::KernelTable* moekernels::cpu::avx512bf16_kernels() {
+  return nullptr;
+}
+#endif

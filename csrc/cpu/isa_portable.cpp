@@ -1,0 +1,9 @@
+// Compiled for the baseline of the target: SSE2, NEON, or whatever the compiler makes of vectors of four floats.
+#define MOEKERNELS_VECTOR_BYTES 16
+#define MOEKERNELS_NATIVE_BFLOAT16 0
+
+#include "kernels.h"
+
+const moekernels::cpu::KernelTable* moekernels::cpu::portable_kernels() {
+  return &kKernels;
+}

@@ -1,0 +1,53 @@
+// What one instruction set provides. Every isa_*.cpp fills one table; the drivers call through it and are themselves
+// compiled for the baseline machine.
+#pragma once
+
+#include <cstdint>
+
+#include "moekernels/cpu.h"
+
+namespace moekernels::cpu {
+
+// A piece of a grouped GEMM: some rows of one expert times some of its columns. Columns are output columns; a gated
+// task computes both the gate and the value of each.
+struct GemmTask {
+  int64_t expert;
+  int64_t row_begin, row_end;
+  int64_t col_begin, col_end;
+};
+
+// Sizes of the pieces, and of the scratch that each worker needs for one.
+struct GemmBlocking {
+  int64_t rows;           // at most this many rows per task
+  int64_t cols;           // at most this many output columns per task
+  int64_t depth;          // elements of K that are packed at a time
+  int64_t packed_bytes;   // scratch: `rows` x `depth` packed elements ...
+  int64_t scratch_bytes;  // ... and the float32 sums behind them
+};
+
+struct GemmKernel {
+  int64_t packed_element_size;  // bytes of one element of packed rows
+  int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
+  void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
+};
+
+struct KernelTable {
+  GemmKernel gemm[3];  // by DType
+  void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
+
+  // Router rows: n values of `dtype` to float32; probs = softmax(logits); values rounded to `dtype` and back.
+  void (*widen)(DType dtype, const void* source, float* target, int64_t n);
+  void (*softmax)(const float* logits, float* probs, int64_t n);
+  void (*round)(DType dtype, float* values, int64_t n);
+};
+
+// Null where the build or its target lacks the instruction set.
+const KernelTable* portable_kernels();
+const KernelTable* avx2_kernels();
+const KernelTable* avx512_kernels();
+const KernelTable* avx512bf16_kernels();
+
+// The table of current_cpu_isa().
+const KernelTable& kernels();
+
+}  // namespace moekernels::cpu

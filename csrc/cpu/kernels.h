@@ -1,0 +1,25 @@
+// The table of the instruction set that the including isa_*.cpp is compiled for.
+#pragma once
+
+#include "gemm_task.h"
+#include "row_kernels.h"
+
+namespace moekernels::cpu {
+namespace {
+
+#if MOEKERNELS_NATIVE_BFLOAT16
+using BestDotBFloat16 = DotBFloat16Native;
+#else
+using BestDotBFloat16 = DotBFloat16;
+#endif
+
+constexpr KernelTable kKernels = {
+    {gemm_kernel<DotFloat32>(), gemm_kernel<BestDotBFloat16>(), gemm_kernel<DotFloat16>()},
+    unpermute,
+    widen,
+    softmax,
+    round,
+};
+
+}  // namespace
+}  // namespace moekernels::cpu

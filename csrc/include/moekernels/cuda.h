@@ -1,0 +1,25 @@
+// The ops on an NVIDIA GPU. Torch-free. Nothing here waits for the device, allocates on it or reads back from it:
+// everything is enqueued on `stream`, so a caller may capture it in a CUDA graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "moekernels/params.h"
+
+#pragma GCC visibility push(default)
+
+namespace moekernels {
+
+// Bytes of device scratch, 256-byte aligned, that the caller provides in `params.workspace` (0: none needed).
+int64_t plan_workspace_cuda(const PlanParams& params);
+int64_t grouped_gemm_workspace_cuda(const GroupedGemmParams& params);
+
+cudaError_t route_cuda(const RouteParams& params, cudaStream_t stream);
+cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
+cudaError_t permute_cuda(const PermuteParams& params, cudaStream_t stream);
+cudaError_t grouped_gemm_cuda(const GroupedGemmParams& params, cudaStream_t stream);
+cudaError_t unpermute_cuda(const UnpermuteParams& params, cudaStream_t stream);
+
+}  // namespace moekernels
+
+#pragma GCC visibility pop

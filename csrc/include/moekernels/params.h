@@ -1,0 +1,119 @@
+// The parameters of every op: plain structs, filled by the caller, shared by the CPU and the CUDA side.
+//
+// Shapes use the letters of the documentation:
+//   T tokens, E experts, K choices per token (top_k), N = T * K rows at most, H hidden size, F expert size.
+// A *row* is a token's copy in expert order; a *slot* is one choice (t, k) of a token.
+// Every matrix has a last dimension of stride 1; the stride of its other dimensions is given in elements.
+// A pointer marked "nullable" switches its feature off when it is null.
+#pragma once
+
+#include <cstdint>
+
+namespace moekernels {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// How router logits become choices. `ops/reference.py` holds the definition of each rule.
+enum class Scoring : int32_t {
+  kSoftmax = 0,      // softmax over all experts, then the top_k largest (OLMoE; Switch with top_k = 1)
+  kTop2Gate = 1,     // NLLB-MoE: first by rounded probability, second by (noisy) logit
+  kSparsemixer = 2,  // PhiMoE: two argmaxes, each weighted by a softmax over its near-ties
+};
+
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
+// logits [T, E] -> weights [T, K] float32, expert_ids [T, K] int32 (-1: not routed)
+struct RouteParams {
+  const void* logits;   // [T, E] of `logits_dtype`
+  const float* noise;   // [T, E] contiguous, nullable: added to the logits where kTop2Gate picks its second expert
+  const uint8_t* mask;  // [T], nullable: tokens with 0 get expert_ids -1 and weights 0
+  float* weights;       // [T, K] contiguous
+  int32_t* expert_ids;  // [T, K] contiguous
+  int64_t num_tokens;
+  int64_t logits_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  Scoring scoring;
+  DType logits_dtype;
+  DType probs_dtype;  // probabilities are rounded to it before selection (kSoftmax, kTop2Gate)
+  bool renormalize;   // divide the chosen weights by their sum
+  float epsilon;      // kSparsemixer: experts within 2 * epsilon of the maximum count as near-ties
+};
+
+// expert_ids [T, K] -> expert_offsets [E + 1], token_of_row [N], row_of_slot [T, K]
+// Rows are sorted by expert, and by (token, slot) within an expert. Ids outside [0, E) are not routed.
+struct PlanParams {
+  const int32_t* expert_ids;   // [T, K] contiguous
+  const int32_t* token_order;  // [T], nullable: the tokens in the order in which they claim places; default 0, 1, ...
+  int32_t* expert_offsets;     // [E + 1]
+  int32_t* token_of_row;       // [N]; -1 past the last row
+  int32_t* row_of_slot;        // [T, K]; -1: dropped or not routed
+  void* workspace;             // `plan_workspace` bytes
+  int64_t num_tokens;
+  int64_t capacity;    // places an expert has per group, claimed by all first choices before any second; < 0: no limit
+  int64_t group_size;  // tokens per capacity group (the last group may be short)
+  int32_t num_experts;
+  int32_t top_k;
+};
+
+// hidden [T, H], token_of_row [N] -> rows [N, H]; rows whose token is outside [0, T) become zero
+struct PermuteParams {
+  const void* hidden;
+  const int32_t* token_of_row;
+  void* rows;  // contiguous
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t hidden_size;
+  int64_t hidden_stride;
+  DType dtype;
+};
+
+// rows [N, K], weight [E, M, K], expert_offsets [E + 1] -> out [N, M], or [N, M / 2] when gated:
+//   out[i] = row_scale[i] * act(rows[i] @ weight[e].T + bias[e])                          e: the expert that owns row i
+//   gated: the first M / 2 columns are the gate, the others the value: act(gate) * value
+// Sums over K in float32. Output rows past expert_offsets[E] become zero.
+struct GroupedGemmParams {
+  const void* rows;               // [N, K], or [num_source_rows, K] gathered through token_of_row
+  const int32_t* token_of_row;    // [N], nullable
+  const void* weight;             // [E, M, K]
+  const void* bias;               // [E, M], nullable, of `dtype`
+  const float* row_scale;         // [N], nullable
+  const int32_t* expert_offsets;  // [E + 1]
+  void* out;                      // contiguous
+  void* workspace;                // `grouped_gemm_workspace` bytes
+  int64_t num_rows;               // N, the upper bound; the rows in use end at expert_offsets[E]
+  int64_t num_source_rows;
+  int64_t row_stride;
+  int64_t weight_expert_stride;
+  int64_t weight_row_stride;
+  int64_t bias_stride;
+  int64_t out_features;  // M
+  int64_t in_features;   // K
+  int32_t num_experts;
+  Activation activation;
+  bool gated;
+  bool allow_tf32;       // CUDA, float32 only: torch's own switch
+  bool batch_invariant;  // CUDA: sum K in the same order whatever the number of rows; the CPU always does
+  DType dtype;           // of rows, weight, bias and out
+};
+
+// rows [N, H], row_of_slot [T, K], weights [T, K] -> out [T, H]
+//   out[t] = sum over k, in order, of weights[t, k] * rows[row_of_slot[t, k]], in float32; slots of -1 add nothing
+struct UnpermuteParams {
+  const void* rows;
+  const int32_t* row_of_slot;  // [T, K] contiguous
+  const float* weights;        // [T, K] contiguous, nullable: all ones
+  void* out;                   // contiguous
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t hidden_size;
+  int64_t row_stride;
+  int32_t top_k;
+  DType dtype;
+};
+
+}  // namespace moekernels

@@ -1,0 +1,45 @@
+// The table of contents: every op of torch.ops.moekernels with its schema. Shape functions and gradients are registered
+// from Python (moekernels/ops/_register.py); what each op computes is defined in moekernels/ops/reference.py.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(moekernels, m) {
+  m.def(
+      "route(Tensor logits, int top_k, str scoring='softmax', bool renormalize=False, ScalarType? probs_dtype=None, "
+      "float epsilon=0.01, Tensor? noise=None, Tensor? mask=None) -> (Tensor weights, Tensor expert_ids)");
+  m.def(
+      "plan(Tensor expert_ids, int num_experts, SymInt? capacity=None, SymInt? group_size=None, "
+      "Tensor? token_order=None) -> (Tensor expert_offsets, Tensor token_of_row, Tensor row_of_slot)");
+  m.def("permute(Tensor hidden, Tensor token_of_row) -> Tensor");
+  m.def(
+      "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, str activation='none', "
+      "bool gated=False, Tensor? row_scale=None, Tensor? token_of_row=None, bool allow_tf32=False, "
+      "bool batch_invariant=False) -> Tensor");
+  m.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? weights=None) -> Tensor");
+  m.def(
+      "sparse_mlp(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
+      "Tensor row_of_slot, Tensor up_weight, Tensor down_weight, Tensor? up_bias=None, Tensor? down_bias=None, "
+      "str activation='silu', bool gated=True, bool allow_tf32=False, bool batch_invariant=False) -> Tensor");
+}
+
+namespace {
+
+void register_all(torch::stable::detail::StableLibrary& m) {
+  m.impl("route", TORCH_BOX(&moekernels::route));
+  m.impl("plan", TORCH_BOX(&moekernels::plan));
+  m.impl("permute", TORCH_BOX(&moekernels::permute));
+  m.impl("grouped_gemm", TORCH_BOX(&moekernels::grouped_gemm));
+  m.impl("unpermute", TORCH_BOX(&moekernels::unpermute));
+  m.impl("sparse_mlp", TORCH_BOX(&moekernels::sparse_mlp));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
+  register_all(m);
+}
+
+#ifdef MOEKERNELS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(moekernels, CUDA, m) {
+  register_all(m);
+}
+#endif

@@ -1,0 +1,41 @@
+// The ops as functions on tensors: check, allocate, fill the parameter struct, launch on the tensors' device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace moekernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std::string& scoring, bool renormalize,
+                                 const std::optional<ScalarType>& probs_dtype, double epsilon,
+                                 const std::optional<Tensor>& noise, const std::optional<Tensor>& mask);
+
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& expert_ids, int64_t num_experts,
+                                        const std::optional<int64_t>& capacity,
+                                        const std::optional<int64_t>& group_size,
+                                        const std::optional<Tensor>& token_order);
+
+Tensor permute(const Tensor& hidden, const Tensor& token_of_row);
+
+Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
+                    const std::optional<Tensor>& bias, const std::string& activation, bool gated,
+                    const std::optional<Tensor>& row_scale, const std::optional<Tensor>& token_of_row, bool allow_tf32,
+                    bool batch_invariant);
+
+Tensor unpermute(const Tensor& rows, const Tensor& row_of_slot, const std::optional<Tensor>& weights);
+
+Tensor sparse_mlp(const Tensor& hidden, const Tensor& expert_weights, const Tensor& expert_offsets,
+                  const Tensor& token_of_row, const Tensor& row_of_slot, const Tensor& up_weight,
+                  const Tensor& down_weight, const std::optional<Tensor>& up_bias,
+                  const std::optional<Tensor>& down_bias, const std::string& activation, bool gated, bool allow_tf32,
+                  bool batch_invariant);
+
+}  // namespace moekernels

@@ -1,0 +1,61 @@
+#include "checks.h"
+#include "launch.h"
+#include "ops.h"
+
+namespace moekernels {
+
+Tensor permute(const Tensor& hidden, const Tensor& token_of_row) {
+  const Checks check("permute", "hidden", hidden);
+  check.rank("hidden", hidden, 2, "[num_tokens, hidden_size]");
+  check.index("token_of_row", token_of_row, 1, "[num_rows]");
+
+  PermuteParams params{};
+  params.dtype = check.floating("hidden", hidden);
+  params.num_tokens = hidden.size(0);
+  params.num_rows = token_of_row.size(0);
+  params.hidden_size = hidden.size(1);
+  Tensor rows = torch::stable::new_empty(hidden, {params.num_rows, params.hidden_size});
+  if (rows.numel() == 0) return rows;
+
+  const Tensor hidden_rows = dense_rows(hidden);
+  const Tensor dense_tokens = dense(token_of_row);
+  params.hidden = hidden_rows.data_ptr();
+  params.token_of_row = dense_tokens.const_data_ptr<int32_t>();
+  params.rows = rows.mutable_data_ptr();
+  params.hidden_stride = hidden_rows.stride(0);
+  launch(params, hidden);
+  return rows;
+}
+
+Tensor unpermute(const Tensor& rows, const Tensor& row_of_slot, const std::optional<Tensor>& weights) {
+  const Checks check("unpermute", "rows", rows);
+  check.rank("rows", rows, 2, "[num_rows, hidden_size]");
+  check.index("row_of_slot", row_of_slot, 2, "[num_tokens, top_k]");
+
+  UnpermuteParams params{};
+  params.dtype = check.floating("rows", rows);
+  params.num_tokens = row_of_slot.size(0);
+  params.num_rows = rows.size(0);
+  params.hidden_size = rows.size(1);
+  params.top_k = static_cast<int32_t>(row_of_slot.size(1));
+  if (weights.has_value()) {
+    check.shape("weights", *weights, {params.num_tokens, params.top_k}, "[num_tokens, top_k]");
+    check.dtype("weights", *weights, ScalarType::Float);
+    check.same_device("weights", *weights);
+  }
+  Tensor out = torch::stable::new_empty(rows, {params.num_tokens, params.hidden_size});
+  if (out.numel() == 0) return out;
+
+  const Tensor dense_rows_ = dense_rows(rows);
+  const Tensor dense_slots = dense(row_of_slot);
+  const std::optional<Tensor> dense_weights = dense(weights);
+  params.rows = dense_rows_.data_ptr();
+  params.row_of_slot = dense_slots.const_data_ptr<int32_t>();
+  params.weights = dense_weights ? dense_weights->const_data_ptr<float>() : nullptr;
+  params.out = out.mutable_data_ptr();
+  params.row_stride = dense_rows_.stride(0);
+  launch(params, rows);
+  return out;
+}
+
+}  // namespace moekernels

@@ -1,0 +1,67 @@
+#include "checks.h"
+#include "launch.h"
+#include "ops.h"
+
+namespace moekernels {
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std::string& scoring, bool renormalize,
+                                 const std::optional<ScalarType>& probs_dtype, double epsilon,
+                                 const std::optional<Tensor>& noise, const std::optional<Tensor>& mask) {
+  const Checks check("route", "logits", logits);
+  check.rank("logits", logits, 2, "[num_tokens, num_experts]");
+  const int64_t num_tokens = logits.size(0);
+  const int64_t num_experts = logits.size(1);
+
+  RouteParams params{};
+  params.logits_dtype = check.floating("logits", logits);
+  params.scoring = check.scoring(scoring);
+  check.that(num_experts >= 1 && num_experts <= INT32_MAX, "logits must have at least 1 expert, got ", num_experts);
+  check.that(top_k >= 1 && top_k <= num_experts, "top_k must be between 1 and the number of experts, ", num_experts,
+             ", got ", top_k);
+  check.that(params.scoring == Scoring::kSoftmax || top_k == 2, "scoring '", scoring, "' chooses 2 experts, got top_k ",
+             top_k);
+  params.probs_dtype = DType::kFloat32;
+  if (probs_dtype.has_value()) {
+    check.that(params.scoring != Scoring::kSparsemixer, "probs_dtype does not apply to scoring 'sparsemixer'");
+    check.that(
+        *probs_dtype == ScalarType::Float || *probs_dtype == ScalarType::BFloat16 || *probs_dtype == ScalarType::Half,
+        "probs_dtype must be float32, bfloat16 or float16, got ", to_string(*probs_dtype));
+    params.probs_dtype = *probs_dtype == ScalarType::Float      ? DType::kFloat32
+                         : *probs_dtype == ScalarType::BFloat16 ? DType::kBFloat16
+                                                                : DType::kFloat16;
+  }
+  if (noise.has_value()) {
+    check.that(params.scoring == Scoring::kTop2Gate, "noise applies to scoring 'top2_gate' only, got '", scoring, "'");
+    check.shape("noise", *noise, {num_tokens, num_experts}, "[num_tokens, num_experts]");
+    check.dtype("noise", *noise, ScalarType::Float);
+    check.same_device("noise", *noise);
+  }
+  if (mask.has_value()) {
+    check.shape("mask", *mask, {num_tokens}, "[num_tokens]");
+    check.dtype("mask", *mask, ScalarType::Bool);
+    check.same_device("mask", *mask);
+  }
+
+  Tensor weights = torch::stable::empty({num_tokens, top_k}, ScalarType::Float, std::nullopt, logits.device());
+  Tensor expert_ids = torch::stable::empty({num_tokens, top_k}, ScalarType::Int, std::nullopt, logits.device());
+  if (num_tokens == 0) return {weights, expert_ids};
+
+  const Tensor logits_rows = dense_rows(logits);
+  const std::optional<Tensor> dense_noise = dense(noise);
+  const std::optional<Tensor> dense_mask = dense(mask);
+  params.logits = logits_rows.data_ptr();
+  params.noise = dense_noise ? dense_noise->const_data_ptr<float>() : nullptr;
+  params.mask = dense_mask ? static_cast<const uint8_t*>(dense_mask->data_ptr()) : nullptr;
+  params.weights = weights.mutable_data_ptr<float>();
+  params.expert_ids = expert_ids.mutable_data_ptr<int32_t>();
+  params.num_tokens = num_tokens;
+  params.logits_stride = logits_rows.stride(0);
+  params.num_experts = static_cast<int32_t>(num_experts);
+  params.top_k = static_cast<int32_t>(top_k);
+  params.renormalize = renormalize;
+  params.epsilon = static_cast<float>(epsilon);
+  launch(params, logits);
+  return {weights, expert_ids};
+}
+
+}  // namespace moekernels

@@ -1,0 +1,52 @@
+"""Switches that hold for the whole process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from moekernels._library import _C
+
+_batch_invariant = False
+
+
+class _BatchInvariant(contextlib.AbstractContextManager[None]):
+    """The previous setting, restored when used as a context manager."""
+
+    def __init__(self, previous: bool) -> None:
+        self._previous = previous
+
+    def __exit__(self, *exc: object) -> None:
+        global _batch_invariant
+        _batch_invariant = self._previous
+
+
+def batch_invariant(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Make a token's output bits independent of the other tokens in its batch (capacity drops aside).
+
+    Takes effect at once; used in a ``with`` statement, it is undone at the end of the block. On the CPU the kernels are
+    always batch-invariant. On a GPU every number of rows then takes the same path, which costs speed for few rows.
+    """
+    global _batch_invariant
+    previous, _batch_invariant = _batch_invariant, enabled
+    return _BatchInvariant(previous)
+
+
+def is_batch_invariant() -> bool:
+    """Whether :func:`batch_invariant` is on."""
+    return _batch_invariant
+
+
+@contextlib.contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Use the CPU kernels of one instruction set within the block; ``build_info()["cpu_isas"]`` lists the names.
+
+    Raises:
+        ValueError: if this machine or this build does not have it.
+    """
+    previous = _C.build_info()["cpu_isa"]
+    _C.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_isa(previous)

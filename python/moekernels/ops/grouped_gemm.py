@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekernels._settings import is_batch_invariant
+from moekernels.ops._call import call
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+def grouped_gemm(
+    rows: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    gated: bool = False,
+    row_scale: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+) -> Tensor:
+    """Multiply each expert's rows by that expert's weight.
+
+    For row i of expert e: ``y = rows[i] @ weight[e].T + bias[e]``, then ``activation(y)``, or with ``gated`` and
+    ``gate, value = y.chunk(2)``: ``activation(gate) * value`` (arXiv 2002.05202); then times ``row_scale[i]``.
+    Sums run in float32 and are rounded once, at the end.
+
+    Args:
+        rows: ``[N, in_features]``, float32, bfloat16 or float16, sorted by expert; or, with ``token_of_row``,
+            ``[T, in_features]`` in token order.
+        weight: ``[E, out_features, in_features]``, same dtype. Gated: the gate's rows first, then the value's.
+        expert_offsets: ``[E + 1]`` int32: expert e owns the rows ``expert_offsets[e] .. expert_offsets[e + 1]``. Output
+            rows past the last offset are zero.
+        bias: ``[E, out_features]``, same dtype.
+        activation: one of :data:`ACTIVATIONS`; ``"gelu"`` is the exact one, ``"gelu_tanh"`` the approximation.
+        gated: see above; halves the output width.
+        row_scale: ``[N]`` float32.
+        token_of_row: ``[N]`` int32: row i is ``rows[token_of_row[i]]``, gathered by the kernel.
+
+    Returns:
+        ``[N, out_features]``, or ``[N, out_features / 2]`` when gated, in the dtype of ``rows``.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or devices, an unknown activation, or (on the CPU, where they can be read
+            without waiting) offsets that fall or exceed the number of rows.
+    """
+    return call(
+        torch.ops.moekernels.grouped_gemm.default,
+        rows,
+        weight,
+        expert_offsets,
+        bias,
+        activation,
+        gated,
+        row_scale,
+        token_of_row,
+        torch.backends.cuda.matmul.allow_tf32,
+        is_batch_invariant(),
+    )

@@ -1,0 +1,232 @@
+"""The definition of every op, in plain PyTorch.
+
+Each function here has the signature of the op of the same name in :mod:`moekernels.ops` and says in a few lines what
+that op computes. They are slow, run on any device and in any floating-point dtype (float64 too), and are what the tests
+hold the kernels against.
+
+Letters: T tokens, E experts, K choices per token, N = T * K rows, H hidden size, F expert size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moekernels.ops._types import Plan
+
+_ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    """`x` in the dtype sums are kept in: float32, or float64 for float64 inputs."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest scores of each row, the lowest index first on ties; NaN counts as the largest."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    probs_dtype: torch.dtype | None = None,
+    epsilon: float = 0.01,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if scoring == "softmax":
+        weights, expert_ids = _softmax_top_k(logits, top_k, probs_dtype)
+    elif scoring == "top2_gate":
+        weights, expert_ids = _top2_gate(logits, probs_dtype, noise)
+    elif scoring == "sparsemixer":
+        weights, expert_ids = _sparsemixer(logits, epsilon)
+    else:
+        raise ValueError(f"unknown scoring {scoring!r}")
+    weights = _accumulator(weights)
+    if renormalize:
+        smallest = torch.finfo(probs_dtype or torch.float32).eps if scoring == "top2_gate" else 0.0
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=smallest)
+    if mask is not None:
+        routed = mask.bool().unsqueeze(-1)
+        weights = weights.masked_fill(~routed, 0.0)
+        expert_ids = expert_ids.masked_fill(~routed, -1)
+    return weights, expert_ids.int()
+
+
+def _softmax_top_k(logits: Tensor, top_k: int, probs_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """OLMoE (arXiv 2409.02060) and, with top_k = 1, Switch Transformers (arXiv 2101.03961)."""
+    logits = _accumulator(logits)
+    probs = torch.softmax(logits, dim=-1)
+    if probs_dtype in (None, torch.float32):
+        # Ordered by logit: the same order, but one that rounding of the probabilities cannot disturb.
+        expert_ids = _largest(logits, top_k)
+    else:
+        probs = probs.to(probs_dtype)
+        expert_ids = _largest(probs, top_k)
+    return probs.gather(-1, expert_ids), expert_ids
+
+
+def _top2_gate(logits: Tensor, probs_dtype: torch.dtype | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """NLLB-MoE's gate: the first expert by rounded probability, the second by (noisy) logit among the others."""
+    logits = _accumulator(logits)
+    probs = torch.softmax(logits, dim=-1)
+    if probs_dtype is not None:
+        probs = probs.to(probs_dtype)
+    first = _largest(probs, 1)
+    candidates = logits if noise is None else logits + noise
+    # Everything but the first expert, so that a row of -inf still yields a second one.
+    order = _largest(candidates, 2)
+    second = torch.where(order[:, :1] == first, order[:, 1:], order[:, :1])
+    expert_ids = torch.cat([first, second], dim=-1)
+    return probs.gather(-1, expert_ids), expert_ids
+
+
+def _sparsemixer(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """PhiMoE's inference routing (arXiv 2409.12136), in the dtype of the scores throughout."""
+
+    def pick(candidates: Tensor) -> tuple[Tensor, Tensor]:
+        expert_id = _largest(candidates, 1)
+        maximum = candidates.gather(-1, expert_id)
+        factor = torch.maximum(scores.abs(), maximum)
+        far = ((maximum - scores) / factor) > 2 * epsilon
+        probs = torch.softmax(candidates.masked_fill(far, float("-inf")), dim=-1)
+        return probs.gather(-1, expert_id), expert_id
+
+    first_weight, first = pick(scores)
+    second_weight, second = pick(scores.scatter(-1, first, float("-inf")))
+    return torch.cat([first_weight, second_weight], dim=-1), torch.cat([first, second], dim=-1)
+
+
+def plan(
+    expert_ids: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    group_size: int | None = None,
+    priority: Tensor | None = None,
+) -> Plan:
+    num_tokens, top_k = expert_ids.shape
+    group_size = max(num_tokens, 1) if group_size is None else group_size
+    order = range(num_tokens) if priority is None else torch.argsort(priority, descending=True, stable=True).tolist()
+    ids = expert_ids.tolist()
+
+    # Who keeps a place: within a group, all first choices before any second choice.
+    kept = [[0 <= e < num_experts for e in row] for row in ids]
+    claimed: dict[tuple[int, int], int] = {}
+    for k in range(top_k):
+        for t in order:
+            if kept[t][k] and capacity is not None:
+                place = claimed.get((t // group_size, ids[t][k]), 0)
+                claimed[t // group_size, ids[t][k]] = place + 1
+                kept[t][k] = place < capacity
+
+    # Rows by expert, then by token, then by slot.
+    slots = sorted((ids[t][k], t, k) for t in range(num_tokens) for k in range(top_k) if kept[t][k])
+    expert_offsets = [0] * (num_experts + 1)
+    token_of_row = [-1] * (num_tokens * top_k)
+    row_of_slot = [[-1] * top_k for _ in range(num_tokens)]
+    for row, (e, t, k) in enumerate(slots):
+        expert_offsets[e + 1] += 1
+        token_of_row[row] = t
+        row_of_slot[t][k] = row
+    for e in range(num_experts):
+        expert_offsets[e + 1] += expert_offsets[e]
+
+    def index(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=expert_ids.device)
+
+    return Plan(index(expert_offsets), index(token_of_row), index(row_of_slot).view(num_tokens, top_k))
+
+
+def permute(hidden: Tensor, token_of_row: Tensor) -> Tensor:
+    valid = (token_of_row >= 0) & (token_of_row < hidden.shape[0])
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(token_of_row.shape[0], hidden.shape[1])
+    rows = hidden[token_of_row.long().clamp(0, hidden.shape[0] - 1)]
+    return torch.where(valid.unsqueeze(-1), rows, rows.new_zeros(()))
+
+
+def grouped_gemm(
+    rows: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    gated: bool = False,
+    row_scale: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+) -> Tensor:
+    if token_of_row is not None:
+        rows = permute(rows, token_of_row)
+    offsets = expert_offsets.tolist()
+    act = _ACTIVATIONS[activation]
+    outputs = []
+    for e in range(weight.shape[0]):
+        y = _accumulator(rows[offsets[e] : offsets[e + 1]]) @ _accumulator(weight[e]).T
+        if bias is not None:
+            y = y + _accumulator(bias[e])
+        if gated:
+            gate, value = y.chunk(2, dim=-1)
+            y = act(gate) * value
+        else:
+            y = act(y)
+        outputs.append(y)
+    width = weight.shape[1] // (2 if gated else 1)
+    outputs.append(_accumulator(rows).new_zeros(rows.shape[0] - offsets[-1], width))
+    out = torch.cat(outputs)
+    if row_scale is not None:
+        out = torch.where(
+            torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) < offsets[-1],
+            out * row_scale.to(out.dtype).unsqueeze(-1),
+            out,
+        )
+    return out.to(rows.dtype)
+
+
+def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+    num_tokens, top_k = row_of_slot.shape
+    out = _accumulator(rows).new_zeros(num_tokens, rows.shape[1])
+    for k in range(top_k):
+        taken = permute(_accumulator(rows), row_of_slot[:, k])
+        if weights is not None:
+            kept = (row_of_slot[:, k] >= 0).unsqueeze(-1)
+            taken = torch.where(kept, taken * weights[:, k, None].to(taken.dtype), taken)
+        out = out + taken
+    return out.to(rows.dtype)
+
+
+def sparse_mlp(
+    hidden: Tensor,
+    expert_weights: Tensor,
+    plan: Plan,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    inner = grouped_gemm(
+        hidden,
+        up_weight,
+        plan.expert_offsets,
+        bias=up_bias,
+        activation=activation,
+        gated=gated,
+        token_of_row=plan.token_of_row,
+    )
+    rows = grouped_gemm(inner, down_weight, plan.expert_offsets, bias=down_bias)
+    return unpermute(rows, plan.row_of_slot, expert_weights)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekernels.ops._call import call
+
+SCORINGS = ("softmax", "top2_gate", "sparsemixer")
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    probs_dtype: torch.dtype | None = None,
+    epsilon: float = 0.01,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts and their weights.
+
+    Scoring rules, all in float32 unless said otherwise; on exact ties the lowest expert index comes first:
+
+    - ``"softmax"``: softmax over all experts, then the ``top_k`` largest (OLMoE, arXiv 2409.02060; Switch Transformers,
+      arXiv 2101.03961, with ``top_k=1``). Ordered by probability rounded to ``probs_dtype``; without one, by logit.
+    - ``"top2_gate"``: NLLB-MoE (arXiv 2207.04672). The first expert by probability rounded to ``probs_dtype``, the
+      second by logit plus ``noise`` among the others.
+    - ``"sparsemixer"``: PhiMoE's inference rule (arXiv 2409.12136). Two argmaxes, each weighted by a softmax over the
+      experts within ``2 * epsilon`` of it; arithmetic in the dtype of the logits.
+
+    A row that holds NaN or +inf, or only -inf, gets NaN weights and valid expert ids (NaN counts as the largest logit).
+
+    Args:
+        logits: ``[T, E]``, float32, bfloat16 or float16.
+        top_k: choices per token, between 1 and E; 2 for ``"top2_gate"`` and ``"sparsemixer"``.
+        scoring: the rule.
+        renormalize: divide the weights of a token by their sum (for ``"top2_gate"`` by no less than the machine epsilon
+            of ``probs_dtype``).
+        probs_dtype: round probabilities to this dtype before choosing; float32 if None.
+        epsilon: half the relative width of a near-tie in ``"sparsemixer"``.
+        noise: ``[T, E]`` float32, for ``"top2_gate"``.
+        mask: ``[T]`` bool; tokens with False are not routed: expert ids -1, weights 0.
+
+    Returns:
+        ``weights [T, K]`` float32 and ``expert_ids [T, K]`` int32, largest first.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or devices, an unknown rule, ``top_k`` out of range.
+    """
+    return call(
+        torch.ops.moekernels.route.default, logits, top_k, scoring, renormalize, probs_dtype, epsilon, noise, mask
+    )

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def _cuda_missing() -> str | None:
+    """Why tests marked `gpu` cannot run here, or None."""
+    import moekernels
+
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not moekernels.build_info()["cuda_archs"]:
+        return f"built without CUDA: {moekernels.build_info()['cuda_reason']}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _cuda_missing()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every op test runs on the CPU and, where there is one, on the GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import moekernels
+from moekernels import ops
+from moekernels.ops import reference
+from tests.generators import SMALL_LAYERS, LayerShape
+from tests.tolerance import assert_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACT = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+def plain(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, *, bias=None, activation="none", gated=False,
+          row_scale=None, token_of_row=None) -> torch.Tensor:  # fmt: skip
+    """What a PyTorch user writes today, in the dtype of the inputs: a loop over experts."""
+    rows = rows if token_of_row is None else rows[token_of_row.long()]
+    bounds = offsets.tolist()
+    parts = []
+    for e, (begin, end) in enumerate(pairwise(bounds)):
+        y = torch.nn.functional.linear(rows[begin:end], weight[e], None if bias is None else bias[e])
+        y = ACT[activation](y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if gated else ACT[activation](y)
+        parts.append(y)
+    out = torch.cat([*parts, rows.new_zeros(rows.shape[0] - bounds[-1], parts[0].shape[1])])
+    return out if row_scale is None else out * row_scale.to(out.dtype).unsqueeze(-1)
+
+
+def check(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, **options: object) -> torch.Tensor:
+    def up(value: object) -> object:
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    actual = ops.grouped_gemm(rows, weight, offsets, **options)
+    truth = reference.grouped_gemm(rows.double(), weight.double(), offsets, **{k: up(v) for k, v in options.items()})
+    assert_accurate(actual, truth, plain(rows, weight, offsets, **options))
+    return actual
+
+
+def offsets_of(counts: list[int], device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+
+
+COUNTS = ([0, 0, 0], [1, 0, 0], [0, 1, 1], [5, 0, 7], [33, 1, 2], [0, 0, 70], [16, 16, 16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (2, 3), (17, 33), (34, 64), (130, 127), (64, 1040)])
+def test_shapes(
+    device: torch.device, out_features: int, in_features: int, counts: list[int], dtype: torch.dtype
+) -> None:
+    rows = torch.randn(sum(counts), in_features, device=device).to(dtype)
+    weight = (torch.randn(3, out_features, in_features, device=device) * in_features**-0.5).to(dtype)
+    check(rows, weight, offsets_of(counts, device))
+
+
+@pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
+def test_every_instruction_set(shape: LayerShape, dtype: torch.dtype, isa: str) -> None:
+    features = shape.ffn_size * (2 if shape.gated else 1)
+    counts = torch.randint(0, 9, (shape.num_experts,)).tolist()
+    rows = torch.randn(sum(counts), shape.hidden_size).to(dtype)
+    weight = (torch.randn(shape.num_experts, features, shape.hidden_size) * shape.hidden_size**-0.5).to(dtype)
+    bias = torch.randn(shape.num_experts, features).to(dtype)
+    with moekernels.cpu_isa(isa):
+        check(rows, weight, offsets_of(counts), bias=bias, activation=shape.activation, gated=shape.gated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_epilogues(device: torch.device, activation: str, gated: bool, dtype: torch.dtype) -> None:
+    counts = [3, 0, 20, 1]
+    rows = (torch.randn(24, 48, device=device) * 3).to(dtype)
+    weight = (torch.randn(4, 50, 48, device=device) * 48**-0.5).to(dtype)
+    bias = torch.randn(4, 50, device=device).to(dtype)
+    row_scale = torch.rand(24, device=device)
+    offsets = offsets_of(counts, device)
+    for options in (dict(bias=bias), dict(row_scale=row_scale), dict(bias=bias, row_scale=row_scale)):
+        check(rows, weight, offsets, activation=activation, gated=gated, **options)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activations_far_out(device: torch.device, activation: str) -> None:
+    """Large, tiny, infinite and NaN pre-activations, passed through an identity weight."""
+    inf, nan = float("inf"), float("nan")
+    x = [-inf, -1e30, -90.0, -20.0, -9.5, -1e-3, -1e-30, 0.0, 1e-30, 1e-3, 0.5, 9.5, 20.0, 90.0, 1e30, inf, nan]
+    rows = torch.tensor(x, device=device).unsqueeze(1)
+    actual = ops.grouped_gemm(
+        rows, torch.ones(1, 1, 1, device=device), offsets_of([len(x)], device), activation=activation
+    )
+    expected = ACT[activation](rows.double()).float()
+    torch.testing.assert_close(actual, expected, rtol=3e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gathering_equals_permuting_first(device: torch.device, dtype: torch.dtype) -> None:
+    hidden = torch.randn(40, 96, device=device).to(dtype)
+    weight = torch.randn(6, 64, 96, device=device).to(dtype)
+    ids = torch.rand(40, 6, device=device).argsort(-1)[:, :3].int()
+    for capacity in (None, 7):
+        plan = ops.plan(ids, 6, capacity=capacity)
+        gathered = ops.grouped_gemm(hidden, weight, plan.expert_offsets, token_of_row=plan.token_of_row)
+        permuted = ops.grouped_gemm(ops.permute(hidden, plan.token_of_row), weight, plan.expert_offsets)
+        assert torch.equal(gathered, permuted)
+        assert (gathered[plan.expert_offsets[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
+def test_a_row_does_not_depend_on_its_neighbours(isa: str, dtype: torch.dtype) -> None:
+    """Bit for bit: each row alone, and all together."""
+    rows = torch.randn(70, 200).to(dtype)
+    weight = torch.randn(1, 90, 200).to(dtype)
+    with moekernels.cpu_isa(isa):
+        together = ops.grouped_gemm(rows, weight, offsets_of([70]), activation="silu", gated=True)
+        for count in (1, 2, 3, 5, 8, 13):
+            some = ops.grouped_gemm(rows[:count], weight, offsets_of([count]), activation="silu", gated=True)
+            assert torch.equal(some, together[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_that_are_not_contiguous(device: torch.device, dtype: torch.dtype) -> None:
+    rows = torch.randn(20, 200, device=device).to(dtype)[:, 3:100]
+    weight = torch.randn(6, 70, 120, device=device).to(dtype)
+    bias = torch.randn(6, 70, device=device).to(dtype)
+    offsets = offsets_of([4, 11, 5], device)
+    check(rows, weight[::2, 5:35, 10:107], offsets, bias=bias[::2, ::2][:, :30])
+    check(rows, weight[:3, :30].transpose(1, 2)[:, :97].transpose(1, 2), offsets)
+    check(torch.randn(97, 20, device=device).to(dtype).T, weight[1:4, :31, :97], offsets)
+
+
+def test_an_expert_with_nan_keeps_it_to_itself(device: torch.device) -> None:
+    weight = torch.randn(3, 8, 16, device=device)
+    weight[1] = float("nan")
+    out = ops.grouped_gemm(torch.randn(9, 16, device=device), weight, offsets_of([4, 0, 5], device))
+    assert out.isfinite().all()
+
+
+def test_no_input_features_leave_the_bias(device: torch.device) -> None:
+    bias = torch.randn(2, 3, device=device)
+    out = ops.grouped_gemm(
+        torch.zeros(4, 0, device=device), torch.zeros(2, 3, 0, device=device), offsets_of([1, 3], device), bias=bias
+    )
+    assert torch.equal(out, bias[[0, 1, 1, 1]])
+
+
+def test_gradients(device: torch.device) -> None:
+    shapes = dict(rows=(9, 6), weight=(3, 8, 6), bias=(3, 8))
+    inputs = {name: torch.randn(*size, device=device, requires_grad=True) for name, size in shapes.items()}
+    offsets = offsets_of([4, 0, 5], device)
+    row_scale = torch.rand(9, device=device, requires_grad=True)
+    outputs = []
+    for module in (ops, reference):
+        out = module.grouped_gemm(
+            inputs["rows"],
+            inputs["weight"],
+            offsets,
+            bias=inputs["bias"],
+            activation="gelu",
+            gated=True,
+            row_scale=row_scale,
+        )
+        outputs.append(torch.autograd.grad(out.square().sum(), [*inputs.values(), row_scale]))
+    for actual, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+ROWS, WEIGHT, OFFSETS = torch.zeros(4, 6), torch.zeros(2, 8, 6), torch.tensor([0, 1, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(rows=torch.zeros(4)), r"rows must have 2 dimensions \[num_rows, in_features\], got 1"),
+        (
+            dict(weight=torch.zeros(8, 6)),
+            r"weight must have 3 dimensions \[num_experts, out_features, in_features\], got 2",
+        ),
+        (dict(weight=WEIGHT.half()), "weight must be float32 like rows, got float16"),
+        (dict(rows=ROWS.double(), weight=WEIGHT.double()), "rows must be float32, bfloat16 or float16, got float64"),
+        (dict(rows=torch.zeros(4, 5)), "rows must have the in_features of weight, 6, got 5"),
+        (dict(weight=torch.zeros(2, 7, 6), gated=True), "must be even, got 7"),
+        (dict(expert_offsets=OFFSETS.long()), "expert_offsets must be int32, got int64"),
+        (dict(expert_offsets=OFFSETS[:2]), r"expert_offsets must have shape \[num_experts \+ 1\] = \[3\], got \[2\]"),
+        (dict(expert_offsets=torch.tensor([1, 2, 4]).int()), "expert_offsets must begin with 0, got 1"),
+        (dict(expert_offsets=torch.tensor([0, 3, 2]).int()), "expert_offsets must not fall, got 3 then 2 at expert 1"),
+        (dict(expert_offsets=torch.tensor([0, 3, 5]).int()), "no more than the number of rows, 4, got 5"),
+        (dict(bias=torch.zeros(2, 7)), r"bias must have shape \[num_experts, out_features\] = \[2, 8\], got \[2, 7\]"),
+        (dict(row_scale=torch.zeros(5)), r"row_scale must have shape \[num_rows\] = \[4\], got \[5\]"),
+        (dict(activation="swiglu"), "activation must be one of none, relu, gelu, gelu_tanh, silu; got 'swiglu'"),
+        (dict(token_of_row=torch.zeros(4)), "token_of_row must be int32, got float32"),
+    ],
+)
+def test_bad_input(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"moekernels::grouped_gemm: .*{message}"):
+        ops.grouped_gemm(**{"rows": ROWS, "weight": WEIGHT, "expert_offsets": OFFSETS, **arguments})

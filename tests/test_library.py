@@ -1,0 +1,92 @@
+"""What happens when the compiled part is broken, old or meets the wrong torch: one sentence that says what to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moekernels
+
+
+def import_copy(directory: Path, code: str = "import moekernels") -> str:
+    """Import the package from `directory` in a new interpreter and return the last line it prints to stderr."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(directory)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+    )
+    return result.stderr.strip().splitlines()[-1] if result.returncode else ""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the installed package that a test may break."""
+    source = Path(moekernels.__file__).parent
+    if not list(source.glob("_C*")):
+        pytest.skip("an editable install keeps its compiled part elsewhere")
+    return Path(shutil.copytree(source, tmp_path / "moekernels"))
+
+
+def test_a_sound_copy_imports(package: Path) -> None:
+    assert import_copy(package.parent) == ""
+
+
+def test_ops_library_is_truncated(package: Path) -> None:
+    library = package / "libmoekernels_torch.so"
+    library.write_bytes(library.read_bytes()[:1000])
+    message = import_copy(package.parent)
+    assert "ImportError: moekernels: libmoekernels_torch.so could not be loaded" in message
+    assert f"built against torch {moekernels.build_info()['torch_built']}" in message and "Reinstall" in message
+
+
+def test_compiled_module_is_missing(package: Path) -> None:
+    for module in package.glob("_C*"):
+        module.rename(package / "_C.cpython-27m.so")
+    message = import_copy(package.parent)
+    assert "compiled module _C could not be imported by Python" in message
+    assert "found: _C.cpython-27m.so" in message and "Reinstall" in message
+
+
+def test_compiled_module_is_of_another_version(package: Path) -> None:
+    (package / "_version.py").write_text('__version__ = "99.0.0"\n')
+    message = import_copy(package.parent)
+    assert "the Python files are version 99.0.0, but the compiled module is" in message and "Reinstall" in message
+
+
+def test_torch_is_too_old(package: Path) -> None:
+    message = import_copy(package.parent, "import torch; torch.__version__ = '2.9.1+cpu'; import moekernels")
+    assert "built for torch 2.11 and newer, but torch 2.9.1+cpu is running" in message
+    assert "pip install 'torch>=2.11'" in message
+
+
+def test_build_info_is_complete() -> None:
+    info = moekernels.build_info()
+    assert info["version"] == moekernels.__version__
+    assert info["cpu_isa"] in info["cpu_isas"] and info["cpu_isas"][0] == "portable"
+    assert bool(info["cuda_archs"]) == bool(info["cuda_compiler"]) == (not info["cuda_reason"])
+    assert info["cxx_compiler"] and info["git_revision"] and info["torch_built"] and info["torch_running"]
+
+
+def test_cpu_isa_is_restored_and_checked() -> None:
+    before = moekernels.build_info()["cpu_isa"]
+    with moekernels.cpu_isa("portable"):
+        assert moekernels.build_info()["cpu_isa"] == "portable"
+    assert moekernels.build_info()["cpu_isa"] == before
+    with pytest.raises(ValueError, match=r"must be one of portable.*got 'sse9'"), moekernels.cpu_isa("sse9"):
+        pass
+
+
+def test_batch_invariant_switches_and_restores() -> None:
+    assert not moekernels.is_batch_invariant()
+    with moekernels.batch_invariant():
+        assert moekernels.is_batch_invariant()
+    assert not moekernels.is_batch_invariant()
+    moekernels.batch_invariant(True)
+    assert moekernels.is_batch_invariant()
+    moekernels.batch_invariant(False)
+    assert not moekernels.is_batch_invariant()

@@ -1,0 +1,36 @@
+"""Rules about the source tree that a compiler does not check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+PYTHON = ROOT / "python" / "moekernels"
+
+
+@pytest.mark.parametrize("directory", ["include", "cpu", "cuda"])
+def test_kernels_know_no_torch(directory: str) -> None:
+    for path in (CSRC / directory).rglob("*.*"):
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', path.read_text()), path
+
+
+def test_inline_ptx_lives_in_one_place() -> None:
+    for path in (CSRC / "cuda").rglob("*.*"):
+        if path.name not in ("ptx.cuh", "wgmma.cuh"):
+            assert not re.search(r"\basm\b", path.read_text()), path
+
+
+# Each package may import those before it, and itself.
+LAYERS = ("ops", "nn", "generation", "checkpoint", "tokenizers", "models", "cli")
+
+
+def test_imports_point_one_way() -> None:
+    for position, layer in enumerate(LAYERS):
+        later = "|".join(LAYERS[position + 1 :]) or "nothing"
+        for path in (PYTHON / layer).rglob("*.py"):
+            found = re.search(rf"^\s*(from|import) moekernels\.({later})\b", path.read_text(), re.MULTILINE)
+            assert not found, f"{path}: {found and found[0]}"
