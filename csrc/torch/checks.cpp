@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <sstream>
 #include <utility>
@@ -74,8 +75,9 @@ void Checks::shape(const char* name, const Tensor& tensor, std::initializer_list
                    const char* shape) const {
   rank(name, tensor, static_cast<int64_t>(sizes.size()), shape);
   const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.begin(), sizes.size());
-  that(tensor.sizes() == expected, name, " must have shape ", shape, " = ", join(expected), ", got ",
-       join(tensor.sizes()));
+  const auto actual = tensor.sizes();
+  that(std::equal(actual.begin(), actual.end(), expected.begin()), name, " must have shape ", shape, " = ",
+       join(expected), ", got ", join(actual));
 }
 
 DType Checks::floating(const char* name, const Tensor& tensor) const {

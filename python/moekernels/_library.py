@@ -52,7 +52,7 @@ def _load_ops(info: dict[str, Any]) -> None:
         raise ImportError(
             f"moekernels: {library.name} could not be loaded. It was built against torch {info['torch_built']} by "
             f"{info['cxx_compiler']} (loads under torch {info['torch_minimum']} and newer); running: torch "
-            f"{torch.__version__}. The loader said: {error}. {_REBUILD}"
+            f"{torch.__version__}. The loader said: {error.__cause__ or error}. {_REBUILD}"
         ) from error
 
 
