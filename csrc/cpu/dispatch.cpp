@@ -12,25 +12,32 @@ constexpr CpuIsa kAll[] = {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, Cp
 
 const cpu::KernelTable* table_of(CpuIsa isa) {
   switch (isa) {
-    case CpuIsa::kPortable: return cpu::portable_kernels();
-    case CpuIsa::kAvx2: return cpu::avx2_kernels();
-    case CpuIsa::kAvx512: return cpu::avx512_kernels();
-    case CpuIsa::kAvx512Bf16: return cpu::avx512bf16_kernels();
+    case CpuIsa::kPortable:
+      return cpu::portable_kernels();
+    case CpuIsa::kAvx2:
+      return cpu::avx2_kernels();
+    case CpuIsa::kAvx512:
+      return cpu::avx512_kernels();
+    case CpuIsa::kAvx512Bf16:
+      return cpu::avx512bf16_kernels();
   }
   return nullptr;
 }
 
 bool machine_has(CpuIsa isa) {
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
-    case CpuIsa::kPortable: return true;
-    case CpuIsa::kAvx2: return avx2;
-    case CpuIsa::kAvx512: return avx512;
-    case CpuIsa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case CpuIsa::kPortable:
+      return true;
+    case CpuIsa::kAvx2:
+      return avx2;
+    case CpuIsa::kAvx512:
+      return avx512;
+    case CpuIsa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -65,10 +72,14 @@ std::atomic<CpuIsa>& current() {
 
 const char* name_of(CpuIsa isa) {
   switch (isa) {
-    case CpuIsa::kPortable: return "portable";
-    case CpuIsa::kAvx2: return "avx2";
-    case CpuIsa::kAvx512: return "avx512";
-    case CpuIsa::kAvx512Bf16: return "avx512_bf16";
+    case CpuIsa::kPortable:
+      return "portable";
+    case CpuIsa::kAvx2:
+      return "avx2";
+    case CpuIsa::kAvx512:
+      return "avx512";
+    case CpuIsa::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }

@@ -1,11 +1,14 @@
 // One task of the grouped GEMM: packs its rows, multiplies them with its columns' weight rows, finishes the sums.
 //
-//   for each block of K that fits the packed buffer          (one, unless rows x K is large)
-//     pack the rows, gathering and widening                  into tiles [steps][tile rows][step]
-//     for each panel of 4 weight rows                        read from memory once
-//       for each chunk of K                                  panel and tile stay in the first-level cache
-//         for each tile of rows                              multiply_tile; the next panel is prefetched meanwhile
-//   bias, activation, gate, scale and rounding, row by row
+//   pack the rows, gathering and widening                      into tiles [steps][tile rows][step]
+//   for each block of columns                                  whose sums stay in the second-level cache
+//     for each panel of 4 weight rows                          read from memory once
+//       for each chunk of K                                    panel and tile stay in the first-level cache
+//         for each tile of rows                                multiply_tile; the next panel is prefetched meanwhile
+//     bias, activation, gate, scale and rounding, row by row
+//
+// Where K is so long that the packed rows would not fit, the block of columns goes through K in several parts, each
+// packed anew.
 #pragma once
 
 #include "gemm_tile.h"
@@ -30,29 +33,44 @@ class GemmTaskRunner {
 
   GemmTaskRunner(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch)
       : p_(params),
-        depth_(blocking.depth),
+        blocking_(blocking),
         task_(task),
         packed_(static_cast<Packed*>(scratch)),
         sums_(reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.packed_bytes)),
         rows_(task.row_end - task.row_begin),
         tiles_((rows_ + kTileRows - 1) / kTileRows),
-        cols_(task.col_end - task.col_begin),
-        width_(rounded_up(cols_, kTileCols)),
-        sums_stride_(params.gated ? 2 * width_ : width_) {}
+        pack_once_(params.in_features <= blocking.depth) {}
 
   void run() {
-    if (p_.in_features == 0) {
-      for (int64_t i = 0; i < rows_ * sums_stride_; ++i) sums_[i] = 0.0f;
+    if (pack_once_) pack(0, p_.in_features);
+    for (Columns cols = columns_at(task_.col_begin); cols.count > 0; cols = columns_at(cols.begin + cols.count)) {
+      if (p_.in_features == 0) clear_sums(cols);
+      for (int64_t k = 0; k < p_.in_features; k += blocking_.depth) {
+        const int64_t n = smaller(blocking_.depth, p_.in_features - k);
+        if (!pack_once_) pack(k, n);
+        multiply(cols, k, n);
+      }
+      for (int64_t row = 0; row < rows_; ++row) finish(cols, row);
     }
-    for (int64_t k = 0; k < p_.in_features; k += depth_) {
-      const int64_t n = smaller(depth_, p_.in_features - k);
-      pack(k, n);
-      multiply(k, n);
-    }
-    for (int64_t row = 0; row < rows_; ++row) finish(row);
   }
 
  private:
+  // A block of output columns; none are left when count is 0.
+  struct Columns {
+    int64_t begin, count;
+    int64_t width;        // count, rounded up to whole panels
+    int64_t sums_stride;  // twice that when gated: the gate's sums, then the value's
+  };
+
+  Columns columns_at(int64_t begin) const {
+    Columns cols;
+    cols.begin = begin;
+    cols.count = smaller(blocking_.cols, task_.col_end - begin);
+    cols.width = rounded_up(cols.count, kTileCols);
+    cols.sums_stride = p_.gated ? 2 * cols.width : cols.width;
+    return cols;
+  }
+
   // Tiles differ by at most one row, so that none is left with a single one.
   int64_t tile_begin(int64_t tile) const { return rows_ * tile / tiles_; }
 
@@ -88,87 +106,104 @@ class GemmTaskRunner {
   }
 
   // The weight rows of a panel; gate panels come first, then value panels. Past the last column it repeats.
-  void weight_rows(int64_t panel, int64_t k, const Weight* (&weight)[kTileCols]) const {
-    const bool value = panel * kTileCols >= width_;
-    const int64_t first = panel * kTileCols - (value ? width_ : 0);
-    const int64_t base = task_.col_begin + (value ? p_.out_features / 2 : 0);
+  void weight_rows(const Columns& cols, int64_t panel, int64_t k, const Weight* (&weight)[kTileCols]) const {
+    const bool value = panel * kTileCols >= cols.width;
+    const int64_t first = panel * kTileCols - (value ? cols.width : 0);
+    const int64_t base = cols.begin + (value ? p_.out_features / 2 : 0);
     const Weight* expert = static_cast<const Weight*>(p_.weight) + task_.expert * p_.weight_expert_stride;
     for (int64_t c = 0; c < kTileCols; ++c) {
-      weight[c] = expert + (base + smaller(first + c, cols_ - 1)) * p_.weight_row_stride + k;
+      weight[c] = expert + (base + smaller(first + c, cols.count - 1)) * p_.weight_row_stride + k;
     }
   }
 
-  void multiply(int64_t k_block, int64_t n_block) {
-    const int64_t padded = rounded_up(n_block, Dot::kStep);
-    const int64_t panels = sums_stride_ / kTileCols;
-    const Weight* weight[kTileCols];
-    const Weight* next[kTileCols];
-    weight_rows(0, k_block, next);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int c = 0; c < kTileCols; ++c) weight[c] = next[c];
-      const bool last = panel + 1 == panels;
-      if (!last) weight_rows(panel + 1, k_block, next);
-      for (int64_t k = 0; k < n_block; k += Dot::kChunk) {
-        TileOperands<Dot> t;
-        t.n = smaller(Dot::kChunk, n_block - k);
-        t.sums_stride = sums_stride_;
-        t.add = k_block + k > 0;
-        for (int c = 0; c < kTileCols; ++c) t.weight[c] = weight[c] + k;
+  // The weight rows that are needed after a panel; false after the last one.
+  bool next_weight_rows(const Columns& cols, int64_t panel, int64_t k, const Weight* (&weight)[kTileCols]) const {
+    if ((panel + 1) * kTileCols < cols.sums_stride) {
+      weight_rows(cols, panel + 1, k, weight);
+      return true;
+    }
+    const Columns next = columns_at(cols.begin + cols.count);
+    if (next.count <= 0 || !pack_once_) return false;
+    weight_rows(next, 0, 0, weight);
+    return true;
+  }
+
+  void multiply(const Columns& cols, int64_t k_begin, int64_t depth) {
+    TileOperands<Dot> t;
+    t.sums_stride = cols.sums_stride;
+    const int64_t padded = rounded_up(depth, Dot::kStep);
+    const Weight* panel_rows[kTileCols];
+    const Weight* next_rows[kTileCols] = {};
+    for (int64_t panel = 0; panel * kTileCols < cols.sums_stride; ++panel) {
+      weight_rows(cols, panel, k_begin, panel_rows);
+      const bool has_next = next_weight_rows(cols, panel, k_begin, next_rows);
+      for (int64_t k = 0; k < depth; k += Dot::kChunk) {
+        t.n = smaller(Dot::kChunk, depth - k);
+        t.add = k_begin + k > 0;
+        for (int c = 0; c < kTileCols; ++c) t.weight[c] = panel_rows[c] + k;
         for (int64_t tile = 0; tile < tiles_; ++tile) {
           const int64_t begin = tile_begin(tile);
           const int64_t rows = tile_begin(tile + 1) - begin;
           t.rows = packed_ + begin * padded + k * rows;
-          t.sums = sums_ + begin * sums_stride_ + panel * kTileCols;
-          if (!last && tile < kTileCols) {
-            // The first tiles share the four rows of the next panel among them.
+          t.sums = sums_ + begin * cols.sums_stride + panel * kTileCols;
+          if (has_next && tile < kTileCols) {
+            // The first tiles share the rows of the next panel among them.
             for (int c = 0; c < kTileCols; ++c) {
-              t.prefetch[c] = c % smaller(tiles_, kTileCols) == tile ? next[c] + k : t.weight[c];
+              t.prefetch[c] = c % smaller(tiles_, kTileCols) == tile ? next_rows[c] + k : t.weight[c];
             }
-            multiply_tile<Dot, true>(rows, t);
+            multiply_tile<Dot, Prefetch::kToSecondLevel>(rows, t);
+          } else if (has_next && tile == tiles_ - 1) {
+            const bool same_panel = k + Dot::kChunk < depth;
+            for (int c = 0; c < kTileCols; ++c) {
+              t.prefetch[c] = same_panel ? t.weight[c] + Dot::kChunk : next_rows[c];
+            }
+            multiply_tile<Dot, Prefetch::kToFirstLevel>(rows, t);
           } else {
-            multiply_tile<Dot, false>(rows, t);
+            multiply_tile<Dot, Prefetch::kNone>(rows, t);
           }
         }
       }
     }
   }
 
-  const Weight* bias(int64_t offset) const {
-    if (p_.bias == nullptr) return nullptr;
-    return static_cast<const Weight*>(p_.bias) + task_.expert * p_.bias_stride + task_.col_begin + offset;
+  void clear_sums(const Columns& cols) {
+    for (int64_t i = 0; i < rows_ * cols.sums_stride; ++i) sums_[i] = 0.0f;
   }
 
-  void finish(int64_t row) {
+  const Weight* bias_at(int64_t column) const {
+    if (p_.bias == nullptr) return nullptr;
+    return static_cast<const Weight*>(p_.bias) + task_.expert * p_.bias_stride + column;
+  }
+
+  void finish(const Columns& cols, int64_t row) {
     const int64_t out_width = p_.gated ? p_.out_features / 2 : p_.out_features;
     const int64_t out_row = task_.row_begin + row;
-    const float* sums = sums_ + row * sums_stride_;
-    const Weight* gate_bias = bias(0);
-    const Weight* value_bias = bias(out_width);
-    Weight* out = static_cast<Weight*>(p_.out) + out_row * out_width + task_.col_begin;
-    const float scale = p_.row_scale == nullptr ? 1.0f : p_.row_scale[out_row];
-    for (int64_t c = 0; c < cols_; c += kLanes) {
-      const int64_t n = cols_ - c;
+    const float* sums = sums_ + row * cols.sums_stride;
+    const Weight* gate_bias = bias_at(cols.begin);
+    const Weight* value_bias = bias_at(cols.begin + out_width);
+    Weight* out = static_cast<Weight*>(p_.out) + out_row * out_width + cols.begin;
+    for (int64_t c = 0; c < cols.count; c += kLanes) {
+      const int64_t n = cols.count - c;
       VecF x = load_n(sums + c, n);
       if (gate_bias != nullptr) x += load_n(gate_bias + c, n);
       x = activate(p_.activation, x);
       if (p_.gated) {
-        VecF value = load_n(sums + width_ + c, n);
+        VecF value = load_n(sums + cols.width + c, n);
         if (value_bias != nullptr) value += load_n(value_bias + c, n);
         x *= value;
       }
-      if (p_.row_scale != nullptr) x *= scale;
+      if (p_.row_scale != nullptr) x *= p_.row_scale[out_row];
       store_n(out + c, x, n);
     }
   }
 
   const GroupedGemmParams& p_;
-  const int64_t depth_;
+  const GemmBlocking& blocking_;
   const GemmTask& task_;
   Packed* const packed_;
-  float* const sums_;
-  const int64_t rows_, tiles_, cols_;
-  const int64_t width_;        // columns, a whole number of panels
-  const int64_t sums_stride_;  // twice that when gated: the gate's sums, then the value's
+  float* const sums_;  // [rows][sums_stride] of the current columns
+  const int64_t rows_, tiles_;
+  const bool pack_once_;
 };
 
 template <class Dot>

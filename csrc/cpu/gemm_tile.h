@@ -13,20 +13,26 @@ namespace {
 constexpr int kTileCols = 4;
 constexpr int kTileRows = MOEKERNELS_VECTOR_BYTES == 64 ? 6 : MOEKERNELS_VECTOR_BYTES == 32 ? 3 : 2;
 
+// What a tile fetches while it multiplies: nothing, weights of the next panel from memory, or weights of the next chunk
+// from the second-level cache. Hardware prefetchers stop at the end of a page, which here is every weight row or two.
+// Memory is fetched into the second level: the first one has too few outstanding misses to keep a memory channel busy.
+enum class Prefetch { kNone, kToSecondLevel, kToFirstLevel };
+
 template <class Dot>
 struct TileOperands {
-  const typename Dot::Packed* rows;                // [steps][tile rows][Dot::kStep]
-  const typename Dot::Weight* weight[kTileCols];   // each [n]
-  const typename Dot::Weight* prefetch[kTileCols]; // each [n], or as many as are worth fetching
-  int64_t n;                                       // elements of K
-  float* sums;                                     // [tile rows][sums_stride]
+  const typename Dot::Packed* rows;                 // [steps][tile rows][Dot::kStep]
+  const typename Dot::Weight* weight[kTileCols];    // each [n]
+  const typename Dot::Weight* prefetch[kTileCols];  // each [n]
+  int64_t n;                                        // elements of K
+  float* sums;                                      // [tile rows][sums_stride]
   int64_t sums_stride;
   bool add;  // to sums, rather than replacing them
 };
 
 template <class Dot, int kRows>
-MOEKERNELS_INLINE void tile_step(const typename Dot::Packed* rows, const typename Dot::Weight* const (&weight)[kTileCols],
-                                 int64_t k, VecF (&sums)[kRows][kTileCols]) {
+MOEKERNELS_INLINE void tile_step(const typename Dot::Packed* rows,
+                                 const typename Dot::Weight* const (&weight)[kTileCols], int64_t k,
+                                 VecF (&sums)[kRows][kTileCols]) {
   MOEKERNELS_UNROLL
   for (int vector = 0; vector < Dot::kVectors; ++vector) {
     typename Dot::Operand a[kRows];
@@ -41,7 +47,7 @@ MOEKERNELS_INLINE void tile_step(const typename Dot::Packed* rows, const typenam
   }
 }
 
-template <class Dot, int kRows, bool kPrefetch>
+template <class Dot, int kRows, Prefetch kPrefetch>
 void multiply_tile(const TileOperands<Dot>& t) {
   VecF sums[kRows][kTileCols];
   MOEKERNELS_UNROLL
@@ -52,9 +58,11 @@ void multiply_tile(const TileOperands<Dot>& t) {
   const typename Dot::Packed* rows = t.rows;
   int64_t k = 0;
   for (; k + Dot::kStep <= t.n; k += Dot::kStep, rows += kRows * Dot::kStep) {
-    if constexpr (kPrefetch) {
+    if constexpr (kPrefetch != Prefetch::kNone) {
       MOEKERNELS_UNROLL
-      for (int c = 0; c < kTileCols; ++c) __builtin_prefetch(t.prefetch[c] + k, 0, 3);
+      for (int c = 0; c < kTileCols; ++c) {
+        __builtin_prefetch(t.prefetch[c] + k, 0, kPrefetch == Prefetch::kToFirstLevel ? 3 : 2);
+      }
     }
     tile_step<Dot, kRows>(rows, t.weight, k, sums);
   }
@@ -73,18 +81,24 @@ void multiply_tile(const TileOperands<Dot>& t) {
   }
 }
 
-template <class Dot, bool kPrefetch>
+template <class Dot, Prefetch kPrefetch>
 MOEKERNELS_INLINE void multiply_tile(int64_t rows, const TileOperands<Dot>& t) {
   switch (rows) {
-    case 1: return multiply_tile<Dot, 1, kPrefetch>(t);
-    case 2: return multiply_tile<Dot, 2, kPrefetch>(t);
+    case 1:
+      return multiply_tile<Dot, 1, kPrefetch>(t);
+    case 2:
+      return multiply_tile<Dot, 2, kPrefetch>(t);
 #if MOEKERNELS_VECTOR_BYTES >= 32
-    case 3: return multiply_tile<Dot, 3, kPrefetch>(t);
+    case 3:
+      return multiply_tile<Dot, 3, kPrefetch>(t);
 #endif
 #if MOEKERNELS_VECTOR_BYTES >= 64
-    case 4: return multiply_tile<Dot, 4, kPrefetch>(t);
-    case 5: return multiply_tile<Dot, 5, kPrefetch>(t);
-    case 6: return multiply_tile<Dot, 6, kPrefetch>(t);
+    case 4:
+      return multiply_tile<Dot, 4, kPrefetch>(t);
+    case 5:
+      return multiply_tile<Dot, 5, kPrefetch>(t);
+    case 6:
+      return multiply_tile<Dot, 6, kPrefetch>(t);
 #endif
   }
 }

@@ -17,26 +17,33 @@ using cpu::GemmBlocking;
 using cpu::GemmTask;
 using cpu::round_up;
 
-constexpr int64_t kMaxRows = 128;
-constexpr int64_t kMaxWeightRows = 128;             // columns per task; gate and value count separately
-constexpr int64_t kMinWeightRows = 16;
-constexpr int64_t kPackedBytes = 384 * 1024;        // of packed rows: they stay in the second-level cache
-constexpr int64_t kTasksPerWorker = 6;              // as many as let workers finish together
-constexpr int64_t kWeightsPerWorker = 64 * 1024;    // less is not worth waking another thread for
+constexpr int64_t kMaxRows = 128;                 // per task; fewer where K is long,
+constexpr int64_t kMinRows = 48;                  // but no fewer than make good use of each weight
+constexpr int64_t kPackedBytes = 512 * 1024;      // of packed rows: they stay in the second-level cache
+constexpr int64_t kWeightRows = 128;              // per block of columns; gate and value count separately
+constexpr int64_t kMinWeightRows = 16;            // per task
+constexpr int64_t kTasksPerWorker = 32;           // as many as let workers finish together
+constexpr int64_t kWeightsPerWorker = 64 * 1024;  // fewer are not worth waking another thread for
 constexpr int64_t kZeroedBytesPerTask = 256 * 1024;
+
+int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
+  return x < lowest ? lowest : x > highest ? highest : x;
+}
 
 int64_t output_width(const GroupedGemmParams& p) {
   return p.gated ? p.out_features / 2 : p.out_features;
 }
 
 GemmBlocking blocking_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
+  const int64_t elements = kPackedBytes / kernel.packed_element_size;
+  const int64_t all_depth = round_up(p.in_features > 0 ? p.in_features : 1, kernel.chunk);
   GemmBlocking b;
-  b.rows = p.num_rows < kMaxRows ? p.num_rows : kMaxRows;
-  b.cols = kMaxWeightRows / (p.gated ? 2 : 1);
-  const int64_t max_depth = kPackedBytes / kernel.packed_element_size / (b.rows > 0 ? b.rows : 1);
-  b.depth = round_up(max_depth < p.in_features ? max_depth : p.in_features, kernel.chunk);
+  b.rows = clamp(elements / all_depth, kMinRows, kMaxRows);
+  b.rows = clamp(p.num_rows, 1, b.rows);
+  b.depth = clamp(elements / b.rows / kernel.chunk * kernel.chunk, kernel.chunk, all_depth);
+  b.cols = kWeightRows / (p.gated ? 2 : 1);
   b.packed_bytes = round_up(b.rows * b.depth * kernel.packed_element_size, 64);
-  b.scratch_bytes = round_up(b.packed_bytes + b.rows * kMaxWeightRows * static_cast<int64_t>(sizeof(float)), 64);
+  b.scratch_bytes = round_up(b.packed_bytes + b.rows * kWeightRows * static_cast<int64_t>(sizeof(float)), 64);
   return b;
 }
 
@@ -47,7 +54,7 @@ class GroupedGemm {
         kernel_(cpu::kernels().gemm[static_cast<int32_t>(params.dtype)]),
         blocking_(blocking_of(params, kernel_)),
         out_width_(output_width(params)) {
-    choose_columns(parallel);
+    cut(parallel);
   }
 
   void run(const Parallel& parallel) {
@@ -63,57 +70,45 @@ class GroupedGemm {
 
   // Clamped, so that wrong offsets give wrong results but stay inside the tensors.
   Range rows_of(int64_t expert) const {
-    const int64_t begin = clamp(p_.expert_offsets[expert], 0);
-    return {begin, clamp(p_.expert_offsets[expert + 1], begin)};
-  }
-  int64_t clamp(int64_t row, int64_t lowest) const {
-    return row < lowest ? lowest : row > p_.num_rows ? p_.num_rows : row;
+    const int64_t begin = clamp(p_.expert_offsets[expert], 0, p_.num_rows);
+    return {begin, clamp(p_.expert_offsets[expert + 1], begin, p_.num_rows)};
   }
 
   int64_t row_blocks(int64_t expert) const { return ceil_div(rows_of(expert).size(), blocking_.rows); }
-  int64_t col_blocks() const { return ceil_div(out_width_, blocking_.cols); }
+  int64_t col_blocks() const { return ceil_div(out_width_, cols_); }
+  int64_t tasks_of(int64_t expert) const { return row_blocks(expert) * col_blocks(); }
 
-  // Wide column blocks save packing; narrow ones give every worker something to do.
-  void choose_columns(const Parallel& parallel) {
-    const int64_t row_bytes = out_width_ * size_of(p_.dtype);
-    const int64_t used = p_.num_experts > 0 ? rows_of(p_.num_experts - 1).end : 0;
-    zero_rows_ = row_bytes > 0 ? ceil_div(kZeroedBytesPerTask, row_bytes) : 1;
-    const int64_t zero_tasks = row_bytes > 0 ? ceil_div(p_.num_rows - used, zero_rows_) : 0;
-
+  // Wide tasks save packing; narrow ones give every worker something to do until the end.
+  void cut(const Parallel& parallel) {
     int64_t blocks = 0;
-    for (int64_t e = 0; e < p_.num_experts; ++e) blocks += p_.num_rows > 0 ? row_blocks(e) : 0;
-    const int64_t weights = blocks * p_.out_features * (p_.in_features > 0 ? p_.in_features : 1);
-    num_workers_ = weights / kWeightsPerWorker + zero_tasks;
-    num_workers_ = num_workers_ < 1 ? 1 : num_workers_ > parallel.num_threads ? parallel.num_threads : num_workers_;
-    if (num_workers_ > 1) {
-      while (blocks * col_blocks() < num_workers_ * kTasksPerWorker &&
-             blocking_.cols * (p_.gated ? 2 : 1) > kMinWeightRows) {
-        blocking_.cols /= 2;
-      }
+    for (int64_t e = 0; e < p_.num_experts; ++e) blocks += row_blocks(e);
+    const int64_t row_bytes = out_width_ * size_of(p_.dtype);
+    first_unused_row_ = p_.num_experts > 0 ? rows_of(p_.num_experts - 1).end : 0;
+    zero_rows_ = clamp(kZeroedBytesPerTask / (row_bytes > 0 ? row_bytes : 1), 1, kZeroedBytesPerTask);
+    const int64_t zero_tasks = row_bytes > 0 ? ceil_div(p_.num_rows - first_unused_row_, zero_rows_) : 0;
+
+    const int64_t weights = blocks * p_.out_features * p_.in_features;
+    num_workers_ = clamp(weights / kWeightsPerWorker + zero_tasks, 1, parallel.num_threads);
+    cols_ = clamp(out_width_, 1, out_width_ + 1);
+    const int64_t min_cols = kMinWeightRows / (p_.gated ? 2 : 1);
+    while (num_workers_ > 1 && cols_ > min_cols && blocks * col_blocks() < num_workers_ * kTasksPerWorker) {
+      cols_ = round_up(ceil_div(cols_, 2), min_cols);
     }
     num_gemm_tasks_ = blocks * col_blocks();
     num_tasks_ = num_gemm_tasks_ + zero_tasks;
-    first_unused_row_ = used;
   }
 
   void work(int64_t worker) {
     void* scratch = static_cast<char*>(p_.workspace) + worker * blocking_.scratch_bytes;
-    int64_t expert = 0, first_task = 0, tasks = tasks_of(0);
+    int64_t expert = 0, first_task = 0;  // of the expert
     for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) {
       if (i >= num_gemm_tasks_) {
         zero(i - num_gemm_tasks_);
         continue;
       }
-      while (i >= first_task + tasks) {
-        first_task += tasks;
-        tasks = tasks_of(++expert);
-      }
+      for (int64_t tasks; i >= first_task + (tasks = tasks_of(expert)); ++expert) first_task += tasks;
       kernel_.run(p_, blocking_, task_of(expert, i - first_task), scratch);
     }
-  }
-
-  int64_t tasks_of(int64_t expert) const {
-    return expert < p_.num_experts && p_.num_rows > 0 ? row_blocks(expert) * col_blocks() : 0;
   }
 
   // Row blocks of an expert are equal but for rounding: none is left with a few rows.
@@ -125,22 +120,23 @@ class GroupedGemm {
     task.expert = expert;
     task.row_begin = rows.begin + rows.size() * row_block / blocks;
     task.row_end = rows.begin + rows.size() * (row_block + 1) / blocks;
-    task.col_begin = col_block * blocking_.cols;
-    task.col_end = task.col_begin + blocking_.cols < out_width_ ? task.col_begin + blocking_.cols : out_width_;
+    task.col_begin = col_block * cols_;
+    task.col_end = clamp(task.col_begin + cols_, 0, out_width_);
     return task;
   }
 
   void zero(int64_t index) const {
     const int64_t begin = first_unused_row_ + index * zero_rows_;
-    const int64_t end = begin + zero_rows_ < p_.num_rows ? begin + zero_rows_ : p_.num_rows;
+    const int64_t end = clamp(begin + zero_rows_, 0, p_.num_rows);
     const int64_t row_bytes = out_width_ * size_of(p_.dtype);
     std::memset(static_cast<char*>(p_.out) + begin * row_bytes, 0, static_cast<size_t>((end - begin) * row_bytes));
   }
 
   const GroupedGemmParams& p_;
   const cpu::GemmKernel& kernel_;
-  GemmBlocking blocking_;
+  const GemmBlocking blocking_;
   const int64_t out_width_;
+  int64_t cols_;  // per task
   int64_t num_workers_, num_gemm_tasks_, num_tasks_;
   int64_t first_unused_row_, zero_rows_;
   std::atomic<int64_t> next_task_{0};

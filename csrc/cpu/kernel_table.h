@@ -19,7 +19,7 @@ struct GemmTask {
 // Sizes of the pieces, and of the scratch that each worker needs for one.
 struct GemmBlocking {
   int64_t rows;           // at most this many rows per task
-  int64_t cols;           // at most this many output columns per task
+  int64_t cols;           // output columns whose sums are kept at a time
   int64_t depth;          // elements of K that are packed at a time
   int64_t packed_bytes;   // scratch: `rows` x `depth` packed elements ...
   int64_t scratch_bytes;  // ... and the float32 sums behind them

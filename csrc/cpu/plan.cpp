@@ -15,7 +15,8 @@ int64_t tokens_per_group(const PlanParams& p) {
   return p.group_size > 0 ? p.group_size : (p.num_tokens > 0 ? p.num_tokens : 1);
 }
 
-// Claim counters: one per expert while groups come one after the other, one per (group, expert) where an order is given.
+// Claim counters: one per expert while groups come one after the other, one per (group, expert) where an order is
+// given.
 int64_t num_claim_counters(const PlanParams& p) {
   if (p.capacity < 0) return 0;
   const int64_t groups = p.token_order == nullptr ? 1 : cpu::ceil_div(p.num_tokens, tokens_per_group(p));

@@ -34,9 +34,12 @@ int32_t index_of(uint64_t key) {
 // The unit in the last place of 1.
 float epsilon_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return 0x1p-23f;
-    case DType::kBFloat16: return 0x1p-7f;
-    case DType::kFloat16: return 0x1p-10f;
+    case DType::kFloat32:
+      return 0x1p-23f;
+    case DType::kBFloat16:
+      return 0x1p-7f;
+    case DType::kFloat16:
+      return 0x1p-10f;
   }
   return 0.0f;
 }
@@ -64,9 +67,15 @@ class Router {
     const int64_t first = token * p_.logits_stride * size_of(p_.logits_dtype);
     table_.widen(p_.logits_dtype, static_cast<const char*>(p_.logits) + first, logits_.data(), p_.num_experts);
     switch (p_.scoring) {
-      case Scoring::kSoftmax: softmax_top_k(weights, expert_ids); break;
-      case Scoring::kTop2Gate: top2_gate(token, weights, expert_ids); break;
-      case Scoring::kSparsemixer: sparsemixer(weights, expert_ids); break;
+      case Scoring::kSoftmax:
+        softmax_top_k(weights, expert_ids);
+        break;
+      case Scoring::kTop2Gate:
+        top2_gate(token, weights, expert_ids);
+        break;
+      case Scoring::kSparsemixer:
+        sparsemixer(weights, expert_ids);
+        break;
     }
     if (p_.renormalize) renormalize(weights);
   }
@@ -75,12 +84,15 @@ class Router {
   // Leaves the indices of the k largest scores in expert_ids, the largest first.
   void largest(const std::vector<float>& scores, int32_t k, int32_t* expert_ids) {
     int32_t found = 0;
+    float smallest = 0.0f;  // of the k found so far
     for (int32_t e = 0; e < p_.num_experts; ++e) {
+      if (found == k && scores[e] <= smallest) continue;  // the common case; never taken for a NaN
       const uint64_t key = key_of(scores[e], e);
-      if (found == k && key < best_[found - 1]) continue;
+      if (found == k && key < best_[k - 1]) continue;
       int32_t place = found < k ? found++ : k - 1;
       for (; place > 0 && best_[place - 1] < key; --place) best_[place] = best_[place - 1];
       best_[place] = key;
+      if (found == k) smallest = scores[index_of(best_[k - 1])];
     }
     for (int32_t i = 0; i < found; ++i) expert_ids[i] = index_of(best_[i]);
   }
@@ -111,13 +123,10 @@ class Router {
       const float* noise = p_.noise + token * p_.num_experts;
       for (int32_t e = 0; e < p_.num_experts; ++e) logits_[e] += noise[e];
     }
-    // By removing the first expert rather than lowering its score, which a row of -inf would not notice.
-    uint64_t best = 0;
-    for (int32_t e = 0; e < p_.num_experts; ++e) {
-      const uint64_t key = key_of(logits_[e], e);
-      if (e != expert_ids[0] && key > best) best = key;
-    }
-    expert_ids[1] = index_of(best);
+    // The best other one. Lowering the first expert's score instead would not show in a row of -inf.
+    int32_t order[2] = {0, 0};
+    largest(logits_, 2, order);
+    expert_ids[1] = order[0] == expert_ids[0] ? order[1] : order[0];
     for (int32_t k = 0; k < 2; ++k) weights[k] = probs_[expert_ids[k]];
   }
 

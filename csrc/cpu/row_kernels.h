@@ -41,9 +41,12 @@ void unpermute_tokens(const UnpermuteParams& p, int64_t token_begin, int64_t tok
 
 void unpermute(const UnpermuteParams& p, int64_t token_begin, int64_t token_end) {
   switch (p.dtype) {
-    case DType::kFloat32: return unpermute_tokens<float>(p, token_begin, token_end);
-    case DType::kBFloat16: return unpermute_tokens<BFloat16>(p, token_begin, token_end);
-    case DType::kFloat16: return unpermute_tokens<Float16>(p, token_begin, token_end);
+    case DType::kFloat32:
+      return unpermute_tokens<float>(p, token_begin, token_end);
+    case DType::kBFloat16:
+      return unpermute_tokens<BFloat16>(p, token_begin, token_end);
+    case DType::kFloat16:
+      return unpermute_tokens<Float16>(p, token_begin, token_end);
   }
 }
 
@@ -54,9 +57,12 @@ void widen_values(const void* source, float* target, int64_t n) {
 
 void widen(DType dtype, const void* source, float* target, int64_t n) {
   switch (dtype) {
-    case DType::kFloat32: return widen_values<float>(source, target, n);
-    case DType::kBFloat16: return widen_values<BFloat16>(source, target, n);
-    case DType::kFloat16: return widen_values<Float16>(source, target, n);
+    case DType::kFloat32:
+      return widen_values<float>(source, target, n);
+    case DType::kBFloat16:
+      return widen_values<BFloat16>(source, target, n);
+    case DType::kFloat16:
+      return widen_values<Float16>(source, target, n);
   }
 }
 
@@ -71,9 +77,12 @@ void round_values(float* values, int64_t n) {
 
 void round(DType dtype, float* values, int64_t n) {
   switch (dtype) {
-    case DType::kFloat32: return;
-    case DType::kBFloat16: return round_values<BFloat16>(values, n);
-    case DType::kFloat16: return round_values<Float16>(values, n);
+    case DType::kFloat32:
+      return;
+    case DType::kBFloat16:
+      return round_values<BFloat16>(values, n);
+    case DType::kFloat16:
+      return round_values<Float16>(values, n);
   }
 }
 

@@ -25,9 +25,8 @@ MOEKERNELS_INLINE VecF exp(VecF x) {
   const VecF n = fma(x, set1(0x1.715476p+0f), set1(kRoundingShift)) - kRoundingShift;
   VecF r = fma(n, set1(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first so short that n times it is exact
   r = fma(n, set1(-0x1.7f7d1cp-20f), r);
-  return times_power_of_2(polynomial(r, {1.0f, 1.0f, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f,
-                                         0x1.6a2434p-10f}),
-                          n);
+  return times_power_of_2(
+      polynomial(r, {1.0f, 1.0f, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2434p-10f}), n);
 }
 
 // |x| <= 1: x times a polynomial in x^2. Beyond: 1 - e^(-x p(x)), which is 1 in float32 from 4 on.
@@ -37,8 +36,9 @@ MOEKERNELS_INLINE VecF erf(VecF x) {
                                              0x1.5419f6p-8f, -0x1.a485ecp-11f, 0x1.4ae4d0p-14f});
   VecF size = x < 0.0f ? -x : x;
   size = size > 4.0f ? set1(4.0f) : size;
-  const VecF tail = 1.0f - exp(-size * polynomial(size, {0x1.20ee9ep+0f, 0x1.453682p-1f, 0x1.b2f1c8p-4f, -0x1.84a1acp-6f,
-                                                         0x1.dadcf8p-9f, -0x1.4d8278p-12f, 0x1.6926dep-17f}));
+  const VecF tail =
+      1.0f - exp(-size * polynomial(size, {0x1.20ee9ep+0f, 0x1.453682p-1f, 0x1.b2f1c8p-4f, -0x1.84a1acp-6f,
+                                           0x1.dadcf8p-9f, -0x1.4d8278p-12f, 0x1.6926dep-17f}));
   return square <= 1.0f ? inner : (x < 0.0f ? -tail : tail);
 }
 
@@ -48,12 +48,16 @@ MOEKERNELS_INLINE VecF times_sigmoid(VecF x, VecF y) {
 
 MOEKERNELS_INLINE VecF activate(Activation activation, VecF x) {
   switch (activation) {
-    case Activation::kNone: return x;
-    case Activation::kRelu: return x < 0.0f ? VecF{} : x;
-    case Activation::kGelu: return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f));
+    case Activation::kNone:
+      return x;
+    case Activation::kRelu:
+      return x < 0.0f ? VecF{} : x;
+    case Activation::kGelu:
+      return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f));
     case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 = sigmoid(2 u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
       return times_sigmoid(x, 1.5957691216057308f * (x + 0.044715f * x * x * x));
-    case Activation::kSilu: return times_sigmoid(x, x);
+    case Activation::kSilu:
+      return times_sigmoid(x, x);
   }
   return x;
 }

@@ -16,7 +16,7 @@ _REBUILD = "Reinstall the package for this interpreter: pip install --force-rein
 
 def _import_extension() -> Any:
     try:
-        from moekernels import _C
+        import moekernels._C as _C
     except ImportError as error:
         found = ", ".join(path.name for path in Path(__file__).parent.glob("_C*")) or "none"
         raise ImportError(

@@ -1,0 +1,23 @@
+"""Checkpoints in the Hugging Face format: directories of safetensors (or older pickles), read and written."""
+
+from moekernels.checkpoint.errors import CheckpointError
+from moekernels.checkpoint.files import read_json
+from moekernels.checkpoint.keymap import KEY_MAPS, KeyMap, Rule
+from moekernels.checkpoint.loader import checkpoint_tensors, load_checkpoint
+from moekernels.checkpoint.reader import CheckpointReader, TensorInfo
+from moekernels.checkpoint.writer import OBSOLETE_WEIGHTS, replace_files, write_weights
+
+__all__ = [
+    "KEY_MAPS",
+    "OBSOLETE_WEIGHTS",
+    "CheckpointError",
+    "CheckpointReader",
+    "KeyMap",
+    "Rule",
+    "TensorInfo",
+    "checkpoint_tensors",
+    "load_checkpoint",
+    "read_json",
+    "replace_files",
+    "write_weights",
+]

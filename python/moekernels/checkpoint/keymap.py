@@ -1,0 +1,153 @@
+"""What checkpoints call a weight, and where it lies in our models.
+
+Names are canonical here: without the prefix ("model.") that a model with a head puts before its base model's names.
+Where no rule matches, a checkpoint's name is the parameter's name. Files on the hub hold one tensor per expert and
+projection; in memory they are slices of stacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where a checkpoint's tensor goes: a whole parameter, or one expert's part of a stack.
+
+    Attributes:
+        parameter: canonical name.
+        expert: index into the stack, None for the whole parameter.
+        part, parts: which of how many equal blocks of rows of that expert.
+    """
+
+    parameter: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of the parameter that this place means."""
+        if self.expert is None:
+            return parameter
+        block = parameter[self.expert]
+        return block if self.parts == 1 else block.chunk(self.parts)[self.part]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One pattern of checkpoint names and the parameters they fill.
+
+    ``{expert}`` stands for the index into the stack; other names in braces stand for numbers that both sides share.
+    """
+
+    checkpoint: str
+    parameter: str
+    part: int = 0
+    parts: int = 1
+
+    @cached_property
+    def _checkpoint_regex(self) -> re.Pattern[str]:
+        return _regex(self.checkpoint)
+
+    @cached_property
+    def _parameter_regex(self) -> re.Pattern[str]:
+        return _regex(self.parameter)
+
+    def place(self, name: str) -> Place | None:
+        """Where the tensor of that name goes, if this rule is about it."""
+        match = self._checkpoint_regex.fullmatch(name)
+        if match is None:
+            return None
+        numbers = match.groupdict()
+        expert = numbers.pop("expert", None)
+        return Place(self.parameter.format(**numbers), None if expert is None else int(expert), self.part, self.parts)
+
+    def names(self, parameter: str, num_experts: int) -> list[tuple[str, Place]] | None:
+        """The checkpoint names that fill the parameter of that name, if this rule is about it."""
+        match = self._parameter_regex.fullmatch(parameter)
+        if match is None:
+            return None
+        numbers = match.groupdict()
+        if "{expert}" not in self.checkpoint:
+            return [(self.checkpoint.format(**numbers), Place(parameter))]
+        return [
+            (self.checkpoint.format(expert=e, **numbers), Place(parameter, e, self.part, self.parts))
+            for e in range(num_experts)
+        ]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The names of one architecture.
+
+    Attributes:
+        rules: names that differ between checkpoint and model.
+        heads: parameters of heads, which a model without that head does not read.
+        ignored: regular expressions of names that older files hold and no model needs.
+        prefix: of the base model's names in a model with a head.
+    """
+
+    rules: tuple[Rule, ...]
+    heads: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    prefix: str = "model."
+
+    def canonical(self, name: str) -> str:
+        """The name without the base model's prefix."""
+        return name.removeprefix(self.prefix)
+
+    def place(self, name: str) -> Place:
+        """Where the tensor a checkpoint calls `name` goes."""
+        name = self.canonical(name)
+        for rule in self.rules:
+            found = rule.place(name)
+            if found is not None:
+                return found
+        return Place(name)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a model may lack a parameter for that name."""
+        name = self.canonical(name)
+        return name in self.heads or any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def checkpoint_names(self, parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
+        """The tensors that make up a parameter in a file on the hub: canonical names and places."""
+        rules = [rule.names(parameter, shape[0]) for rule in self.rules]
+        found = [names for names in rules if names is not None]
+        if not found:
+            yield parameter, Place(parameter)
+        for entries in zip(*found, strict=True):
+            yield from entries
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    pieces = re.split(r"\{(\w+)\}", pattern)
+    return re.compile("".join(rf"(?P<{piece}>\d+)" if i % 2 else re.escape(piece) for i, piece in enumerate(pieces)))
+
+
+KEY_MAPS: dict[str, KeyMap] = {
+    "olmoe": KeyMap(
+        rules=(
+            Rule(
+                "layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+                "layers.{layer}.mlp.experts.gate_up_proj",
+                part=0,
+                parts=2,
+            ),
+            Rule(
+                "layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+                "layers.{layer}.mlp.experts.gate_up_proj",
+                part=1,
+                parts=2,
+            ),
+            Rule("layers.{layer}.mlp.experts.{expert}.down_proj.weight", "layers.{layer}.mlp.experts.down_proj"),
+        ),
+        heads=("lm_head.weight",),
+        ignored=(r".*rotary_emb\.inv_freq",),
+    ),
+}

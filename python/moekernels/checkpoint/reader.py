@@ -1,0 +1,164 @@
+"""Reading a checkpoint directory: what it holds, without reading the data; then the data, shard by shard."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moekernels.checkpoint.errors import CheckpointError
+from moekernels.checkpoint.files import (
+    PICKLE,
+    PICKLE_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    checked_shard,
+    read_json,
+)
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a checkpoint. `dtype` is None for one that PyTorch models do not hold (such as float8)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    @property
+    def nbytes(self) -> int:
+        size = 1 if self.dtype is None else self.dtype.itemsize
+        return size * torch.Size(self.shape).numel()
+
+
+#: An open shard: names and infos of its tensors, and a function that maps one into memory.
+_Shard = tuple[dict[str, TensorInfo], Callable[[str], Tensor]]
+
+
+class CheckpointReader:
+    """The weights of a checkpoint directory.
+
+    Looks for ``model.safetensors``, its sharded form, ``pytorch_model.bin`` and its sharded form, in this order.
+    Files are mapped into memory, so that opening a checkpoint reads only its headers.
+
+    Args:
+        directory: the checkpoint.
+        use_safetensors: True or False look for one of the formats only.
+
+    Attributes:
+        tensors: name -> :class:`TensorInfo` of everything in the checkpoint.
+
+    Raises:
+        CheckpointError: there are no weights, an index is broken or names a file outside the directory, a shard is
+            missing or truncated, two shards hold the same tensor, or a pickle holds anything but tensors.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], use_safetensors: bool | None = None) -> None:
+        self.directory = Path(directory)
+        self.files, weight_map, index = self._find(use_safetensors)
+        self.tensors: dict[str, TensorInfo] = {}
+        for path in self.files:
+            with _open_shard(path) as (infos, _):
+                for name, info in infos.items():
+                    if name in self.tensors:
+                        raise CheckpointError(f"{path}: holds {name!r}, as does {self.tensors[name].file.name}")
+                    self.tensors[name] = info
+        for name, file in weight_map.items():
+            found = self.tensors.get(name)
+            if found is None or found.file.name != file:
+                where = "nowhere" if found is None else f"in {found.file.name}"
+                raise CheckpointError(f"{index}: {name!r} should be in {file}, but is {where}")
+
+    def _find(self, use_safetensors: bool | None) -> tuple[list[Path], Mapping[str, str], Path]:
+        """The files with weights, and the index that lists what they hold."""
+        candidates = []
+        if use_safetensors is not False:
+            candidates += [(SAFETENSORS, SAFETENSORS_INDEX)]
+        if use_safetensors is not True:
+            candidates += [(PICKLE, PICKLE_INDEX)]
+        for single, sharded in candidates:
+            if (self.directory / single).exists():
+                return [self.directory / single], {}, self.directory / single
+            index = self.directory / sharded
+            if index.exists():
+                weight_map = read_json(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise CheckpointError(
+                        f"{index}: weight_map must be a JSON object that names files, got {weight_map!r}"
+                    )
+                paths = [checked_shard(self.directory, name, index) for name in weight_map.values()]
+                return list(dict.fromkeys(paths)), weight_map, index
+        wanted = ", ".join(name for pair in candidates for name in pair)
+        raise CheckpointError(f"{self.directory}: holds no weights, expected one of {wanted}")
+
+    def shards(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Each shard as an iterator over its names and tensors, which are valid until the next shard is asked for."""
+        for path in self.files:
+            with _open_shard(path) as (infos, get):
+                yield ((name, get(name)) for name in infos)
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[_Shard]:
+    if path.suffix == ".safetensors":
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file, it may be truncated: {error}") from error
+        with file:
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names}
+            infos = {
+                name: TensorInfo(path, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
+                for name, part in slices.items()
+            }
+            yield infos, file.get_tensor
+    else:
+        tensors = _load_pickle(path)
+        yield {name: TensorInfo(path, tuple(t.shape), t.dtype) for name, t in tensors.items()}, tensors.__getitem__
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """A ``.bin`` file by PyTorch's restricted unpickler, which runs no code from the file."""
+    arguments: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            tensors = torch.load(path, mmap=True, **arguments)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # Written before PyTorch 1.6, in a format that cannot be mapped.
+            tensors = torch.load(path, **arguments)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: a pickle that holds more than tensors; it is not loaded, as that could run its code. "
+            f"Expected a state dict, or a safetensors file ({str(error).partition(chr(10))[0]})"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: not a readable PyTorch file, it may be truncated: {reason}") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: must hold a dictionary of tensors, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: must hold only tensors, got {type(tensor).__name__} under {name!r}")
+    return tensors

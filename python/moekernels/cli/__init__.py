@@ -1,0 +1,5 @@
+"""The command `moekernels`."""
+
+from moekernels.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,64 @@
+"""Arguments, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moekernels._version import __version__
+from moekernels.cli import demo, generate, info
+
+_EPILOG = """\
+examples:
+  moekernels demo                                        try everything on a small model, without a download
+  moekernels generate --model DIR --prompt "Once upon"   continue a text with a checkpoint on disk
+  moekernels info --json                                 what to put into a bug report
+
+`moekernels COMMAND --help` explains a command. Exit codes: 0 success, 1 a check failed, 2 wrong use.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"moekernels: error: {message} (see `{self.prog} --help`)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moekernels",
+        description="Mixture-of-Experts kernels for PyTorch, and the models built on them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moekernels {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (info, generate, demo):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code. What a user got wrong ends with one line on stderr."""
+    args = build_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return args.run(args)
+    except BrokenPipeError:
+        # The reader has seen enough; what is left to flush must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        print(f"moekernels: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"moekernels: warning: {message}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""What `generate` returns when it is asked for more than token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+
+class Output:
+    """A dataclass that can also be read as a mapping and as a tuple; fields that are None are left out of both."""
+
+    def keys(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
+
+    def values(self) -> list[Any]:
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name) if name in self else default
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            if key not in self:
+                raise KeyError(key)
+            return getattr(self, key)
+        return self.to_tuple()[key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@dataclass
+class GenerateDecoderOnlyOutput(Output):
+    """The result of greedy search or sampling with a decoder-only model. B sequences, V vocabulary, n steps.
+
+    Attributes:
+        sequences: int64 `[B, length]`, prompt and generated tokens, padded where a sequence ended early.
+        scores: n tensors float32 `[B, V]`, after the logits processors (`output_scores=True`).
+        logits: n tensors float32 `[B, V]`, as the model gave them (`output_logits=True`).
+        attentions: n tuples with a map per layer (`output_attentions=True`).
+        hidden_states: n tuples with a tensor per layer, and the embeddings (`output_hidden_states=True`).
+        past_key_values: the cache after the last step (`use_cache=True`).
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None

@@ -1,0 +1,145 @@
+"""What one call of `generate` carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROOM = 1024
+
+
+class DecodeState:
+    """Sequences being generated, and how far the model has seen them.
+
+    Tokens, mask and positions live in buffers that are filled in place and double when they are full, so a step copies
+    nothing and what the model gets are views. Letters: B rows, n tokens, m positions (more than n where the prompt was
+    given as embeddings).
+
+    Args:
+        input_ids: int64 `[B, n]`, the prompt.
+        attention_mask: `[B, m]`, 0 where the model must not look; None if it may look everywhere.
+        inputs_embeds: `[B, m, H]`, given instead of the prompt's ids or besides them; used in the first step.
+        make_cache: makes an empty key-value cache; None to run without one.
+        cache: a cache to go on from.
+        max_length: tokens per sequence after which generation ends; a hint for the size of the buffers.
+        model_kwargs: passed to the model in every step.
+
+    Attributes:
+        length: tokens per row so far, prompt included.
+        cached: positions per row that the cache holds.
+        target: positions per row that the next call of the model brings the cache to.
+        cache: the key-value cache, or None.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        make_cache: Callable[[], Any] | None = None,
+        cache: Any = None,
+        max_length: int = 0,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.length = input_ids.shape[1]
+        self.prompt_length = self.length
+        self.inputs_embeds = inputs_embeds
+        self.model_kwargs = model_kwargs or {}
+        # Positions the model sees before the first token of `input_ids`.
+        self.offset = 0 if inputs_embeds is None else inputs_embeds.shape[1] - self.length
+        self.target = self.offset + self.length
+
+        self.use_cache = make_cache is not None or cache is not None
+        self._make_cache = make_cache
+        self.cache = cache if cache is not None or make_cache is None else make_cache()
+        self.cached = 0 if cache is None else int(cache.get_seq_length())
+
+        capacity = max(self.length + 1, min(max_length, self.length + _ROOM))
+        self._tokens = input_ids.new_zeros(input_ids.shape[0], capacity, dtype=torch.long)
+        self._tokens[:, : self.length] = input_ids
+        positions = self.offset + capacity
+        self._cache_position = torch.arange(positions, device=input_ids.device)
+        self._mask: Tensor | None = None
+        self._position_ids = self._cache_position.expand(input_ids.shape[0], -1)
+        if attention_mask is not None:
+            self._mask = attention_mask.new_ones(input_ids.shape[0], positions)
+            self._mask[:, : self.target] = attention_mask
+            self._position_ids = position_ids_from_mask(self._mask)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 `[B, n]`, all tokens so far; a view."""
+        return self._tokens[:, : self.length]
+
+    @property
+    def next_input_ids(self) -> Tensor:
+        """int64 `[B, target - cached]`, the tokens the model has not seen."""
+        return self._tokens[:, max(self.cached - self.offset, 0) : self.target - self.offset]
+
+    @property
+    def next_inputs_embeds(self) -> Tensor | None:
+        """`[B, target - cached, H]` while the model is still reading embeddings, else None."""
+        if self.inputs_embeds is None or self.cached >= self.inputs_embeds.shape[1]:
+            return None
+        return self.inputs_embeds[:, self.cached : self.target]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """`[B, target]`, or None where nothing is masked."""
+        return None if self._mask is None else self._mask[:, : self.target]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 `[B, target - cached]`, positions not counting what is masked."""
+        return self._position_ids[:, self.cached : self.target]
+
+    @property
+    def cache_position(self) -> Tensor:
+        """int64 `[target - cached]`, positions in the cache."""
+        return self._cache_position[self.cached : self.target]
+
+    def seen(self, cache: Any) -> None:
+        """Notes that the model has run up to `target` and returned `cache`."""
+        if self.use_cache:
+            self.cached = self.target
+            self.cache = cache if cache is not None else self.cache
+
+    def append(self, tokens: Tensor) -> None:
+        """Adds one token `[B]` to every row, for the model to see next."""
+        if self.length == self._tokens.shape[1]:
+            self._grow()
+        self._tokens[:, self.length] = tokens
+        self.length += 1
+        self.target = self.offset + self.length
+
+    def forget(self) -> None:
+        """Empties the cache, so that the next call of the model reads every token again.
+
+        Raises:
+            ValueError: the prompt was given as embeddings, or the cache by the caller.
+        """
+        if not self.use_cache:
+            return
+        if self._make_cache is None or self.inputs_embeds is not None:
+            raise ValueError("the cache cannot be rebuilt: it was given by the caller, or the prompt as embeddings")
+        self.cache = self._make_cache()
+        self.cached = 0
+
+    def _grow(self) -> None:
+        rows, capacity = self._tokens.shape
+        self._tokens = torch.cat([self._tokens, torch.zeros_like(self._tokens)], dim=1)
+        self._cache_position = torch.arange(self.offset + 2 * capacity, device=self._tokens.device)
+        if self._mask is None:
+            self._position_ids = self._cache_position.expand(rows, -1)
+        else:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(rows, capacity)], dim=1)
+            self._position_ids = position_ids_from_mask(self._mask)
+
+
+def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions int64 `[B, m]` that count only what the mask `[B, m]` lets through; 1 for what it does not."""
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill_(attention_mask == 0, 1)

@@ -1,0 +1,88 @@
+"""The model classes of an architecture, found by its name in ``config.json``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar, NamedTuple
+
+from moekernels.checkpoint import CheckpointError, read_json
+from moekernels.models.base import PreTrainedModel
+from moekernels.models.configuration import PretrainedConfig, config_path
+from moekernels.models.olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+
+
+class Architecture(NamedTuple):
+    """The classes of one architecture; None where it has no such model."""
+
+    config: type[PretrainedConfig]
+    base: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel] | None = None
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "olmoe": Architecture(config=OlmoeConfig, base=OlmoeModel, causal_lm=OlmoeForCausalLM),
+}
+
+
+class AutoConfig:
+    """Reads configurations of any known architecture."""
+
+    @staticmethod
+    def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PretrainedConfig:
+        """Read ``config.json``; keywords take precedence.
+
+        Raises:
+            CheckpointError: there is none, it cannot be used, or the architecture is not known.
+        """
+        path = config_path(directory)
+        model_type = read_json(path).get("model_type")
+        if model_type not in ARCHITECTURES:
+            known = ", ".join(repr(name) for name in ARCHITECTURES)
+            raise CheckpointError(
+                f"{path}: unknown architecture: model_type must be one of {known}, got {model_type!r}"
+            )
+        return ARCHITECTURES[model_type].config.from_pretrained(directory, **kwargs)
+
+    @staticmethod
+    def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:
+        """A configuration of the named architecture."""
+        if model_type not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {model_type!r}, expected one of {', '.join(ARCHITECTURES)}")
+        return ARCHITECTURES[model_type].config(**kwargs)
+
+
+class _AutoModel:
+    _role: ClassVar[str]
+
+    @classmethod
+    def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
+        found = getattr(ARCHITECTURES.get(type(config).model_type), cls._role, None)
+        if found is None:
+            having = ", ".join(name for name, known in ARCHITECTURES.items() if getattr(known, cls._role) is not None)
+            raise ValueError(f"{cls.__name__}: no such model for {type(config).__name__}; there is one for {having}")
+        return found
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
+        """A model with new weights; see :meth:`PreTrainedModel.from_config`."""
+        return cls._class_for(config).from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, config: PretrainedConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint; see :meth:`PreTrainedModel.from_pretrained`."""
+        config = AutoConfig.from_pretrained(directory) if config is None else config
+        return cls._class_for(config).from_pretrained(directory, config=config, **kwargs)
+
+
+class AutoModel(_AutoModel):
+    """Models without a head."""
+
+    _role = "base"
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """Decoders with a language-modelling head."""
+
+    _role = "causal_lm"

@@ -1,0 +1,258 @@
+"""What all model configurations share: common fields, JSON files, dtype, rotary parameters, validation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from moekernels.checkpoint import CheckpointError, read_json
+
+CONFIG_NAME = "config.json"
+
+_Config = TypeVar("_Config", bound="PretrainedConfig")
+
+# Fields every configuration has, with their defaults; written to a file only where they differ.
+_COMMON: dict[str, Any] = {
+    "architectures": None,
+    "bos_token_id": None,
+    "chunk_size_feed_forward": 0,
+    "decoder_start_token_id": None,
+    "eos_token_id": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "pad_token_id": None,
+    "problem_type": None,
+    "return_dict": True,
+    "sep_token_id": None,
+    "tie_word_embeddings": True,
+    "transformers_version": None,
+    "use_cache": True,
+}
+_NOT_WRITTEN = ("name_or_path", "_name_or_path", "_attn_implementation")
+
+
+class PretrainedConfig:
+    """A model's hyperparameters, read from and written to ``config.json``.
+
+    Every keyword is an attribute; keywords the class does not know are kept and written back. `num_labels` fills
+    `id2label` and `label2id`. The dtype goes by both of its names, ``dtype`` and ``torch_dtype``, and the rotary
+    parameters by ``rope_theta`` with ``rope_scaling`` or by ``rope_parameters``.
+
+    Raises:
+        ValueError: a field has a value that no model could be built from; the message names it.
+    """
+
+    model_type: ClassVar[str] = ""
+    #: Other names of fields: alias -> field.
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, **kwargs: Any) -> None:
+        dtype = kwargs.pop("dtype", None)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        self.dtype: torch.dtype | None = parse_dtype(dtype if dtype is not None else torch_dtype)
+        self.name_or_path: str = kwargs.pop("name_or_path", kwargs.pop("_name_or_path", "")) or ""
+        self._attn_implementation: str | None = kwargs.pop("attn_implementation", None)
+        kwargs.pop("_attn_implementation_internal", None)
+        kwargs.pop("model_type", None)
+        self._set_labels(kwargs)
+        for name, default in _COMMON.items():
+            if name not in self.__dict__:
+                setattr(self, name, kwargs.pop(name, default))
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError for a value that no model could be built from."""
+
+    # Names a field also goes by.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(type(self).attribute_map.get(name, name), value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for names that are not set.
+        field = type(self).attribute_map.get(name)
+        if field is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self, field)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, value: torch.dtype | str | None) -> None:
+        self.dtype = parse_dtype(value)
+
+    @property
+    def use_return_dict(self) -> bool:
+        return self.return_dict
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        self.id2label = {index: f"LABEL_{index}" for index in range(value)}
+        self.label2id = {label: index for index, label in self.id2label.items()}
+
+    def _set_labels(self, kwargs: dict[str, Any]) -> None:
+        id2label = kwargs.pop("id2label", None)
+        label2id = kwargs.pop("label2id", None)
+        num_labels = kwargs.pop("num_labels", None)
+        if id2label is None:
+            self.num_labels = 2 if num_labels is None else num_labels
+        else:
+            # JSON has no integer keys.
+            self.id2label = {int(index): label for index, label in id2label.items()}
+            if num_labels is not None and num_labels != len(self.id2label):
+                self.num_labels = num_labels
+        self.label2id = {label: index for index, label in self.id2label.items()} if label2id is None else label2id
+
+    # Reading and writing.
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any], **kwargs: Any) -> _Config:
+        """A configuration with the given fields; keywords take precedence."""
+        return cls(**{**values, **kwargs})
+
+    @classmethod
+    def from_pretrained(cls: type[_Config], directory: str | os.PathLike[str], **kwargs: Any) -> _Config:
+        """Read ``config.json`` from a checkpoint directory (or a JSON file given by name); keywords take precedence.
+
+        Raises:
+            CheckpointError: there is no such file, it is not a JSON object, it describes another architecture, or it
+                holds an unusable value.
+        """
+        path = config_path(directory)
+        values = read_json(path)
+        found = str(values.get("model_type", cls.model_type))
+        if cls.model_type and found.replace("_", "-") != cls.model_type.replace("_", "-"):
+            raise CheckpointError(f"{path}: model_type must be {cls.model_type!r} for {cls.__name__}, got {found!r}")
+        try:
+            return cls.from_dict(values, **{"name_or_path": os.fspath(directory), **kwargs})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` into `directory`, which is created if need be."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as values that JSON knows, as a deep copy."""
+        values = {name: value for name, value in copy.deepcopy(self.__dict__).items() if name not in _NOT_WRITTEN}
+        # The spelling that every version of transformers reads.
+        dtype = values.pop("dtype")
+        values["torch_dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+        values["model_type"] = type(self).model_type
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """:meth:`to_dict` without the common fields that have their default."""
+        values = self.to_dict()
+        own = inspect.signature(type(self).__init__).parameters
+        for name, default in {**_COMMON, "torch_dtype": None}.items():
+            # A class may have its own default.
+            if values[name] == default and name not in own:
+                del values[name]
+        if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
+            del values["id2label"], values["label2id"]
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of ``config.json``."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # Rotary parameters.
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """`rope_theta` and `rope_scaling` in one dictionary, as transformers 5 has them."""
+        scaling = dict(self.rope_scaling or {"rope_type": "default"})
+        return {**scaling, "rope_theta": self.rope_theta}
+
+    @rope_parameters.setter
+    def rope_parameters(self, parameters: dict[str, Any] | None) -> None:
+        if parameters is None:
+            return
+        scaling = dict(parameters)
+        self.rope_theta = scaling.pop("rope_theta", self.__dict__.get("rope_theta", 10000.0))
+        self.rope_scaling = None if scaling in ({}, {"rope_type": "default"}) else scaling
+
+    # Checks for subclasses.
+
+    def _check(self, name: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if not is_valid(value):
+            raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            self._check(name, "a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0)
+
+    def _check_numbers(self, *names: str, low: float = 0.0, high: float = float("inf")) -> None:
+        for name in names:
+            self._check(
+                name, f"a number from {low} to {high}", lambda v: isinstance(v, int | float) and low <= v <= high
+            )
+
+    def _check_token_ids(self, *names: str) -> None:
+        size = self.vocab_size
+        for name in names:
+            self._check(
+                name,
+                f"a token id below vocab_size = {size}, or None",
+                lambda v: v is None or (isinstance(v, int) and -size <= v < size),
+            )
+
+
+def config_path(directory: str | os.PathLike[str]) -> Path:
+    """The ``config.json`` of a checkpoint directory; a path to a JSON file stands for itself.
+
+    Raises:
+        CheckpointError: there is no such directory.
+    """
+    path = Path(directory)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{os.fspath(directory)!r} is not a directory. Models are loaded from local checkpoint directories; "
+            "fetch one from the Hugging Face hub with `hf download <name> --local-dir <directory>`"
+        )
+    return path / CONFIG_NAME
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from itself or its name ("bfloat16", "torch.bfloat16"); "auto" and None give None.
+
+    Raises:
+        ValueError: it names no floating-point dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype must be "auto", a floating-point torch dtype or the name of one, got {dtype!r}')
+    return found

@@ -1,0 +1,412 @@
+"""OLMoE (arXiv 2409.02060): a decoder whose every MLP is sparse, with dropless top-k routing.
+
+Letters: B batch, S new tokens, H hidden size, D head size, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moekernels.generation import GenerationMixin
+from moekernels.models.base import PreTrainedModel
+from moekernels.models.configuration import PretrainedConfig
+from moekernels.models.losses import causal_lm_loss, load_balancing_loss
+from moekernels.models.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from moekernels.nn import (
+    ATTENTION_FUNCTIONS,
+    AttentionMask,
+    Cache,
+    DynamicCache,
+    RMSNorm,
+    RotaryEmbedding,
+    SparseMLP,
+    apply_rotary,
+    causal_mask,
+)
+from moekernels.nn.activations import op_activation
+from moekernels.nn.rope import check_rope_scaling
+
+
+class OlmoeConfig(PretrainedConfig):
+    """The configuration of OLMoE; the defaults are close to OLMoE-1B-7B.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: H, the width of a token.
+        intermediate_size: inner width of one expert.
+        num_hidden_layers: number of layers.
+        num_attention_heads: heads of the queries.
+        num_key_value_heads: heads of keys and values; None for as many as queries have.
+        hidden_act: activation of the experts' gate.
+        max_position_embeddings: the longest sequence the model is made for.
+        initializer_range: standard deviation of new weights.
+        rms_norm_eps: added to the mean square in norms.
+        use_cache: return keys and values for decoding unless told otherwise.
+        pad_token_id, bos_token_id, eos_token_id: special tokens.
+        tie_word_embeddings: share the embedding with the head.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched: a dictionary with "rope_type" (default, linear, dynamic, yarn, llama3 or
+            longrope) and what that type needs; None for not at all.
+        attention_bias: give the attention's projections a bias.
+        attention_dropout: dropout of attention probabilities in training.
+        clip_qkv: clamp queries, keys and values to this magnitude.
+        num_experts_per_tok: experts that a token visits.
+        num_experts: E.
+        output_router_logits: return the router's logits, and the load-balancing loss, unless told otherwise.
+        router_aux_loss_coef: weight of that loss in the total.
+        norm_topk_prob: divide a token's expert weights by their sum.
+        **kwargs: the fields of :class:`PretrainedConfig`; others are kept.
+    """
+
+    model_type = "olmoe"
+    attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+
+    def __init__(
+        self,
+        vocab_size: int = 50304,
+        hidden_size: int = 2048,
+        intermediate_size: int = 2048,
+        num_hidden_layers: int = 16,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 4096,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-5,
+        use_cache: bool = True,
+        pad_token_id: int | None = 1,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = 50279,
+        tie_word_embeddings: bool = False,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        attention_bias: bool = False,
+        attention_dropout: float = 0.0,
+        clip_qkv: float | None = None,
+        num_experts_per_tok: int = 8,
+        num_experts: int = 64,
+        output_router_logits: bool = False,
+        router_aux_loss_coef: float = 0.01,
+        norm_topk_prob: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.attention_bias = attention_bias
+        self.attention_dropout = attention_dropout
+        self.clip_qkv = clip_qkv
+        self.num_experts_per_tok = num_experts_per_tok
+        self.num_experts = num_experts
+        self.output_router_logits = output_router_logits
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.norm_topk_prob = norm_topk_prob
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def validate(self) -> None:
+        self._check_counts(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "num_experts_per_tok",
+            "num_experts",
+        )
+        heads, experts = self.num_attention_heads, self.num_experts
+        self._check("hidden_size", f"an even multiple of {heads} heads", lambda v: v % (2 * heads) == 0)
+        self._check("num_key_value_heads", f"a divisor of {heads} heads", lambda v: heads % v == 0)
+        self._check("num_experts_per_tok", f"at most num_experts = {experts}", lambda v: v <= experts)
+        self._check_numbers("attention_dropout", high=1.0)
+        self._check_numbers("initializer_range", "rms_norm_eps", "router_aux_loss_coef", "rope_theta")
+        self._check("clip_qkv", "a positive number or None", lambda v: v is None or v > 0)
+        self._check_token_ids("pad_token_id")
+        op_activation(self.hidden_act)
+        check_rope_scaling(self.rope_scaling, self.hidden_size // heads)
+
+
+class OlmoeAttention(nn.Module):
+    """Attention with norms over the whole width of queries and keys, and rotary positions."""
+
+    def __init__(self, config: OlmoeConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scale = self.head_dim**-0.5
+        kv_size = self.head_dim * config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_norm = RMSNorm(kv_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        implementation: str,
+        cache: Cache | None,
+        cache_position: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``hidden [B, S, H]`` -> output ``[B, S, H]``, and probabilities ``[B, heads, S, keys]`` if eager."""
+        kv_shape = (*hidden.shape[:-1], self.config.num_key_value_heads, self.head_dim)
+        query_shape = (*hidden.shape[:-1], self.config.num_attention_heads, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden))
+        key = self.k_norm(self.k_proj(hidden))
+        value = self.v_proj(hidden)
+        if self.config.clip_qkv is not None:
+            clip = self.config.clip_qkv
+            query, key, value = query.clamp(-clip, clip), key.clamp(-clip, clip), value.clamp(-clip, clip)
+        query = apply_rotary(query.view(query_shape), *rotary).transpose(1, 2)
+        key = apply_rotary(key.view(kv_shape), *rotary).transpose(1, 2)
+        value = value.view(kv_shape).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer, cache_position)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = ATTENTION_FUNCTIONS[implementation]
+        out, probs = attend(query, key, value, mask, scale=self.scale, dropout=dropout)
+        return self.o_proj(out), probs
+
+
+class OlmoeDecoderLayer(nn.Module):
+    """Attention, then the sparse MLP, each on a normalised input and added to the residual stream."""
+
+    def __init__(self, config: OlmoeConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = OlmoeAttention(config, layer)
+        self.mlp = SparseMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            activation=op_activation(config.hidden_act),
+            renormalize=config.norm_topk_prob,
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, *attention_inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``hidden [B, S, H]`` -> output ``[B, S, H]``, attention probabilities, router logits ``[B * S, E]``."""
+        attended, probs = self.self_attn(self.input_layernorm(hidden), *attention_inputs)
+        hidden = hidden + attended
+        mixed, router_logits = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + mixed, probs, router_logits
+
+
+class OlmoePreTrainedModel(PreTrainedModel):
+    config_class = OlmoeConfig
+
+
+class OlmoeModel(OlmoePreTrainedModel):
+    """The decoder without a head: tokens to hidden states."""
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(OlmoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(
+            config.hidden_size // config.num_attention_heads,
+            config.rope_theta,
+            config.rope_scaling,
+            max_position_embeddings=config.max_position_embeddings,
+            original_max_position_embeddings=getattr(config, "original_max_position_embeddings", None),
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+        """Run the decoder. Options that are None are taken from the configuration.
+
+        Args:
+            input_ids: int64 ``[B, S]``, the new tokens; those in the cache are not given again.
+            attention_mask: ``[B, past + S]``, 0 at padding on either side; or ``[B, 1, S, keys]``, additive or boolean.
+            position_ids: ``[B, S]``; by default `cache_position`, padding or not.
+            past_key_values: a cache with the tokens before; it is filled further.
+            inputs_embeds: ``[B, S, H]`` instead of `input_ids`.
+            use_cache: make a cache if none is given (not with gradient checkpointing), and return it.
+            output_attentions: return attention probabilities (by the eager implementation, in this call).
+            output_hidden_states: return the hidden states between layers.
+            output_router_logits: return the router's logits.
+            return_dict: False returns a tuple of the fields that are there.
+            cache_position: ``[S]``, the places of the new tokens in the cache.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, `past_key_values` is no cache, or
+                `attention_mask` does not fit.
+        """
+        config = self.config
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values must be a moekernels Cache or None, got {type(past_key_values).__name__}"
+            )
+        # With checkpointing, layers run twice, and would fill a cache twice.
+        checkpointed = self.gradient_checkpointing and self.training
+        if checkpointed and past_key_values is not None:
+            raise ValueError("past_key_values cannot be combined with gradient checkpointing")
+        cache = past_key_values
+        if cache is None and not checkpointed and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = hidden.shape[:2]
+        if cache_position is None:
+            cache_position = (
+                torch.arange(num_tokens, device=hidden.device)
+                if cache is None
+                else cache.next_positions(num_tokens, hidden.device)
+            )
+        if position_ids is None:
+            position_ids = cache_position[None]
+        implementation = "eager" if output_attentions else config._attn_implementation
+        mask = causal_mask(
+            attention_mask, cache, cache_position, batch_size, hidden.dtype, explicit=implementation == "eager"
+        )
+        rotary = self.rotary_emb(position_ids, hidden.dtype)
+
+        hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Tensor, ...] = ()
+        router_logits: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states += (hidden,)
+            inputs = (hidden, rotary, mask, implementation, cache, cache_position)
+            hidden, probs, logits = self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
+            if output_attentions:
+                attentions += (probs,)
+            if output_router_logits:
+                router_logits += (logits,)
+        hidden = self.norm(hidden)
+        if output_hidden_states:
+            hidden_states += (hidden,)
+
+        output = MoeModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            router_logits=router_logits if output_router_logits else None,
+        )
+        return self._returned(output, return_dict)
+
+
+class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):  # type: ignore[override]
+    """The decoder with a language-modelling head."""
+
+    def __init__(self, config: OlmoeConfig) -> None:
+        super().__init__(config)
+        self.model = OlmoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """Run the model. What is not listed here is as in :meth:`OlmoeModel.forward`.
+
+        Args:
+            labels: ``[B, S]``, the tokens themselves (they are shifted here), -100 where nothing is to be learnt.
+            output_router_logits: also return the load-balancing loss, and add it to the loss.
+            logits_to_keep: compute logits for that many last positions, or for the positions in a tensor; 0 is all.
+            **kwargs: `num_items_in_batch` and `shift_labels` of :func:`causal_lm_loss`; others have no effect.
+        """
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            cache_position=cache_position,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = aux_loss = None
+        shift_labels = kwargs.get("shift_labels")
+        if labels is not None or shift_labels is not None:
+            loss = causal_lm_loss(
+                logits, labels, num_items_in_batch=kwargs.get("num_items_in_batch"), shift_labels=shift_labels
+            )
+        if output_router_logits:
+            aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, attention_mask)
+            if loss is not None:
+                loss = loss + config.router_aux_loss_coef * aux_loss
+
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+        return self._returned(output, return_dict)

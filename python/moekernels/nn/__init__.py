@@ -1,0 +1,39 @@
+"""Modules to build Transformers from."""
+
+from moekernels.nn.attention import (
+    ATTENTION_FUNCTIONS,
+    AttentionMask,
+    causal_mask,
+    eager_attention,
+    padding_mask,
+    sdpa_attention,
+)
+from moekernels.nn.cache import Cache, DynamicCache, StaticCache
+from moekernels.nn.dispatcher import Dispatched, Dispatcher, LocalDispatcher
+from moekernels.nn.experts import GroupedExperts
+from moekernels.nn.norm import RMSNorm
+from moekernels.nn.rope import RotaryEmbedding, apply_rotary
+from moekernels.nn.router import Routing, TopKRouter
+from moekernels.nn.sparse_mlp import SparseMLP
+
+__all__ = [
+    "ATTENTION_FUNCTIONS",
+    "AttentionMask",
+    "Cache",
+    "Dispatched",
+    "Dispatcher",
+    "DynamicCache",
+    "GroupedExperts",
+    "LocalDispatcher",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Routing",
+    "SparseMLP",
+    "StaticCache",
+    "TopKRouter",
+    "apply_rotary",
+    "causal_mask",
+    "eager_attention",
+    "padding_mask",
+    "sdpa_attention",
+]

@@ -1,0 +1,249 @@
+"""Tokenizers that the `tokenizers` package runs, from a `tokenizer.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tokenizers import AddedToken, Tokenizer
+
+from moekernels.tokenizers.base import PreTrainedTokenizerBase
+from moekernels.tokenizers.options import DO_NOT_PAD, DO_NOT_TRUNCATE, MAX_LENGTH, EncodeOptions
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
+    """A tokenizer read from `tokenizer.json`. Gives the ids transformers' class of the same name gives.
+
+    Args:
+        tokenizer_file: path of a `tokenizer.json`.
+        tokenizer_object: a `tokenizers.Tokenizer` instead; it is copied.
+        added_tokens_decoder: tokens to add where they are missing, by id.
+        add_prefix_space: put a space before the first word, for tokenizers whose words carry their space.
+        **kwargs: as for :class:`PreTrainedTokenizerBase`.
+
+    Raises:
+        ValueError: neither or both of file and object are given, or the file is no tokenizer.
+    """
+
+    is_fast: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        tokenizer_file: str | Path | None = None,
+        tokenizer_object: Tokenizer | None = None,
+        added_tokens_decoder: dict[int, AddedToken] | None = None,
+        add_prefix_space: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if (tokenizer_file is None) == (tokenizer_object is None):
+            raise ValueError(f"{type(self).__name__} needs either tokenizer_file or tokenizer_object")
+        if tokenizer_object is not None:
+            self._tokenizer = Tokenizer.from_str(tokenizer_object.to_str())
+        else:
+            try:
+                self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+            except Exception as error:  # the package raises no class of its own
+                raise ValueError(f"{tokenizer_file} is not a tokenizer.json: {error}") from error
+        for name, value in self._settings_of_file().items():
+            kwargs.setdefault(name, value)
+        super().__init__(**kwargs)
+        self.add_prefix_space = add_prefix_space
+        self._tokenizer.encode_special_tokens = self.split_special_tokens
+        self._add_missing_tokens(added_tokens_decoder or {})
+        self._set_prefix_space(add_prefix_space)
+
+    def _settings_of_file(self) -> dict[str, Any]:
+        """What the file says about padding and truncation; both are switched on per call."""
+        settings: dict[str, Any] = {}
+        truncation, padding = self._tokenizer.truncation, self._tokenizer.padding
+        if truncation is not None:
+            settings["truncation_side"] = truncation["direction"]
+        if padding is not None:
+            settings["pad_token"] = padding["pad_token"]
+            settings["padding_side"] = padding["direction"]
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        return settings
+
+    def _add_missing_tokens(self, added_tokens_decoder: dict[int, AddedToken]) -> None:
+        present = {str(token): repr(token) for token in self.added_tokens_decoder.values()}
+        missing: dict[str, str | AddedToken] = {}
+        for _, token in sorted(added_tokens_decoder.items()):
+            if present.get(str(token)) != repr(token):
+                missing[str(token)] = token
+        for special in self.all_special_tokens_extended:
+            if str(special) not in present:
+                missing.setdefault(str(special), special)
+        if missing:
+            specials = set(self.all_special_tokens)
+            self._add_tokens([_flagged(token, str(token) in specials) for token in missing.values()])
+
+    def _set_prefix_space(self, add_prefix_space: bool) -> None:
+        if self._tokenizer.pre_tokenizer is None:
+            return
+        state = json.loads(self._tokenizer.to_str())
+        if state["pre_tokenizer"].get("add_prefix_space", add_prefix_space) != add_prefix_space:
+            state["pre_tokenizer"]["add_prefix_space"] = add_prefix_space
+            self._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+    # The table of tokens.
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Id to token, of those that are never split."""
+        return self._tokenizer.get_added_tokens_decoder()
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The same by text, in the order of ids."""
+        return {token.content: index for index, token in sorted(self.added_tokens_decoder.items())}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return self.added_tokens_encoder
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """The id of a token, or of each in a list; that of the unknown token for others."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        index = self._tokenizer.token_to_id(tokens)
+        if index is None and tokens != self.unk_token:
+            return self.unk_token_id
+        return index
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or of each in a list; None for ids past the vocabulary."""
+        if isinstance(ids, int):
+            return self._tokenizer.id_to_token(ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        return [self._tokenizer.id_to_token(int(index)) for index in ids if int(index) not in skipped]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of tokens."""
+        decoder = self._tokenizer.decoder
+        return decoder.decode(tokens) if decoder is not None else " ".join(tokens)
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many tokens `add_special_tokens` adds to a text, or to a pair."""
+        return self._tokenizer.num_special_tokens_to_add(pair)
+
+    def _add_tokens(self, tokens: list[AddedToken]) -> int:
+        return self._tokenizer.add_tokens(tokens)
+
+    # Encoding and decoding.
+
+    def _encode_batch(
+        self, texts: Sequence[Any], options: EncodeOptions
+    ) -> tuple[dict[str, list[Any]], list[Any] | None]:
+        backend = self._tokenizer
+        if options.truncation == DO_NOT_TRUNCATE:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(
+                options.max_length, stride=options.stride, strategy=options.truncation, direction=self.truncation_side
+            )
+        if options.padding == DO_NOT_PAD:
+            backend.no_padding()
+        else:
+            backend.enable_padding(
+                direction=options.padding_side,
+                pad_id=self.pad_token_id,
+                pad_type_id=self.pad_token_type_id,
+                pad_token=self.pad_token,
+                length=options.max_length if options.padding == MAX_LENGTH else None,
+                pad_to_multiple_of=options.pad_to_multiple_of,
+            )
+        backend.encode_special_tokens = options.split_special_tokens
+        try:
+            rows = backend.encode_batch(
+                texts, add_special_tokens=options.add_special_tokens, is_pretokenized=options.pretokenized
+            )
+        except Exception as error:  # as above
+            raise ValueError(
+                f"cannot encode with {options.truncation} to {options.max_length} tokens: {error}"
+            ) from error
+
+        encodings, samples = [], []
+        for sample, row in enumerate(rows):
+            parts = [row, *row.overflowing] if options.overflowing_tokens else [row]
+            encodings += parts
+            samples += [sample] * len(parts)
+        entries: dict[str, list[Any]] = {"input_ids": [encoding.ids for encoding in encodings]}
+        if options.token_type_ids:
+            entries["token_type_ids"] = [encoding.type_ids for encoding in encodings]
+        if options.attention_mask:
+            entries["attention_mask"] = [encoding.attention_mask for encoding in encodings]
+        if options.special_tokens_mask:
+            entries["special_tokens_mask"] = [encoding.special_tokens_mask for encoding in encodings]
+        if options.offsets_mapping:
+            entries["offset_mapping"] = [encoding.offsets for encoding in encodings]
+        if options.length:
+            entries["length"] = [len(encoding.ids) for encoding in encodings]
+        if options.overflowing_tokens:
+            entries["overflow_to_sample_mapping"] = samples
+        return entries, encodings
+
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    # Files.
+
+    @classmethod
+    def _load(cls, directory: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+        path = directory / TOKENIZER_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no {TOKENIZER_NAME} in {str(directory)!r}")
+        settings.pop("tokenizer_class", None)
+        settings.pop("tokenizer_file", None)
+        return cls(tokenizer_file=path, **{**settings, "name_or_path": str(directory)})
+
+    def _save(self, directory: Path) -> list[Path]:
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.save(str(directory / TOKENIZER_NAME))
+        return [directory / TOKENIZER_NAME]
+
+    def _saved_settings(self) -> dict[str, Any]:
+        added = {
+            str(index): {
+                "content": token.content,
+                "single_word": token.single_word,
+                "lstrip": token.lstrip,
+                "rstrip": token.rstrip,
+                "normalized": token.normalized,
+                "special": token.special,
+            }
+            for index, token in sorted(self.added_tokens_decoder.items())
+        }
+        settings: dict[str, Any] = {"added_tokens_decoder": added}
+        if self.add_prefix_space:
+            settings["add_prefix_space"] = True
+        return settings
+
+
+def _flagged(token: str | AddedToken, special: bool) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=special)
+    token.special = special or token.special
+    return token

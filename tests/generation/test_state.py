@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moekernels.generation import DecodeState
+from moekernels.generation.state import position_ids_from_mask
+
+
+class Cache:
+    def __init__(self, length: int = 0) -> None:
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def test_a_step_sees_only_what_is_new() -> None:
+    state = DecodeState(torch.tensor([[5, 6, 7]]), make_cache=Cache, max_length=6)
+    assert state.next_input_ids.tolist() == [[5, 6, 7]]
+    assert state.position_ids.tolist() == [[0, 1, 2]] and state.cache_position.tolist() == [0, 1, 2]
+    state.seen(state.cache)
+    state.append(torch.tensor([9]))
+    assert state.next_input_ids.tolist() == [[9]]
+    assert state.position_ids.tolist() == [[3]] and state.cache_position.tolist() == [3]
+    assert state.input_ids.tolist() == [[5, 6, 7, 9]]
+    state.forget()
+    assert state.next_input_ids.tolist() == [[5, 6, 7, 9]] and state.cache_position.tolist() == [0, 1, 2, 3]
+
+
+def test_padding_and_holes_are_not_counted() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]])
+    state = DecodeState(torch.zeros(2, 4, dtype=torch.long), mask, make_cache=Cache)
+    assert state.position_ids.tolist() == [[1, 1, 0, 1], [0, 1, 1, 2]]
+    for expected in ([[2], [3]], [[3], [4]]):  # the second one does not fit and makes the buffers grow
+        state.seen(state.cache)
+        state.append(torch.tensor([1, 1]))
+        assert state.position_ids.tolist() == expected
+    assert state.attention_mask.tolist() == [[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1]]
+    assert torch.equal(position_ids_from_mask(mask), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 2]]))
+
+
+def test_without_a_cache_everything_is_new() -> None:
+    state = DecodeState(torch.tensor([[5, 6]]))
+    state.seen(None)
+    state.append(torch.tensor([7]))
+    assert state.next_input_ids.tolist() == [[5, 6, 7]] and state.cache is None
+    state.forget()
+    assert state.next_input_ids.tolist() == [[5, 6, 7]]
+
+
+def test_embeddings_come_first() -> None:
+    embeds = torch.randn(2, 3, 4)
+    state = DecodeState(torch.zeros(2, 0, dtype=torch.long), inputs_embeds=embeds, make_cache=Cache, max_length=2)
+    assert torch.equal(state.next_inputs_embeds, embeds) and state.input_ids.shape == (2, 0)
+    state.seen(state.cache)
+    state.append(torch.tensor([8, 9]))
+    assert state.next_inputs_embeds is None and state.next_input_ids.tolist() == [[8], [9]]
+    assert state.cache_position.tolist() == [3]
+    with pytest.raises(ValueError, match="cannot be rebuilt"):
+        state.forget()
+
+
+def test_a_given_cache_is_gone_on_from() -> None:
+    state = DecodeState(torch.tensor([[5, 6, 7]]), cache=Cache(2))
+    assert state.next_input_ids.tolist() == [[7]] and state.cache_position.tolist() == [2]
+    with pytest.raises(ValueError, match="given by the caller"):
+        state.forget()
+
+
+def test_steps_do_not_copy_what_is_there() -> None:
+    state = DecodeState(torch.arange(5).view(1, 5), torch.tensor([[0, 1, 1, 1, 1]]), make_cache=Cache, max_length=900)
+    address = state.input_ids.data_ptr()
+    for _ in range(800):
+        state.append(torch.tensor([1]))
+    assert state.input_ids.data_ptr() == address and state.input_ids.shape == (1, 805)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+
+from moekernels.models.losses import causal_lm_loss, load_balancing_loss
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_load_balancing_loss(top_k: int, masked: bool) -> None:
+    logits = [torch.randn(12, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]) if masked else None
+    ours = load_balancing_loss(logits, top_k, mask)
+    theirs = load_balancing_loss_func(tuple(logits), 8, top_k, mask)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_perfect_balance_gives_top_k() -> None:
+    shifted = torch.stack([torch.eye(4)[i % 4] * 1e-4 for i in range(8)])
+    torch.testing.assert_close(load_balancing_loss([shifted], 1), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss([torch.zeros(8, 4)], 4), torch.tensor(4.0))
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The definition, one token at a time."""
+    losses = [
+        -F.log_softmax(logits[b, s].double(), dim=-1)[labels[b, s + 1]]
+        for b in range(labels.shape[0])
+        for s in range(labels.shape[1] - 1)
+        if labels[b, s + 1] != -100
+    ]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_causal_lm_loss(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(2, 7, 13, dtype=dtype), torch.randint(0, 13, (2, 7))
+    labels[0, 3] = labels[1, 5] = -100
+    loss = causal_lm_loss(logits, labels)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(loss.double(), next_token_loss(logits, labels), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(causal_lm_loss(logits, labels, num_items_in_batch=4), loss * 10 / 4)
+
+
+def test_wrong_labels() -> None:
+    with pytest.raises(ValueError, match=r"\[2, 7\], got \[2, 6\]"):
+        causal_lm_loss(torch.randn(2, 7, 13), torch.zeros(2, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels or shift_labels must be given"):
+        causal_lm_loss(torch.randn(2, 7, 13), None)

@@ -1,0 +1,143 @@
+"""The parameter structs of ``csrc/include/moekernels/params.h``, mirrored for ctypes.
+
+``test_runtime.py`` compares every size and offset with what C++ says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_float, c_int32, c_int64
+from enum import IntEnum
+
+import torch
+
+
+class InputPointer(ctypes.c_void_p):
+    """A pointer to memory the op only reads."""
+
+
+class OutputPointer(ctypes.c_void_p):
+    """A pointer to memory the op writes."""
+
+
+class DType(IntEnum):
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> DType:
+        return {torch.float32: cls.FLOAT32, torch.bfloat16: cls.BFLOAT16, torch.float16: cls.FLOAT16}[dtype]
+
+
+class Scoring(IntEnum):
+    SOFTMAX = 0
+    TOP2_GATE = 1
+    SPARSEMIXER = 2
+
+
+class Activation(IntEnum):
+    NONE = 0
+    RELU = 1
+    GELU = 2
+    GELU_TANH = 3
+    SILU = 4
+
+
+class RouteParams(ctypes.Structure):
+    _fields_ = [
+        ("logits", InputPointer),
+        ("noise", InputPointer),
+        ("mask", InputPointer),
+        ("weights", OutputPointer),
+        ("expert_ids", OutputPointer),
+        ("num_tokens", c_int64),
+        ("logits_stride", c_int64),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("scoring", c_int32),
+        ("logits_dtype", c_int32),
+        ("probs_dtype", c_int32),
+        ("renormalize", c_bool),
+        ("epsilon", c_float),
+    ]
+
+
+class PlanParams(ctypes.Structure):
+    _fields_ = [
+        ("expert_ids", InputPointer),
+        ("token_order", InputPointer),
+        ("expert_offsets", OutputPointer),
+        ("token_of_row", OutputPointer),
+        ("row_of_slot", OutputPointer),
+        ("workspace", OutputPointer),
+        ("num_tokens", c_int64),
+        ("capacity", c_int64),
+        ("group_size", c_int64),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+    ]
+
+
+class PermuteParams(ctypes.Structure):
+    _fields_ = [
+        ("hidden", InputPointer),
+        ("token_of_row", InputPointer),
+        ("rows", OutputPointer),
+        ("num_tokens", c_int64),
+        ("num_rows", c_int64),
+        ("hidden_size", c_int64),
+        ("hidden_stride", c_int64),
+        ("dtype", c_int32),
+    ]
+
+
+class GroupedGemmParams(ctypes.Structure):
+    _fields_ = [
+        ("rows", InputPointer),
+        ("token_of_row", InputPointer),
+        ("weight", InputPointer),
+        ("bias", InputPointer),
+        ("row_scale", InputPointer),
+        ("expert_offsets", InputPointer),
+        ("out", OutputPointer),
+        ("workspace", OutputPointer),
+        ("num_rows", c_int64),
+        ("num_source_rows", c_int64),
+        ("row_stride", c_int64),
+        ("weight_expert_stride", c_int64),
+        ("weight_row_stride", c_int64),
+        ("bias_stride", c_int64),
+        ("out_features", c_int64),
+        ("in_features", c_int64),
+        ("num_experts", c_int32),
+        ("activation", c_int32),
+        ("gated", c_bool),
+        ("allow_tf32", c_bool),
+        ("batch_invariant", c_bool),
+        ("dtype", c_int32),
+    ]
+
+
+class UnpermuteParams(ctypes.Structure):
+    _fields_ = [
+        ("rows", InputPointer),
+        ("row_of_slot", InputPointer),
+        ("weights", InputPointer),
+        ("out", OutputPointer),
+        ("num_tokens", c_int64),
+        ("num_rows", c_int64),
+        ("hidden_size", c_int64),
+        ("row_stride", c_int64),
+        ("top_k", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "route": RouteParams,
+    "plan": PlanParams,
+    "permute": PermuteParams,
+    "grouped_gemm": GroupedGemmParams,
+    "unpermute": UnpermuteParams,
+}

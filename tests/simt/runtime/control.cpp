@@ -1,0 +1,37 @@
+// The C interface for tests: options, buffers, the outcome.
+#include "global_memory.h"
+#include "launch_emulated.h"
+#include "state.h"
+
+extern "C" {
+
+void simt_configure(uint64_t seed, int timing, int check_races, double watchdog_seconds) {
+  simt::options = {seed, static_cast<simt::Timing>(timing), check_races != 0, watchdog_seconds};
+}
+
+void simt_set_device(int compute_capability, int sm_count) {
+  simt::set_device(compute_capability, sm_count);
+}
+
+void simt_add_buffer(const char* name, const void* data, size_t bytes, int writable) {
+  simt::add_buffer(name, data, bytes, writable != 0);
+}
+
+// Forgets the buffers, the last error and the launches.
+void simt_reset() {
+  simt::clear_buffers();
+  simt::last_error.clear();
+  simt::launch_log.clear();
+}
+
+// Empty when every launch went well.
+const char* simt_last_error() {
+  return simt::last_error.c_str();
+}
+
+// One line per launch since the last reset.
+const char* simt_launch_log() {
+  return simt::launch_log.c_str();
+}
+
+}  // extern "C"

@@ -1,0 +1,214 @@
+"""The command as a user runs it: in a process of its own, or by its entry point where only messages matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from moekernels import __version__, build_info
+from moekernels.cli import main
+from moekernels.cli.checks import LayerCheck
+from moekernels.models import AutoModelForCausalLM
+from moekernels.tokenizers import AutoTokenizer
+
+
+def run(*args: str, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """No network, no cache directories: what a command needs must be in the package."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "moekernels", *args],
+        input=stdin,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def exit_code(*args: str) -> int:
+    try:
+        return main(args)
+    except SystemExit as end:  # argparse ends this way
+        return int(end.code or 0)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
+    return directory, run("demo", "--keep", str(directory), "--device", "cpu", cwd=directory.parent)
+
+
+def test_demo_passes_its_checks(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    directory, result = demo
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"all checks passed, \d+\.\d s$", result.stdout.strip())
+    assert len(re.findall(r"^model\.layers\.\d\.mlp +same .* ok$", result.stdout, re.MULTILINE)) == 8
+    assert "the same tokens as without" in result.stdout
+    kernels = ("route", "plan", "permute", "grouped_gemm up", "grouped_gemm down", "unpermute", "sparse_mlp")
+    for kernel in kernels:
+        row = re.search(
+            rf"^{kernel} +\S.*bfloat16 +[\d,.]+ +[\d.]+ (GFLOP|GB)/s +[\d.]+x$", result.stdout, re.MULTILINE
+        )
+        assert row, kernel
+    assert [path.name for path in directory.parent.iterdir()] == ["checkpoint"]  # nothing else was written
+
+
+def test_demo_leaves_a_whole_checkpoint(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    directory, _ = demo
+    names = {path.name for path in directory.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    with safe_open(directory / "model.safetensors", "pt") as tensors:
+        assert "model.layers.0.mlp.experts.15.down_proj.weight" in tensors.keys()  # noqa: SIM118
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    assert model.config.vocab_size == len(tokenizer)
+    assert tokenizer.decode(tokenizer("Tokens arrive").input_ids) == "Tokens arrive"
+
+
+def test_generate(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    directory, _ = demo
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    prompt = "The router looks"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs.input_ids.shape[1]
+    expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=9)[0, length:], skip_special_tokens=True)
+    common = ("generate", "--model", str(directory), "--max-new-tokens", "9", "--device", "cpu")
+    for more, stdin in ((("--prompt", prompt), ""), (("--no-stream",), prompt)):
+        result = run(*common, *more, stdin=stdin)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == expected + "\n"
+        assert re.search(rf"prefill {length} tokens, [\d.]+ tokens/s; decode 8 tokens, [\d.]+ tokens/s", result.stderr)
+        assert "warning" not in result.stderr
+
+
+def test_generate_samples(
+    demo: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def text(*options: str) -> str:
+        command = ("generate", "--model", str(demo[0]), "--prompt", "The", "--max-new-tokens", "12", "--device", "cpu")
+        assert exit_code(*command, *options) == 0
+        return capsys.readouterr().out
+
+    sampling = ("--temperature", "1.5", "--top-k", "0", "--min-p", "0.01", "--seed")
+    assert text(*sampling, "1") == text(*sampling, "1") != text(*sampling, "2")
+    assert text(*sampling, "1", "--no-stream") == text(*sampling, "1")
+    greedy = text()
+    assert text("--temperature", "0") == greedy == text("--temperature", "0.001", "--seed", "3")
+    assert text("--repetition-penalty", "3.0") != greedy
+    text("--dtype", "float32", "--attn-implementation", "eager")
+
+
+def test_info() -> None:
+    result = run("info", "--json")
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert {name: info[name] for name in build_info()} == build_info()
+    assert info["devices"][0]["device"] == "cpu" and info["devices"][0]["threads"] >= 1
+    text = run("info").stdout
+    for expected in (
+        __version__,
+        info["torch_running"],
+        info["cpu_isa"],
+        info["cxx_compiler"],
+        info["devices"][0]["name"],
+    ):
+        assert expected in text
+    if not info["cuda_archs"]:
+        assert f"none: {info['cuda_reason']}" in text
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*args: str) -> str:
+        assert exit_code(*args) == 0
+        return capsys.readouterr().out
+
+    top = text("--help")
+    for word in ("info", "generate", "demo", "--version", "examples:"):
+        assert word in top
+    assert text("--version") == f"moekernels {__version__}\n"
+    for command in ("info", "generate", "demo"):
+        assert f"usage: moekernels {command}" in text(command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("frobnicate",), "invalid choice: 'frobnicate'"),
+        (("generate",), "required: --model"),
+        (("generate", "--model", "no/such/place", "--prompt", "a"), "no/such/place"),
+        (("generate", "--model", ".", "--prompt", "a"), "no tokenizer in"),
+        (("generate", "--model", ".", "--prompt", ""), "there is no prompt"),
+        (("generate", "--model", ".", "--prompt", "a", "--top-k", "many"), "invalid int value: 'many'"),
+        (("generate", "--model", ".", "--prompt", "a", "--device", "toaster"), "--device must be auto, cpu or cuda"),
+        (("generate", "--model", ".", "--prompt", "a", "--device", "cuda"), "no CUDA device"),
+        (("generate", "--model", ".", "--prompt", "a", "--temperature", "0", "--top-k", "3"), "--top-k cannot apply"),
+        (("demo", "--keep", "a-file"), "a-file"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_errors_are_one_line(
+    args: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert exit_code(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moekernels: error: ") and message in captured.err
+    assert captured.err.count("\n") == 1, captured.err
+
+
+def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = run("generate", "--model", "no/such/place", "--prompt", "a", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"moekernels: error: no such checkpoint directory: 'no/such/place'.*\n", result.stderr)
+
+
+def test_a_reader_that_stops_reading() -> None:
+    command = f"{sys.executable} -m moekernels info | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temperature", "-1", "temperature must be greater than 0"),
+        ("--top-p", "1.5", "top_p must be between 0 and 1"),
+        ("--max-new-tokens", "0", "max_new_tokens must be a positive integer"),
+        ("--dtype", "int3", "dtype must be"),
+        ("--attn-implementation", "magic", "attn_implementation must be one of sdpa, eager"),
+    ],
+)
+def test_wrong_parameters(
+    demo: tuple[Path, subprocess.CompletedProcess[str]],
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    assert exit_code("generate", "--model", str(demo[0]), "--prompt", "a", "--device", "cpu", option, value) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("moekernels: error: ") and message in last
+
+
+def test_a_failed_check_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = LayerCheck("model.layers.0.mlp", routed=True, error=1.0, plain_error=0.1, allowed=0.2)
+    monkeypatch.setattr("moekernels.cli.demo.check_layers", lambda model, ids: [failed])
+    monkeypatch.setattr("moekernels.cli.demo.time_ops", lambda *args: [("sparse_mlp", "", "", "", "", "")])
+    assert exit_code("demo", "--device", "cpu") == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text and "A CHECK FAILED" in text and "all checks passed" not in text
