@@ -27,7 +27,7 @@ def import_copy(directory: Path, code: str = "import moekernels") -> str:
 def package(tmp_path: Path) -> Path:
     """A copy of the installed package that a test may break."""
     source = Path(moekernels.__file__).parent
-    if not list(source.glob("_C*")):
+    if not list(source.glob("_C*.so")):
         pytest.skip("an editable install keeps its compiled part elsewhere")
     return Path(shutil.copytree(source, tmp_path / "moekernels"))
 
@@ -45,7 +45,7 @@ def test_ops_library_is_truncated(package: Path) -> None:
 
 
 def test_compiled_module_is_missing(package: Path) -> None:
-    for module in package.glob("_C*"):
+    for module in package.glob("_C*.so"):
         module.rename(package / "_C.cpython-27m.so")
     message = import_copy(package.parent)
     assert "compiled module _C could not be imported by Python" in message

@@ -18,7 +18,7 @@ def _import_extension() -> Any:
     try:
         import moekernels._C as _C
     except ImportError as error:
-        found = ", ".join(path.name for path in Path(__file__).parent.glob("_C*")) or "none"
+        found = ", ".join(path.name for path in Path(__file__).parent.glob("_C*.so")) or "none"
         raise ImportError(
             f"moekernels: the compiled module _C could not be imported by Python {platform.python_version()} "
             f"on {platform.machine()} ({error}); compiled modules found: {found}. {_REBUILD}"

@@ -78,9 +78,9 @@ def test_small_layers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", REAL_LAYERS, ids=str)
 def test_real_layers(device: torch.device, shape: LayerShape, dtype: torch.dtype) -> None:
-    """Real widths; as many experts as three tokens can meet, so that the weights fit."""
+    """Real widths; few experts, so that the weights fit in float64 too."""
     shape = LayerShape(
-        shape.name, shape.hidden_size, shape.ffn_size, min(shape.num_experts, 8), min(shape.top_k, 2),
+        shape.name, shape.hidden_size, shape.ffn_size, 3, min(shape.top_k, 2),
         shape.activation, shape.gated, shape.bias,
     )  # fmt: skip
     x = layer_inputs(shape, 3, dtype, device)

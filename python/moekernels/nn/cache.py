@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -40,8 +42,12 @@ class Cache(ABC):
         """The positions ``[num_new_tokens]`` of the next tokens, without a host synchronisation."""
 
     @abstractmethod
-    def reorder(self, beam_idx: Tensor) -> None:
-        """Row ``b`` of the batch becomes what row ``beam_idx[b]`` was."""
+    def reorder(self, beam_idx: Tensor, start: int = 0) -> None:
+        """Row ``b`` of the batch becomes what row ``beam_idx[b]`` was.
+
+        Args:
+            start: before this position every row already holds what it is to hold, and nothing is copied.
+        """
 
     @abstractmethod
     def crop(self, length: int) -> None:
@@ -68,17 +74,36 @@ class _GrowingTensor:
             # The backward pass needs the old values, so they must not be written over.
             self._data, self._owned = torch.cat((self.used, new), dim=2), False
         else:
-            writable = self._owned and (not self._data.is_inference() or torch.is_inference_mode_enabled())
-            if not writable or length > self._data.shape[2]:
-                batch_size, num_heads, _, head_dim = self._data.shape
-                grown = new.new_empty(batch_size, num_heads, max(length + self._SPARE, length * 3 // 2), head_dim)
-                grown[:, :, :past] = self.used
-                self._data, self._owned = grown, True
+            if not self._writable or length > self._data.shape[2]:
+                self._grow(length)
             self._data[:, :, past:length] = new
         self.length = length
 
-    def reorder(self, indices: Tensor) -> None:
-        self._data, self._owned = self.used.index_select(0, indices.to(self._data.device)), False
+    @property
+    def _writable(self) -> bool:
+        return self._owned and (not self._data.is_inference() or torch.is_inference_mode_enabled())
+
+    def _grow(self, length: int) -> None:
+        """Moves to memory of its own with room for more than `length` tokens."""
+        batch_size, num_heads, _, head_dim = self._data.shape
+        room = max(length + self._SPARE, length * 3 // 2)
+        grown = self._data.new_empty(batch_size, num_heads, room, head_dim)
+        grown[:, :, : self.length] = self.used
+        self._data, self._owned = grown, True
+
+    def select(self, rows: Tensor) -> None:
+        """The given rows take the place of all."""
+        self._data, self._owned = self.used.index_select(0, rows), False
+
+    def move(self, source: Tensor, target: Tensor, start: int) -> None:
+        """From `start` on, what the rows `source` hold is written into the rows `target`."""
+        if torch.is_grad_enabled() and self._data.requires_grad:
+            rows = torch.arange(self._data.shape[0], device=source.device)
+            return self.select(rows.index_copy(0, target, source))
+        if not self._writable:
+            self._grow(self.length)
+        moved = self._data[:, :, start : self.length]
+        moved.index_copy_(0, target, moved.index_select(0, source))
 
 
 class DynamicCache(Cache):
@@ -114,10 +139,24 @@ class DynamicCache(Cache):
         past = self.get_seq_length()
         return torch.arange(past, past + num_new_tokens, device=device)
 
-    def reorder(self, beam_idx: Tensor) -> None:
-        for keys, values in self._layers:
-            keys.reorder(beam_idx)
-            values.reorder(beam_idx)
+    def reorder(self, beam_idx: Tensor, start: int = 0) -> None:
+        if not self._layers:
+            return
+        first = self._layers[0][0].used
+        beam_idx = beam_idx.to(first.device)
+        if beam_idx.shape[0] != first.shape[0]:
+            for stored in self._stored():
+                stored.select(beam_idx)
+            return
+        # Rows that stay are not touched. Counting those that move makes the host wait once for all layers.
+        target = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(1)
+        if start < self.get_seq_length() and len(target):
+            source = beam_idx[target]
+            for stored in self._stored():
+                stored.move(source, target, start)
+
+    def _stored(self) -> Iterator[_GrowingTensor]:
+        return chain.from_iterable(self._layers)
 
     def crop(self, length: int) -> None:
         keep = length if length >= 0 else max(self.get_seq_length() + length, 0)
@@ -194,9 +233,10 @@ class StaticCache(Cache):
     def next_positions(self, num_new_tokens: int, device: torch.device) -> Tensor:
         return torch.arange(num_new_tokens, device=device) + self.length
 
-    def reorder(self, beam_idx: Tensor) -> None:
+    def reorder(self, beam_idx: Tensor, start: int = 0) -> None:
         for buffer in (*self._keys, *self._values):
-            buffer.copy_(buffer.index_select(0, beam_idx.to(buffer.device)))
+            changed = buffer[:, :, start:]
+            changed.copy_(changed.index_select(0, beam_idx.to(buffer.device)))
 
     def crop(self, length: int) -> None:
         if length >= 0:

@@ -43,11 +43,19 @@ inline uint4 ld_global_nc_v4(const void* pointer) {
 inline uint4 ld_global_nc_v4_hint(const void* pointer, uint64_t) {
   return ld_global_nc_v4(pointer);
 }
+inline uint4 ld_global_nc_v4_keep(const void* pointer) {
+  return ld_global_nc_v4(pointer);
+}
 inline void st_global_cs_v4(void* pointer, const uint4& v) {
   ::simt::write_aligned(pointer, &v, sizeof v);
 }
 inline uint4 ld_shared_v4(uint32_t address) {
   uint4 v;
+  ::simt::read_shared(address, &v, sizeof v);
+  return v;
+}
+inline float2 ld_shared_v2(uint32_t address) {
+  float2 v;
   ::simt::read_shared(address, &v, sizeof v);
   return v;
 }
