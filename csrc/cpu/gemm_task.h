@@ -180,7 +180,7 @@ class GemmTaskRunner {
     const int64_t out_row = task_.row_begin + row;
     const float* sums = sums_ + row * cols.sums_stride;
     const Weight* gate_bias = bias_at(cols.begin);
-    const Weight* value_bias = bias_at(cols.begin + out_width);
+    const Weight* value_bias = p_.gated ? bias_at(cols.begin + out_width) : nullptr;
     Weight* out = static_cast<Weight*>(p_.out) + out_row * out_width + cols.begin;
     for (int64_t c = 0; c < cols.count; c += kLanes) {
       const int64_t n = cols.count - c;

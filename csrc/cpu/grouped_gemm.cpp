@@ -21,8 +21,8 @@ constexpr int64_t kMaxRows = 128;                 // per task; fewer where K is 
 constexpr int64_t kMinRows = 48;                  // but no fewer than make good use of each weight
 constexpr int64_t kPackedBytes = 512 * 1024;      // of packed rows: they stay in the second-level cache
 constexpr int64_t kWeightRows = 128;              // per block of columns; gate and value count separately
-constexpr int64_t kMinWeightRows = 16;            // per task
-constexpr int64_t kTasksPerWorker = 32;           // as many as let workers finish together
+constexpr int64_t kMinWeightRows = 32;            // per task
+constexpr int64_t kTasksPerWorker = 16;           // as many as let workers finish together
 constexpr int64_t kWeightsPerWorker = 64 * 1024;  // fewer are not worth waking another thread for
 constexpr int64_t kZeroedBytesPerTask = 256 * 1024;
 

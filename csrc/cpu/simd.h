@@ -19,7 +19,11 @@
 #endif
 
 #define MOEKERNELS_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define MOEKERNELS_UNROLL _Pragma("unroll")
+#else
 #define MOEKERNELS_UNROLL _Pragma("GCC unroll 32")
+#endif
 
 namespace moekernels::cpu {
 namespace {

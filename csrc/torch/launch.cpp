@@ -149,8 +149,7 @@ void launch_cuda(Params& params, const Tensor& on) {
     error = run_cuda(params, stream);
   }
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("moekernels::") + op_name(params) + ": " + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string("moekernels::") + op_name(params) + ": " + describe(error));
   }
 }
 #endif

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "moekernels/params.h"
 
 #pragma GCC visibility push(default)
@@ -13,6 +15,9 @@ namespace moekernels {
 // Bytes of device scratch, 256-byte aligned, that the caller provides in `params.workspace` (0: none needed).
 int64_t plan_workspace_cuda(const PlanParams& params);
 int64_t grouped_gemm_workspace_cuda(const GroupedGemmParams& params);
+
+// "cudaErrorName: what it means", from the runtime that is linked into this library.
+std::string describe(cudaError_t error);
 
 cudaError_t route_cuda(const RouteParams& params, cudaStream_t stream);
 cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);

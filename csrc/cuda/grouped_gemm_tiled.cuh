@@ -1,0 +1,212 @@
+// The frame of the sm_80 and float32 grouped GEMMs: everything but the multiplication itself.
+//
+// A persistent block takes tiles of kTileM rows times 128 weight rows from the schedule. Per tile:
+//   1. TileLoaders gather the rows (through token_of_row) and the weight rows. A gated tile's lower 64 weight rows are
+//      gates and its upper 64 the values of the same columns.
+//   2. A ring of kStages stages, each 64 bytes deep: wait for the oldest, meet at a barrier (which also says that
+//      everyone is done with the stage read last), refill that stage, multiply the oldest into the accumulators.
+//   3. The accumulators pass through shared memory, 64 rows at a time as float32, over the now idle stages. There a
+//   gate
+//      meets its value whatever the multiplication's layout, and each thread finishes 8 neighbouring columns of a row
+//      with 16-byte stores.
+//
+// Shared memory: [stages: rows, weights][tile starts]; the slab of step 3 lies over the stages.
+//
+// A `Compute` multiplies. It has
+//   Element, kTileM, kThreads, kBlocksPerSm; kWarpsM: warps along the rows, each with kTileM / kWarpsM consecutive rows
+//   clear(); multiply(rows_tile, weights_tile): one stage, by shared-memory addresses
+//   store<kPass>(slab): of each warp's rows, the kRowsPerPass after kPass * kRowsPerPass, to slab rows
+//   warp_m * kRowsPerPass and following.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "epilogue.cuh"
+#include "grouped_gemm.cuh"
+#include "launch.cuh"
+#include "scheduler.cuh"
+#include "tile_loader.cuh"
+
+namespace moekernels {
+
+constexpr int kTiledN = 128;  // weight rows of a tile
+
+// The slab: sums on their way to the epilogue. The padding keeps the fragments' stores free of bank conflicts.
+constexpr int kSlabRows = 64;
+constexpr int kSlabPitch = kTiledN + 8;
+
+template <class Compute_, int kStages_, bool kAligned_>
+struct TiledGemmTraits {
+  using Compute = Compute_;
+  using T = typename Compute::Element;
+  static constexpr int kStages = kStages_;
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kTileM = Compute::kTileM;
+  static constexpr int kThreads = Compute::kThreads;
+  static constexpr int kTileK = kTileRowBytes / static_cast<int>(sizeof(T));
+
+  static constexpr int kRowsBytes = kTileM * kTileRowBytes;
+  static constexpr int kStageBytes = kRowsBytes + kTiledN * kTileRowBytes;
+  static constexpr int kSmemBytes = kStages * kStageBytes;  // and the schedule
+
+  static constexpr int kRowsPerPass = kSlabRows / Compute::kWarpsM;
+  static constexpr int kPasses = kTileM / kSlabRows;
+
+  static_assert(kSlabRows * kSlabPitch * static_cast<int>(sizeof(float)) <= kSmemBytes);
+  static_assert(kTileM % kSlabRows == 0 && kRowsPerPass * kPasses * Compute::kWarpsM == kTileM);
+  static_assert(kStages >= 2);
+};
+
+// Bias, activation, gate, scale and store for the slab's rows: slab row i holds row `row_of(i)`, none if negative.
+template <class Traits, class RowOf>
+__device__ __forceinline__ void finish_slab(const GroupedGemmParams& p, const float* slab, const Tile& tile,
+                                            RowOf&& row_of) {
+  using T = typename Traits::T;
+  constexpr int kCols = 8;  // of each thread
+  const int64_t width = output_width(p);
+  const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
+  const int threads_per_row = tile_cols / kCols;
+  const int tile_col = static_cast<int>(threadIdx.x) % threads_per_row * kCols;
+  const int64_t col = static_cast<int64_t>(tile.col_tile) * tile_cols + tile_col;
+  if (col >= width) return;
+
+  const Bias<T> bias(p, tile.expert);
+  float col_bias[kCols];
+  float value_bias[kCols];
+#pragma unroll
+  for (int j = 0; j < kCols; ++j) {
+    const bool inside = col + j < width;
+    col_bias[j] = inside ? bias[col + j] : 0.0f;
+    value_bias[j] = inside && p.gated ? bias[width + col + j] : 0.0f;
+  }
+
+  const bool aligned = is_vec16_aligned<T>(p.out, width);
+  const int row_step = Traits::kThreads / threads_per_row;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) / threads_per_row; i < kSlabRows; i += row_step) {
+    const int32_t row = row_of(i);
+    if (row < 0) continue;
+    const float* const sums = slab + i * kSlabPitch + tile_col;
+    const float scale = row_scale(p, row);
+    float out[kCols];
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) out[j] = sums[j] + col_bias[j];
+    dispatch_activation(p.activation, [&](auto activation) {
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) out[j] = activate<decltype(activation)::value>(out[j]);
+    });
+    if (p.gated) {
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) out[j] *= sums[kTiledN / 2 + j] + value_bias[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) out[j] *= scale;
+    store_columns(static_cast<T*>(p.out) + row * width, col, width, aligned, out);
+  }
+}
+
+// Pass kPass of the tile's accumulators and all after it. The passes are unrolled by recursion: accumulators are
+// registers, so which of them a pass stores must be known when it is compiled.
+template <class Traits, int kPass = 0>
+__device__ __forceinline__ void finish_tile(const GroupedGemmParams& p, const typename Traits::Compute& compute,
+                                            float* slab, const Tile& tile) {
+  if constexpr (kPass < Traits::kPasses) {
+    __syncthreads();  // all are done with what the slab overwrites
+    compute.template store<kPass>(slab);
+    __syncthreads();
+    finish_slab<Traits>(p, slab, tile, [&tile](int slab_row) {
+      constexpr int kRowsPerWarp = Traits::kTileM / Traits::Compute::kWarpsM;
+      const int32_t row = tile.row_begin + slab_row / Traits::kRowsPerPass * kRowsPerWarp +
+                          kPass * Traits::kRowsPerPass + slab_row % Traits::kRowsPerPass;
+      return row < tile.row_end ? row : -1;
+    });
+    finish_tile<Traits, kPass + 1>(p, compute, slab, tile);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void compute_tile(const GroupedGemmParams& p, const Tile& tile, unsigned char* smem) {
+  using T = typename Traits::T;
+  constexpr int kStages = Traits::kStages;
+  constexpr int kTileK = Traits::kTileK;
+  const int64_t width = output_width(p);
+  const T* const weight = static_cast<const T*>(p.weight);
+
+  TileLoader<T, Traits::kTileM, Traits::kThreads, Traits::kAligned> rows;
+  rows.start(weight, [&](int r) -> const T* {
+    const int32_t row = tile.row_begin + r;
+    const int32_t source = row < tile.row_end ? source_row(p, row) : -1;
+    return source < 0 ? nullptr : static_cast<const T*>(p.rows) + source * p.row_stride;
+  });
+  TileLoader<T, kTiledN, Traits::kThreads, Traits::kAligned> weights;
+  weights.start(weight, [&](int r) -> const T* {
+    const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
+    const int64_t col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
+    const int64_t feature = r < tile_cols ? col : width + col;
+    return col < width ? weight + tile.expert * p.weight_expert_stride + feature * p.weight_row_stride : nullptr;
+  });
+
+  const uint32_t stages = ptx::smem_address(smem);
+  const auto in_features = static_cast<int>(p.in_features);
+  const int num_steps = (in_features + kTileK - 1) / kTileK;
+  const auto load = [&](int step) {
+    if (step < num_steps) {
+      const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
+      rows.load(stage, step * kTileK, in_features);
+      weights.load(stage + Traits::kRowsBytes, step * kTileK, in_features);
+    }
+    ptx::cp_async_commit_group();  // an empty group too: waiting counts groups
+  };
+
+  typename Traits::Compute compute;
+  compute.clear();
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+#pragma unroll 1
+  for (int step = 0; step < num_steps; ++step) {
+    ptx::cp_async_wait_group<kStages - 2>();
+    __syncthreads();
+    load(step + kStages - 1);
+    const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
+    compute.multiply(stage, stage + Traits::kRowsBytes);
+  }
+  ptx::cp_async_wait_group<0>();
+
+  finish_tile<Traits>(p, compute, reinterpret_cast<float*>(smem), tile);
+  __syncthreads();  // the slab has been read: the next tile may fill the stages
+}
+
+// The body of a kernel.
+template <class Traits>
+__device__ __forceinline__ void run_tiled_gemm(const GroupedGemmParams& p, int group_m, unsigned char* smem) {
+  auto* const starts = reinterpret_cast<int32_t*>(smem + Traits::kSmemBytes);
+  if (threadIdx.x < 32) TileSchedule::build(starts, p.expert_offsets, p.num_experts, p.num_rows, Traits::kTileM);
+  __syncthreads();
+  const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
+  const auto col_tiles = static_cast<int32_t>((output_width(p) + tile_cols - 1) / tile_cols);
+  const TileSchedule schedule(starts, p.expert_offsets, p.num_experts, p.num_rows, Traits::kTileM, col_tiles, group_m);
+  const auto first = static_cast<int32_t>(blockIdx.x);
+  const auto step = static_cast<int32_t>(gridDim.x);
+  for (int32_t i = first; i < schedule.num_tiles(); i += step) compute_tile<Traits>(p, schedule.tile(i), smem);
+
+  zero_unused_rows<typename Traits::T>(p, static_cast<int64_t>(first) * Traits::kThreads + threadIdx.x,
+                                       static_cast<int64_t>(step) * Traits::kThreads);
+}
+
+template <class Traits, auto kKernel>
+cudaError_t launch_tiled_gemm(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream) {
+  DeviceInfo device;
+  if (const cudaError_t error = device_info(&device); error != cudaSuccess) return error;
+  const int tile_cols = params.gated ? kTiledN / 2 : kTiledN;
+  const int64_t col_tiles = (output_width(params) + tile_cols - 1) / tile_cols;
+  const int64_t tiles = max_row_tiles(params.num_rows, params.num_experts, Traits::kTileM) * col_tiles;
+  if (tiles > INT32_MAX || params.in_features > INT32_MAX - kTileRowBytes) return cudaErrorInvalidValue;
+  const int64_t resident = static_cast<int64_t>(device.sm_count) * Traits::Compute::kBlocksPerSm;
+  const size_t smem_bytes = Traits::kSmemBytes + TileSchedule::smem_bytes(params.num_experts);
+  const LaunchConfig launch_config{dim3(static_cast<unsigned>(std::min(tiles, resident))), dim3(Traits::kThreads),
+                                   smem_bytes, stream};
+  return launch<kKernel>(launch_config, params, config.group_m);
+}
+
+}  // namespace moekernels
