@@ -1,9 +1,11 @@
 """One MoE layer after the routing (`ops.sparse_mlp`), at the real shapes, beside what a PyTorch user has today.
 
     python benchmarks/moe_layer.py --shapes olmoe-1b-7b --tokens 1 16 512 --dtypes bfloat16 --save out.json
+    python benchmarks/moe_layer.py --device cuda --tokens 1 8 --with-routing
 
-Baselines: an eager loop over experts, and, where transformers 5 is installed, each of its experts implementations that
-runs on the device (gated layers only; `batched_mm` copies a weight per row, so it runs up to 16 tokens).
+On a GPU up to 64 tokens are timed as a CUDA graph of several layers, each with other experts, as a model has them;
+more tokens one call at a time, from a cold L2. Baselines: an eager loop over experts, torch._grouped_mm, a batched
+matmul of as many FLOPs, and, where transformers 5 is installed, each of its experts implementations (if gated).
 """
 
 from __future__ import annotations
@@ -12,80 +14,63 @@ import argparse
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Roofs, Row, interleaved_medians, machine, measure_roofs, name_of, render, save
+from benchmarks.baselines import eager_loop, grouped_mm_layer, transformers_experts, working
+from benchmarks.harness import Roofs, Row, machine, measure_roofs, name_of, render, save
+from benchmarks.timing import Run, in_one_graph, interleaved_medians, make_clock
 from moekernels import ops
 from tests.generators import REAL_LAYERS, ROUTINGS, LayerInputs, LayerShape, layer_inputs
 
-BATCHED_MM_MAX_TOKENS = 16
+GRAPH_MAX_TOKENS = 64
+GRAPH_LAYERS = 8
 
 
-def ours(x: LayerInputs, shape: LayerShape) -> Callable[[], torch.Tensor]:
-    plan = ops.plan(x.expert_ids, shape.num_experts)
-    return lambda: ops.sparse_mlp(
-        x.hidden,
-        x.expert_weights,
-        plan,
-        x.up_weight,
-        x.down_weight,
-        up_bias=x.up_bias,
-        down_bias=x.down_bias,
-        activation=shape.activation,
-        gated=shape.gated,
-    )
-
-
-def eager_loop(x: LayerInputs, shape: LayerShape) -> Callable[[], torch.Tensor]:
-    act = {"silu": torch.nn.functional.silu, "relu": torch.relu}[shape.activation]
-    weights = x.expert_weights.to(x.hidden.dtype)
+def ours(x: LayerInputs, shape: LayerShape, with_routing: bool = False) -> Run:
+    """The layer from a plan made before, or, `with_routing`, from router logits on."""
+    fixed = ops.plan(x.expert_ids, shape.num_experts)
+    logits = torch.randn(x.hidden.shape[0], shape.num_experts, device=x.hidden.device)
+    logits.scatter_(1, x.expert_ids.long(), 8.0 + torch.rand(x.expert_ids.shape, device=x.hidden.device))
 
     def run() -> torch.Tensor:
-        out = torch.zeros_like(x.hidden)
-        for e in torch.unique(x.expert_ids).tolist():
-            tokens, slots = (x.expert_ids == e).nonzero(as_tuple=True)
-            y = torch.nn.functional.linear(
-                x.hidden[tokens], x.up_weight[e], None if x.up_bias is None else x.up_bias[e]
-            )
-            y = act(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if shape.gated else act(y)
-            y = torch.nn.functional.linear(y, x.down_weight[e], None if x.down_bias is None else x.down_bias[e])
-            out.index_add_(0, tokens, y * weights[tokens, slots, None])
-        return out
+        plan, expert_weights = fixed, x.expert_weights
+        if with_routing:
+            expert_weights, expert_ids = ops.route(logits, shape.top_k)
+            plan = ops.plan(expert_ids, shape.num_experts)
+        return ops.sparse_mlp(
+            x.hidden,
+            expert_weights,
+            plan,
+            x.up_weight,
+            x.down_weight,
+            up_bias=x.up_bias,
+            down_bias=x.down_bias,
+            activation=shape.activation,
+            gated=shape.gated,
+        )
 
     return run
 
 
-def transformers_experts(x: LayerInputs, shape: LayerShape) -> dict[str, Callable[[], torch.Tensor]]:
-    """Its experts module over the same weights, once per implementation."""
-    try:
-        from transformers import OlmoeConfig
-        from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
-    except ImportError:
-        return {}
-    if not shape.gated:
-        return {}
-    names = ["eager", "grouped_mm"] + (["batched_mm"] if x.hidden.shape[0] <= BATCHED_MM_MAX_TOKENS else [])
-    ids, weights = x.expert_ids.long(), x.expert_weights.to(x.hidden.dtype)
-    contestants = {}
-    for name in names:
-        config = OlmoeConfig(
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_size,
-            num_experts=shape.num_experts,
-            hidden_act=shape.activation,
-        )
-        config._experts_implementation = name
-        with torch.device("meta"):
-            experts = OlmoeExperts(config)
-        experts.gate_up_proj = torch.nn.Parameter(x.up_weight, requires_grad=False)
-        experts.down_proj = torch.nn.Parameter(x.down_weight, requires_grad=False)
-        contestants[f"transformers {name}"] = lambda experts=experts: experts(x.hidden, ids, weights)
-    return contestants
+def batched_matmul(x: LayerInputs, shape: LayerShape) -> Run:
+    """As many FLOPs in two batched matmuls, every expert with the same number of rows: what BLAS can do."""
+    rows = max(x.expert_ids.numel() // shape.num_experts, 1)
+    a = torch.randn(shape.num_experts, rows, shape.hidden_size, device=x.hidden.device).to(x.hidden.dtype)
+    b = torch.randn(shape.num_experts, rows, shape.ffn_size, device=x.hidden.device).to(x.hidden.dtype)
+    up, down = x.up_weight.transpose(1, 2), x.down_weight.transpose(1, 2)
+    return lambda: (torch.bmm(a, up), torch.bmm(b, down))
+
+
+def as_other_layers(x: LayerInputs, shape: LayerShape, count: int) -> list[LayerInputs]:
+    """The same weights met by other experts each time, so that one layer's weights do not serve the next from L2."""
+    shifted = [(x.expert_ids + i * shape.top_k) % shape.num_experts for i in range(count)]
+    return [replace(x, expert_ids=ids) for ids in shifted]
 
 
 def work(x: LayerInputs, shape: LayerShape) -> tuple[float, float]:
@@ -99,39 +84,75 @@ def work(x: LayerInputs, shape: LayerShape) -> tuple[float, float]:
     return flops, weights + 2 * x.hidden.numel() * element
 
 
-def measure(shape: LayerShape, num_tokens: int, dtype: torch.dtype, routing: str, device: torch.device, roofs: Roofs,
-            baselines: bool, budget: float) -> Row:  # fmt: skip
+def check_agreement(contestants: dict[str, Run]) -> None:
+    """All compute the same thing, up to the rounding of the dtype."""
+    outputs = {name: run() for name, run in contestants.items()}
+    (_, truth), *others = outputs.items()
+    for name, out in others:
+        torch.testing.assert_close(out, truth, rtol=0.1, atol=0.1, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def measure(
+    shape: LayerShape, num_tokens: int, dtype: torch.dtype, routing: str, device: torch.device, roofs: Roofs,
+    args: argparse.Namespace,
+) -> Row:  # fmt: skip
     x = layer_inputs(shape, num_tokens, dtype, device, routing)
-    contestants = {"moekernels": ours(x, shape)}
-    if baselines:
-        contestants |= {"eager loop": eager_loop(x, shape), **transformers_experts(x, shape)}
-        truth = contestants["eager loop"]()
-        for name, run in contestants.items():
-            torch.testing.assert_close(run(), truth, rtol=0.1, atol=0.1, msg=lambda m, name=name: f"{name}: {m}")
-    medians = interleaved_medians(contestants, device, budget)
+    contestants: dict[str, Run] = {"moekernels": ours(x, shape)}
+    if args.baselines:
+        others = {"eager loop": eager_loop(x, shape), **transformers_experts(x, shape)}
+        if not shape.bias:
+            others["torch grouped_mm"] = grouped_mm_layer(x, shape)
+        contestants |= working(others, device)
+        check_agreement(contestants)
+        if num_tokens * shape.top_k >= shape.num_experts and routing == "uniform":
+            contestants |= working({"batched matmul": batched_matmul(x, shape)}, device)
+
+    contestants["moekernels"] = ours(x, shape, args.with_routing)
+    clock = make_clock(device).name
+    scale = dict.fromkeys(contestants, 1)
+    if device.type == "cuda" and num_tokens <= GRAPH_MAX_TOKENS:
+        layers = as_other_layers(x, shape, GRAPH_LAYERS)
+        makers: dict[str, Callable[[LayerInputs], Run]] = {
+            "moekernels": lambda y: ours(y, shape, args.with_routing),
+            "torch grouped_mm": lambda y: grouped_mm_layer(y, shape),
+        }
+        for name, make in makers.items():
+            if name not in contestants:
+                continue
+            try:
+                contestants[name] = in_one_graph([make(y) for y in layers], device)
+                scale[name] = len(layers)
+            except RuntimeError as error:
+                if name == "moekernels":
+                    raise
+                print(f"  {name} cannot be captured: {str(error).partition(chr(10))[0][:150]}")
+        clock = f"CUDA graph of {len(layers)} layers"
+    medians = interleaved_medians(contestants, device, args.budget)
+    medians = {name: seconds / scale[name] for name, seconds in medians.items()}
     seconds = medians.pop("moekernels")
     flops, num_bytes = work(x, shape)
-    fastest_possible = max(flops / roofs.matmul[name_of(dtype)], num_bytes / roofs.read_bandwidth)
-    return Row(
-        shape.name, num_tokens, routing, name_of(dtype), seconds, flops, num_bytes, fastest_possible / seconds, medians
-    )
+    name = shape.name + (" with routing" if args.with_routing else "")
+    roof = roofs.seconds(flops, num_bytes, dtype) / seconds
+    return Row(name, num_tokens, routing, name_of(dtype), seconds, flops, num_bytes, roof, medians, clock)
 
 
 @torch.no_grad()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     shapes = {shape.name: shape for shape in REAL_LAYERS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=["olmoe-1b-7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 512])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["uniform"])
+    parser.add_argument("--with-routing", action="store_true", help="time route and plan too")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of measuring per row")
     parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
 
+    command = "python benchmarks/moe_layer.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     roofs, about = measure_roofs(args.device, dtypes), machine(args.device)
     rows = []
@@ -139,14 +160,12 @@ def main() -> None:
         for dtype in dtypes:
             for routing in args.routing:
                 for num_tokens in args.tokens:
-                    row = measure(
-                        shapes[name], num_tokens, dtype, routing, args.device, roofs, not args.no_baselines, args.budget
-                    )
+                    row = measure(shapes[name], num_tokens, dtype, routing, args.device, roofs, args)
                     rows.append(row)
-                    print(f"{row.shape} T={row.tokens} {row.dtype}: {row.seconds * 1e6:.0f} µs", file=sys.stderr)
+                    print(f"{row.shape} T={row.tokens} {row.dtype}: {row.seconds * 1e6:.1f} µs", file=sys.stderr)
+                    if args.save:  # after every row, so that a run that is cut short leaves what it has
+                        save(args.save, rows, roofs, about, command)
     print(render(rows, roofs, about))
-    if args.save:
-        save(args.save, rows, roofs, about, "python benchmarks/moe_layer.py " + shlex.join(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ function(moekernels_setting name default)
   endif()
 endfunction()
 
-# The GPUs of this machine as architectures, each Hopper with its own instructions; empty if there are none.
+# The GPUs of this machine as architectures; empty if there are none.
 function(moekernels_present_archs result)
   set(archs)
   find_program(nvidia_smi nvidia-smi NO_CACHE)
@@ -24,7 +24,6 @@ function(moekernels_present_archs result)
     list(REMOVE_DUPLICATES caps)
     foreach(cap IN LISTS caps)
       string(REPLACE "." "" arch "${cap}")
-      string(REGEX REPLACE "^90$" "90a" arch "${arch}")
       list(APPEND archs "${arch}-real")
     endforeach()
   endif()
@@ -61,7 +60,8 @@ if(MOEKERNELS_USE_CUDA)
     # 8.9 as PTX too, for GPUs newer than this list.
     set(MOEKERNELS_CUDA_ARCHS 80-real 86-real 89 90a-real)
   endif()
-  set(MOEKERNELS_CUDA_ARCH_LIST "${MOEKERNELS_CUDA_ARCHS}")
+  # Hopper's own instructions (wgmma, TMA with its tensor maps) need the "a".
+  list(TRANSFORM MOEKERNELS_CUDA_ARCHS REPLACE "^90($|-)" "90a\\1" OUTPUT_VARIABLE MOEKERNELS_CUDA_ARCH_LIST)
   set(CMAKE_CUDA_ARCHITECTURES "${MOEKERNELS_CUDA_ARCH_LIST}")
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)

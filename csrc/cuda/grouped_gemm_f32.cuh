@@ -29,7 +29,9 @@ class FmaCompute {
   }
 
   // Two elements of K at a time and no deeper unrolling: more would not fit the registers.
-  __device__ __forceinline__ void multiply(uint32_t rows_tile, uint32_t weights_tile) {
+  template <class LoadNext>
+  __device__ __forceinline__ void multiply(uint32_t rows_tile, uint32_t weights_tile, LoadNext&& load_next) {
+    load_next();
     const uint32_t even_rows = tile_address(rows_tile, warp_m() * 32 + ty());
     const uint32_t odd_rows = tile_address(rows_tile, warp_m() * 32 + ty() + 4);
     const uint32_t weight_rows = tile_address(weights_tile, warp_n() * 64 + tx());

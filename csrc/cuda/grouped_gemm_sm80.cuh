@@ -30,23 +30,17 @@ class MmaCompute {
     }
   }
 
-  // Two steps of two chunks each: 16 elements of 16 bits or 8 of 32. The fragments of the second are fetched before the
-  // first is multiplied.
-  __device__ __forceinline__ void multiply(uint32_t rows_tile, uint32_t weights_tile) {
+  // Two steps of two chunks each: 16 elements of 16 bits or 8 of 32. The second's fragments are fetched before the
+  // first is multiplied, and the copies of a later stage are issued in between, so that the tensor cores start at once.
+  template <class LoadNext>
+  __device__ __forceinline__ void multiply(uint32_t rows_tile, uint32_t weights_tile, LoadNext&& load_next) {
     uint32_t rows[2][kMmasM][4];
     uint32_t weights[2][kMmasN / 2][4];
     fetch(rows[0], weights[0], rows_tile, weights_tile, 0);
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      if (step == 0) fetch(rows[1], weights[1], rows_tile, weights_tile, 2);
-#pragma unroll
-      for (int i = 0; i < kMmasM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kMmasN; ++j) {
-          mma(sums_[i][j], rows[step][i], weights[step][j / 2][j % 2 * 2], weights[step][j / 2][j % 2 * 2 + 1]);
-        }
-      }
-    }
+    fetch(rows[1], weights[1], rows_tile, weights_tile, 2);
+    multiply_step(rows[0], weights[0]);
+    load_next();
+    multiply_step(rows[1], weights[1]);
   }
 
   template <int kPass>
@@ -96,6 +90,16 @@ class MmaCompute {
     for (int j = 0; j < kMmasN / 2; ++j) {
       ptx::ldmatrix_x4(weights[j], weight_address + 16 * j * kTileRowBytes);
       round_to_tf32(weights[j]);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_step(const uint32_t (&rows)[kMmasM][4],
+                                                const uint32_t (&weights)[kMmasN / 2][4]) {
+#pragma unroll
+    for (int i = 0; i < kMmasM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kMmasN; ++j)
+        mma(sums_[i][j], rows[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
     }
   }
 

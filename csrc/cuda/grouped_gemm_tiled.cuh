@@ -4,17 +4,18 @@
 //   1. TileLoaders gather the rows (through token_of_row) and the weight rows. A gated tile's lower 64 weight rows are
 //      gates and its upper 64 the values of the same columns.
 //   2. A ring of kStages stages, each 64 bytes deep: wait for the oldest, meet at a barrier (which also says that
-//      everyone is done with the stage read last), refill that stage, multiply the oldest into the accumulators.
+//      everyone is done with the stage read last), multiply the oldest into the accumulators and, meanwhile, start to
+//      refill the one read last.
 //   3. The accumulators pass through shared memory, 64 rows at a time as float32, over the now idle stages. There a
-//   gate
-//      meets its value whatever the multiplication's layout, and each thread finishes 8 neighbouring columns of a row
-//      with 16-byte stores.
+//      gate meets its value whatever the multiplication's layout, and each thread finishes 8 neighbouring columns of a
+//      row with 16-byte stores.
 //
 // Shared memory: [stages: rows, weights][tile starts]; the slab of step 3 lies over the stages.
 //
 // A `Compute` multiplies. It has
 //   Element, kTileM, kThreads, kBlocksPerSm; kWarpsM: warps along the rows, each with kTileM / kWarpsM consecutive rows
-//   clear(); multiply(rows_tile, weights_tile): one stage, by shared-memory addresses
+//   clear(); multiply(rows_tile, weights_tile, load_next): one stage, by shared-memory addresses; it calls load_next()
+//   once, where the copies of a later stage are best issued
 //   store<kPass>(slab): of each warp's rows, the kRowsPerPass after kPass * kRowsPerPass, to slab rows
 //   warp_m * kRowsPerPass and following.
 #pragma once
@@ -133,18 +134,19 @@ __device__ __forceinline__ void compute_tile(const GroupedGemmParams& p, const T
   const int64_t width = output_width(p);
   const T* const weight = static_cast<const T*>(p.weight);
 
-  TileLoader<T, Traits::kTileM, Traits::kThreads, Traits::kAligned> rows;
+  TileLoader<T, Traits::kTileM, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/true> rows;
   rows.start(weight, [&](int r) -> const T* {
     const int32_t row = tile.row_begin + r;
     const int32_t source = row < tile.row_end ? source_row(p, row) : -1;
     return source < 0 ? nullptr : static_cast<const T*>(p.rows) + source * p.row_stride;
   });
-  TileLoader<T, kTiledN, Traits::kThreads, Traits::kAligned> weights;
+  TileLoader<T, kTiledN, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/false> weights;
   weights.start(weight, [&](int r) -> const T* {
     const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
-    const int64_t col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
+    const int64_t tile_col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
+    const int64_t col = min(tile_col, width - 1);  // past the end: any weights will do, nobody stores their sums
     const int64_t feature = r < tile_cols ? col : width + col;
-    return col < width ? weight + tile.expert * p.weight_expert_stride + feature * p.weight_row_stride : nullptr;
+    return weight + tile.expert * p.weight_expert_stride + feature * p.weight_row_stride;
   });
 
   const uint32_t stages = ptx::smem_address(smem);
@@ -161,15 +163,14 @@ __device__ __forceinline__ void compute_tile(const GroupedGemmParams& p, const T
 
   typename Traits::Compute compute;
   compute.clear();
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) load(step);
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();
-    load(step + kStages - 1);
     const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
-    compute.multiply(stage, stage + Traits::kRowsBytes);
+    compute.multiply(stage, stage + Traits::kRowsBytes, [&] { load(step + kStages - 1); });
   }
   ptx::cp_async_wait_group<0>();
 

@@ -62,14 +62,17 @@ __device__ __forceinline__ Word load_if(const void* pointer, bool condition) {
 }
 
 template <class Word>
-__device__ __forceinline__ void store_word(Word* pointer, const Word& word, bool streamed) {
+__device__ __forceinline__ void store(void* pointer, const Word& word, bool streamed) {
   if constexpr (sizeof(Word) == 16) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(&word);
     if (streamed) {
-      ptx::st_global_cs_v4(pointer, word);
-      return;
+      ptx::st_global_cs_v4(pointer, bits);
+    } else {
+      ptx::st_global_v4(pointer, bits);
     }
+  } else {
+    *static_cast<Word*>(pointer) = word;
   }
-  *pointer = word;
 }
 
 // ---- permute ----
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(PermuteWords params) 
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) {
       const int64_t i = first_word + v * kWarpSize;
-      if (i < params.row_words) store_word(target + i, words[v], params.streamed);
+      if (i < params.row_words) store(target + i, words[v], params.streamed);
     }
   }
 }
@@ -183,7 +186,8 @@ __global__ void __launch_bounds__(kThreads, 3) unpermute_kernel(UnpermuteParams 
         const int k = first + s;
         const int64_t row = k < params.top_k ? row_of_slot[k] : -1;
         const bool kept = row >= 0 && row < params.num_rows;
-        weight[s] = !kept ? 0.0f : weights != nullptr ? weights[k] : 1.0f;
+        weight[s] = weights != nullptr && k < params.top_k ? weights[k] : 1.0f;
+        if (!kept) weight[s] = 0.0f;
         const T* source = static_cast<const T*>(params.rows) + row * params.row_stride;
 #pragma unroll
         for (int v = 0; v < Traits::kVectors; ++v) {
@@ -211,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 3) unpermute_kernel(UnpermuteParams 
       Vec sum;
 #pragma unroll
       for (int i = 0; i < Traits::kVecSize; ++i) sum.values[i] = from_float<T>(sums[v][i]);
-      *reinterpret_cast<Vec*>(target + column) = sum;
+      store(target + column, sum, /*streamed=*/false);
     }
   }
 }

@@ -71,6 +71,12 @@ MOEKERNELS_DEVICE uint4 ld_global_nc_v4_keep(const void* pointer) {
   return v;
 }
 
+// The compiler does not always make one store of an assignment of 16 bytes.
+MOEKERNELS_DEVICE void st_global_v4(void* pointer, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // Written once and not read again soon: evict first.
 MOEKERNELS_DEVICE void st_global_cs_v4(void* pointer, const uint4& v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)

@@ -212,15 +212,12 @@ class StreamedRow {
   using Lanes = Group<kWarpSize>;
 
   __device__ __forceinline__ StreamedRow(const RouteParams& params, int64_t token)
-      : logits_(params.logits),
-        dtype_(params.logits_dtype),
-        first_(token * params.logits_stride),
-        num_experts_(params.num_experts) {}
+      : params_(params), first_(token * params.logits_stride) {}
 
   template <class Body>
   __device__ __forceinline__ void for_each(Body body) const {
 #pragma unroll 1
-    for (int64_t e = Lanes::lane(); e < num_experts_; e += kWarpSize) body(static_cast<int>(e), logit(e));
+    for (int64_t e = Lanes::lane(); e < params_.num_experts; e += kWarpSize) body(static_cast<int>(e), logit(e));
   }
 
   template <class KeyAt>
@@ -254,21 +251,19 @@ class StreamedRow {
   };
 
   __device__ __forceinline__ float logit(int64_t e) const {
-    switch (dtype_) {
+    switch (params_.logits_dtype) {
       case DType::kBFloat16:
-        return to_float(static_cast<const __nv_bfloat16*>(logits_)[first_ + e]);
+        return to_float(static_cast<const __nv_bfloat16*>(params_.logits)[first_ + e]);
       case DType::kFloat16:
-        return to_float(static_cast<const __half*>(logits_)[first_ + e]);
+        return to_float(static_cast<const __half*>(params_.logits)[first_ + e]);
       case DType::kFloat32:
         break;
     }
-    return static_cast<const float*>(logits_)[first_ + e];
+    return static_cast<const float*>(params_.logits)[first_ + e];
   }
 
-  const void* logits_;
-  DType dtype_;
+  const RouteParams& params_;
   int64_t first_;
-  int num_experts_;
 };
 
 // ---- the rules ----
@@ -294,12 +289,14 @@ class Output {
   __device__ __forceinline__ void renormalize(float smallest) {
     const float sum = Lanes::sum(sum_);
     const float divisor = sum < smallest ? smallest : sum;
+#pragma unroll 1
     for (int k = Lanes::lane(); k < top_k_; k += Lanes::kLanes) {
       weights_[k] = (top_k_ <= Lanes::kLanes ? last_ : weights_[k]) / divisor;
     }
   }
 
   __device__ __forceinline__ void put_unrouted() {
+#pragma unroll 1
     for (int k = Lanes::lane(); k < top_k_; k += Lanes::kLanes) put(k, 0.0f, -1);
   }
 
@@ -349,9 +346,11 @@ __device__ __forceinline__ void softmax_top_k(const RouteParams& params, const R
   // Float32 probabilities have the order of the logits, except that their rounding can make ties.
   const bool by_logit = params.probs_dtype == DType::kFloat32;
   auto keys = row.keys([&](int, float logit) { return by_logit ? key_of(logit) : key_of(probability(logit)); });
+#pragma unroll 1
   for (int first = 0; first < params.top_k; first += Lanes::kLanes) {
     const int count = params.top_k - first < Lanes::kLanes ? params.top_k - first : Lanes::kLanes;
     Choice mine{};
+#pragma unroll 1
     for (int k = 0; k < count; ++k) {
       const Choice choice = keys.pick();
       if (Lanes::lane() == k) mine = choice;

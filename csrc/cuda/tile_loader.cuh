@@ -23,18 +23,17 @@ __device__ __forceinline__ uint32_t tile_address(uint32_t tile, int row) {
 
 // kAligned: every row starts at a multiple of 16 bytes, so that cp.async can fetch it. Otherwise elements go through
 // registers one by one and are in place after the next barrier, which comes before anyone reads that stage.
-template <class T, int kRows, int kThreads, bool kAligned>
+// kMayLackRows: some rows may be zeros from nowhere.
+template <class T, int kRows, int kThreads, bool kAligned, bool kMayLackRows>
 class TileLoader {
  public:
-  // `row_pointer(row)` is the start of the source row, or null for a row of zeros. `readable` is any address that may
-  // be named without being read.
+  // `row_pointer(row)` is the start of the source row, or null for a row of zeros. `readable` is the start of any row.
   template <class RowPointer>
   __device__ __forceinline__ void start(const T* readable, RowPointer&& row_pointer) {
-    present_ = 0;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       const T* const source = row_pointer(first_row() + i * kRowStep);
-      sources_[i] = source == nullptr ? readable : source;
+      sources_[i] = kMayLackRows && source == nullptr ? readable : source;
       present_ |= static_cast<uint32_t>(source != nullptr) << i;
     }
   }
@@ -42,12 +41,19 @@ class TileLoader {
   // Elements [depth, depth + 64 bytes) of every row, zeros from element `in_features` on, to the tile at `tile`.
   __device__ __forceinline__ void load(uint32_t tile, int depth, int in_features) const {
     const int first = depth + chunk() * kVec;
+    const uint32_t target = tile_address(tile, first_row()) ^ static_cast<uint32_t>(chunk() << 4);
+    if (kAligned && depth + kTileRowChunks * kVec <= in_features) {  // all but the last stage
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        ptx::cp_async_16(target + i * kRowStep * kTileRowBytes, sources_[i] + first, is_present(i) ? 16 : 0);
+      }
+      return;
+    }
     const int left = min(max(in_features - first, 0), kVec);
     const int offset = left > 0 ? first : 0;  // an address is formed even where nothing is read
-    const uint32_t target = tile_address(tile, first_row()) ^ static_cast<uint32_t>(chunk() << 4);
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-      const int count = (present_ >> i & 1) != 0 ? left : 0;
+      const int count = is_present(i) ? left : 0;
       if constexpr (kAligned) {
         ptx::cp_async_16(target + i * kRowStep * kTileRowBytes, sources_[i] + offset,
                          count * static_cast<uint32_t>(sizeof(T)));
@@ -69,8 +75,10 @@ class TileLoader {
   static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / kTileRowChunks; }
   static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % kTileRowChunks; }
 
+  __device__ __forceinline__ bool is_present(int i) const { return !kMayLackRows || (present_ >> i & 1) != 0; }
+
   const T* sources_[kRowsPerThread];
-  uint32_t present_;  // bit i: sources_[i] is a row, not a stand-in
+  uint32_t present_ = 0;  // bit i: sources_[i] is a row, not a stand-in
 };
 
 }  // namespace moekernels

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moekernels import ops
 from moekernels.ops import reference
@@ -15,35 +13,6 @@ WIDTHS = (1, 2, 7, 64, 257, 2048)
 
 def int32(values: list[int], *shape: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32).view(*shape)
-
-
-@st.composite
-def routed(draw: st.DrawFn) -> tuple[torch.Tensor, ops.Plan]:
-    """Hidden states of one of the dtypes with a plan for them, some choices dropped or not routed."""
-    num_experts = draw(st.sampled_from([1, 4, 33]))
-    num_tokens, top_k, width = draw(st.integers(0, 20)), draw(st.integers(1, 4)), draw(st.sampled_from(WIDTHS))
-    count = num_tokens * top_k
-    ids = int32(draw(st.lists(st.integers(-1, num_experts - 1), min_size=count, max_size=count)), num_tokens, top_k)
-    plan = ops.plan(ids, num_experts, capacity=draw(st.none() | st.integers(1, 4)))
-    return torch.randn(num_tokens, width).to(draw(st.sampled_from(DTYPES))), plan
-
-
-@given(routed())
-def test_permute_equals_definition(inputs: tuple[torch.Tensor, ops.Plan]) -> None:
-    hidden, plan = inputs
-    assert torch.equal(ops.permute(hidden, plan.token_of_row), reference.permute(hidden, plan.token_of_row))
-
-
-@given(routed(), st.booleans())
-def test_unpermute_equals_definition(inputs: tuple[torch.Tensor, ops.Plan], weighted: bool) -> None:
-    hidden, plan = inputs
-    rows = torch.randn(plan.token_of_row.shape[0], hidden.shape[1]).to(hidden.dtype)
-    weights = torch.rand(plan.row_of_slot.shape) if weighted else None
-    actual = ops.unpermute(rows, plan.row_of_slot, weights)
-    expected = reference.unpermute(rows.double(), plan.row_of_slot, weights)
-    torch.testing.assert_close(
-        actual, expected.to(rows.dtype), rtol=1e-2 if rows.dtype != torch.float32 else 1e-5, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,9 +15,11 @@ __global__ void __launch_bounds__(128) sm80_kernel(const void* in, uint4* out, f
   ptx::cp_async_commit_group();
   ptx::cp_async_wait_group<0>();
   ptx::st_shared_v4(tile, ptx::ld_global_nc_v4(in));
+  ptx::st_shared_v4(tile, ptx::ld_global_nc_v4_if(in, blockIdx.x == 0));
   ptx::st_shared_v4(tile + 16, ptx::ld_global_nc_v4_hint(in, ptx::createpolicy_evict_first()));
   ptx::st_shared_v4(tile + 32, ptx::ld_global_nc_v4_keep(in));
   ptx::st_global_cs_v4(out, ptx::ld_shared_v4(tile));
+  ptx::st_global_v4(out, ptx::ld_shared_v4(tile + 16));
   uint32_t a[4];
   uint32_t b[4];
   ptx::ldmatrix_x4(a, tile);

@@ -46,6 +46,12 @@ inline uint4 ld_global_nc_v4_hint(const void* pointer, uint64_t) {
 inline uint4 ld_global_nc_v4_keep(const void* pointer) {
   return ld_global_nc_v4(pointer);
 }
+inline uint4 ld_global_nc_v4_if(const void* pointer, bool condition) {
+  return condition ? ld_global_nc_v4(pointer) : uint4{};
+}
+inline void st_global_v4(void* pointer, const uint4& v) {
+  ::simt::write_aligned(pointer, &v, sizeof v);
+}
 inline void st_global_cs_v4(void* pointer, const uint4& v) {
   ::simt::write_aligned(pointer, &v, sizeof v);
 }

@@ -1,0 +1,81 @@
+"""Tensors of more than 2^31 elements: offsets are 64 bits wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moekernels import ops
+
+WIDTH = 4096
+ROWS = 2**31 // WIDTH + 300  # beyond 2^31 elements
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """Skips where the GPU is too small, and gives the memory back."""
+    needed = 3 * ROWS * WIDTH * DTYPE.itemsize
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def rows(cuda: torch.device) -> torch.Tensor:
+    """Row i holds i % 251 in every column: exact in bfloat16, and wrong offsets show."""
+    values = (torch.arange(ROWS, device=cuda) % 251).to(DTYPE)
+    return values.unsqueeze(1).expand(-1, WIDTH).contiguous()
+
+
+SAMPLE = [0, 1, ROWS // 2, 2**31 // WIDTH - 1, 2**31 // WIDTH, ROWS - 2, ROWS - 1]
+
+
+def test_permute(rows: torch.Tensor) -> None:
+    backwards = torch.arange(ROWS - 1, -1, -1, device=rows.device, dtype=torch.int32)
+    out = ops.permute(rows, backwards)
+    assert torch.equal(out[SAMPLE], rows[[ROWS - 1 - i for i in SAMPLE]])
+
+
+def test_unpermute(rows: torch.Tensor) -> None:
+    row_of_slot = torch.arange(ROWS - 1, -1, -1, device=rows.device, dtype=torch.int32).unsqueeze(1)
+    out = ops.unpermute(rows, row_of_slot, torch.full((ROWS, 1), 2.0, device=rows.device))
+    assert torch.equal(out[SAMPLE], 2 * rows[[ROWS - 1 - i for i in SAMPLE]])
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["in-order", "gathered"])
+def test_grouped_gemm_reads_far_rows(rows: torch.Tensor, gathered: bool) -> None:
+    """Every output is the sum of a row: WIDTH times its value."""
+    weight = torch.full((2, 16, WIDTH), 1 / WIDTH, device=rows.device, dtype=DTYPE)
+    offsets = torch.tensor([0, ROWS // 3, ROWS], dtype=torch.int32, device=rows.device)
+    token_of_row = torch.arange(ROWS, device=rows.device, dtype=torch.int32) if gathered else None
+    out = ops.grouped_gemm(rows, weight, offsets, token_of_row=token_of_row)
+    assert torch.equal(out[SAMPLE], rows[SAMPLE][:, :16])
+
+
+def test_grouped_gemm_writes_far_rows(cuda: torch.device) -> None:
+    source = torch.randn(ROWS, 8, device=cuda).to(DTYPE)
+    weight = torch.randn(2, WIDTH, 8, device=cuda).to(DTYPE)
+    offsets = torch.tensor([0, ROWS // 3, ROWS], dtype=torch.int32, device=cuda)
+    out = ops.grouped_gemm(source, weight, offsets)
+    for i in SAMPLE:
+        expert = int(i >= ROWS // 3)
+        truth = source[i].float() @ weight[expert].float().T
+        torch.testing.assert_close(out[i].float(), truth, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("num_rows", [2, 300])
+def test_grouped_gemm_reads_far_weights(cuda: torch.device, num_rows: int) -> None:
+    """The last of many experts, by the path for few rows and by the tiled ones."""
+    width = 2048
+    experts = 2**31 // (width * width) + 2
+    weight = torch.zeros(experts, width, width, device=cuda, dtype=DTYPE)
+    weight[-1] = torch.randn(width, width, device=cuda).to(DTYPE) / 32
+    rows = torch.randn(num_rows, width, device=cuda).to(DTYPE)
+    offsets = torch.zeros(experts + 1, dtype=torch.int32, device=cuda)
+    offsets[-1] = num_rows
+    out = ops.grouped_gemm(rows, weight, offsets)
+    torch.testing.assert_close(out.float(), rows.float() @ weight[-1].float().T, rtol=2e-2, atol=4e-2)

@@ -1,0 +1,182 @@
+"""Compiles kernel files for real GPUs and reads what the compiler and the machine code say about them.
+
+Results are kept in a cache folder under the hash of everything that went into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.simt.build import CUDA_SOURCES, REPOSITORY
+
+WORKERS = 2
+# As CMakeLists.txt compiles them; -Wextra and -Xptxas -v only talk more.
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v")
+
+
+class CompileError(RuntimeError):
+    """A kernel file does not compile; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one entry point, in bytes but for the registers."""
+
+    name: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    static_smem: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: Path
+    log: str
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """All that is neither the resource report nor advice on code that is not ours."""
+        said = [line for line in self.log.splitlines() if line.strip() and not line.startswith(("ptxas info", "    "))]
+        return said + re.findall(r"ptxas info\s*:.*\((?:C\d+)\).*", self.log)
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled for a GPU here, or None."""
+    return None if shutil.which("nvcc") else "no nvcc"
+
+
+def default_architectures() -> list[str]:
+    """What a wheel is built for: the list in third_party/CudaOption.cmake, as `80` or `90a`."""
+    option = (REPOSITORY / "third_party" / "CudaOption.cmake").read_text()
+    match = re.search(r"set\(MOEKERNELS_CUDA_ARCHS (\d[^)]*)\)", option)
+    assert match is not None
+    return [name.removesuffix("-real") for name in match[1].split()]
+
+
+@cache
+def disassembler() -> str | None:
+    """nvdisasm: from PATH, or from the package nvidia-cuda-nvdisasm."""
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    return shutil.which("nvdisasm") or next((str(p) for p in packages.glob("*/bin/nvdisasm")), None)
+
+
+def _kernels(log: str) -> tuple[Kernel, ...]:
+    found = []
+    for report in re.split(r"(?=ptxas info\s*: Compiling entry function)", log)[1:]:
+        mangled = re.search(r"Compiling entry function '(\S+)'", report)
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        registers = re.search(r"Used (\d+) registers", report)
+        smem = re.search(r"(\d+) bytes smem", report)
+        assert mangled and spills and registers, report
+        stack, stores, loads = map(int, spills.groups())
+        found.append(Kernel(mangled[1], int(registers[1]), stack, stores, loads, int(smem[1]) if smem else 0))
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(k.name for k in found), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return tuple(Kernel(**{**asdict(k), "name": _short(name)}) for k, name in zip(found, names, strict=True))
+
+
+def _short(name: str) -> str:
+    """Without return type, parameters and namespaces."""
+    name = re.sub(r"^void ", "", name.replace("moekernels::", "").replace("(anonymous namespace)::", ""))
+    return re.sub(r">\(.*\)$", ">", name) if "<" in name else re.sub(r"\(.*\)$", "", name)
+
+
+class Compiler:
+    """Compiles into ``cache_dir``, in the background."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._cache_dir = cache_dir
+        self._pool = ThreadPoolExecutor(max_workers=WORKERS)
+        self._results: dict[tuple[Path, str], Future[Compiled]] = {}
+
+    def start(self, wanted: Iterable[tuple[Path, str]]) -> None:
+        """Begins to compile these pairs of source and architecture, in this order."""
+        for source, architecture in wanted:
+            self._submit(source, architecture)
+
+    def compiled(self, source: Path, architecture: str) -> Compiled:
+        """The result for one of them; waits for it.
+
+        Raises:
+            CompileError: the source does not compile.
+        """
+        return self._submit(source, architecture).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, source: Path, architecture: str) -> Future[Compiled]:
+        key = (source, architecture)
+        if key not in self._results:
+            self._results[key] = self._pool.submit(self._compile, source, architecture)
+        return self._results[key]
+
+    def _compile(self, source: Path, architecture: str) -> Compiled:
+        name = f"{source.stem}-{architecture}-{_fingerprint(source)}"
+        cubin, log = self._cache_dir / f"{name}.cubin", self._cache_dir / f"{name}.json"
+        if not log.exists():
+            with tempfile.TemporaryDirectory(dir=self._cache_dir) as scratch:
+                built = Path(scratch) / "out.cubin"
+                includes = (f"-I{CUDA_SOURCES}", f"-I{REPOSITORY / 'csrc' / 'include'}")
+                command = [
+                    "nvcc",
+                    *FLAGS,
+                    f"-arch=sm_{architecture}",
+                    *includes,
+                    "-cubin",
+                    str(source),
+                    "-o",
+                    str(built),
+                ]
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                if result.returncode != 0:
+                    raise CompileError(result.stderr)
+                record = Path(scratch) / "log.json"
+                record.write_text(json.dumps(result.stdout + result.stderr))
+                os.replace(built, cubin)
+                os.replace(record, log)
+        text = json.loads(log.read_text())
+        return Compiled(cubin, text, _kernels(text))
+
+
+@cache
+def _compiler_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _fingerprint(source: Path) -> str:
+    """Of the source, every header it may include, the flags and the compiler."""
+    digest = hashlib.sha256("\0".join([_compiler_version(), *FLAGS]).encode())
+    headers = [p for folder in ("cuda", "include") for p in (REPOSITORY / "csrc" / folder).rglob("*.*h")]
+    for path in [source, *sorted(headers)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """The opcodes of each kernel's machine code, in order, under the kernel's mangled name."""
+    nvdisasm = disassembler()
+    assert nvdisasm is not None
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {}
+    for section in re.split(r"(?=^\s*\.section\s+\.text\.)", text, flags=re.MULTILINE)[1:]:
+        name = re.match(r"\s*\.section\s+\.text\.([^\s,]+)", section)
+        assert name is not None
+        found[name[1]] = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", section, re.MULTILINE)
+    return found

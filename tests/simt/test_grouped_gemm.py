@@ -1,0 +1,76 @@
+"""The grouped GEMM as its callers see it: the entry point with all paths behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.simt.build import CUDA_SOURCES
+from tests.simt.device import Settings, Simt, SimtLibrary
+from tests.simt.gemm_problems import Problem, check, launch, make_inputs
+from tests.tolerance import assert_accurate
+
+AMPERE = Settings(compute_capability=80)
+HOPPER = Settings(compute_capability=90)
+FEW = (1, 0, 3, 1, 0, 2)
+MANY = (70, 0, 3, 150, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def library(simt: Simt) -> SimtLibrary:
+    return simt.library(*sorted(CUDA_SOURCES.glob("grouped_gemm*.cu")))
+
+
+@pytest.mark.parametrize("settings", [AMPERE, HOPPER], ids=["ampere", "hopper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("counts", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
+def test_both_projections(
+    library: SimtLibrary, shift: int, counts: tuple[int, ...], dtype: torch.dtype, settings: Settings
+) -> None:
+    up = Problem(counts, 80, 72, gated=True, gathered=True, activation="silu", dtype=dtype, unused=4, shift=shift)
+    check(library, up, settings=settings)
+    if shift or counts == MANY:
+        tiled = "f32" if dtype == torch.float32 else "sm80" if shift or settings is AMPERE else "sm90"
+        assert f"grouped_gemm_{tiled}_kernel" in library.launches[0]
+    else:
+        assert "decode" in library.launches[0]
+    down = Problem(counts, 72, 40, bias=True, scaled=True, dtype=dtype, unused=4, shift=shift)
+    check(library, down, settings=settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_experts_than_one_launch_takes(library: SimtLibrary, dtype: torch.dtype) -> None:
+    counts = (2, *(e % 2 for e in range(1030)), 3)
+    check(library, Problem(counts, 8, 8, bias=True, activation="relu", dtype=dtype, unused=3), settings=AMPERE)
+    assert len(library.launches) == 2
+
+
+@pytest.mark.parametrize("settings", [AMPERE, HOPPER], ids=["ampere", "hopper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariance(library: SimtLibrary, dtype: torch.dtype, settings: Settings) -> None:
+    """A row's output has the same bits alone, among few and among many."""
+    many = Problem((140, 40), 200, 72, gated=True, activation="silu", dtype=dtype)
+    inputs = make_inputs(many)
+    expected = launch(library, many, inputs, settings=settings, batch_invariant=True)
+    for kept in ([0], [3, 139], list(range(100)), [150], [0, 140, 179]):
+        counts = (sum(row < 140 for row in kept), sum(row >= 140 for row in kept))
+        some = replace(
+            inputs, rows=inputs.rows[kept].clone(), expert_offsets=torch.tensor([0, *counts]).cumsum(0).int()
+        )
+        actual = launch(library, replace(many, counts=counts), some, settings=settings, batch_invariant=True)
+        assert torch.equal(actual, expected[kept])
+
+
+@pytest.mark.parametrize("settings", [AMPERE, HOPPER], ids=["ampere", "hopper"])
+def test_tf32_only_where_allowed(library: SimtLibrary, settings: Settings) -> None:
+    p = Problem(MANY, 40, 72, dtype=torch.float32)
+    inputs = make_inputs(p)
+    truth, plain = inputs.to(torch.float64).reference(p), inputs.reference(p)
+    exact = launch(library, p, inputs, settings=settings)
+    rough = launch(library, p, inputs, settings=settings, allow_tf32=True)
+    assert_accurate(exact, truth, plain)
+    error = (rough.double() - truth).abs().max() / truth.abs().max()
+    assert 1e-5 < error < 2e-3

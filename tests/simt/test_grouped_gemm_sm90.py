@@ -1,0 +1,182 @@
+"""The Hopper grouped GEMM: wgmma, TMA, cp.async and mbarriers, on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.simt import gemm_problems
+from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing
+from tests.simt.gemm_problems import Inputs, Problem, make_inputs
+from tests.tolerance import assert_accurate
+
+TIMINGS: tuple[Timing, ...] = ("eager", "late", "random")
+STAGES = {128: 6, 256: 4}  # by tile_n
+RAGGED = (130, 0, 1, 37, 0, 64, 65)
+GATHERED = pytest.mark.parametrize("gathered", [False, True], ids=["in-order", "gathered"])
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+
+
+@pytest.fixture(scope="module")
+def library(simt: Simt) -> SimtLibrary:
+    instantiations = [f"_{dtype}_{tile_n}" for dtype in ("bf16", "fp16") for tile_n in STAGES]
+    sources = [CUDA_SOURCES / f"grouped_gemm_sm90{suffix}.cu" for suffix in ("", *instantiations)]
+    return simt.library(REPOSITORY / "tests" / "simt" / "kernels" / "grouped_gemm_sm90.cu", *sources)
+
+
+def launch(
+    library: SimtLibrary,
+    p: Problem,
+    inputs: Inputs,
+    tile_n: int = 128,
+    group_m: int = 2,
+    settings: Settings | None = None,
+) -> Tensor:
+    library.call("set_tiles", tile_n, STAGES.get(tile_n, 4), group_m)
+    return gemm_problems.launch(library, p, inputs, settings=settings)
+
+
+def check(
+    library: SimtLibrary, p: Problem, tile_n: int = 128, group_m: int = 2, settings: Settings | None = None
+) -> Tensor:
+    inputs = make_inputs(p)
+    actual = launch(library, p, inputs, tile_n, group_m, settings)
+    # The reference sums in float32 and rounds once, as the kernel does: as strict a bound as there is.
+    assert_accurate(actual, inputs.to(torch.float64).reference(p), inputs.reference(p))
+    return actual
+
+
+@pytest.mark.parametrize("tile_n", STAGES)
+@GATHERED
+@GATED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_instantiation(
+    library: SimtLibrary, dtype: torch.dtype, gated: bool, gathered: bool, tile_n: int
+) -> None:
+    # Columns and depth end inside a tile; the gate's last box runs on into the values.
+    check(library, Problem(RAGGED, 2 * 168, 200, gated=gated, gathered=gathered, dtype=dtype, unused=3), tile_n)
+    assert len(library.launches) == 1
+    assert "grouped_gemm_sm90_kernel" in library.launches[0]
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (1, 0, 0), (0, 1, 1), (128,), (129,), (64, 65), (0, 0, 300), (1,) * 40])
+@GATHERED
+def test_routings(library: SimtLibrary, gathered: bool, counts: tuple[int, ...]) -> None:
+    check(library, Problem(counts, 72, 64, gathered=gathered, unused=5))
+
+
+# 63 and the like: the last 16 bytes that are read hold values past the row's end.
+@pytest.mark.parametrize("in_features", [1, 7, 8, 63, 64, 65, 128, 320])
+@GATHERED
+def test_depths(library: SimtLibrary, gathered: bool, in_features: int) -> None:
+    check(library, Problem((70, 5), 40, in_features, gathered=gathered, padding=-in_features % 8 + 8))
+
+
+# Widths that are not multiples of 8 are stored one element at a time.
+@pytest.mark.parametrize("width", [1, 8, 63, 120, 128, 257])
+@GATED
+def test_widths(library: SimtLibrary, gated: bool, width: int) -> None:
+    for tile_n in STAGES:
+        check(library, Problem((9, 66), 2 * width if gated else width, 72, gated=gated, bias=True), tile_n)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@GATED
+def test_epilogues(library: SimtLibrary, gated: bool, activation: str) -> None:
+    p = Problem((20, 90), 144, 64, gated=gated, activation=activation)
+    for bias, scaled in ((False, True), (True, False), (True, True)):
+        check(library, replace(p, bias=bias, scaled=scaled))
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("seed", range(4))
+@GATHERED
+def test_orders_of_execution(library: SimtLibrary, gathered: bool, seed: int, timing: Timing) -> None:
+    # Two blocks take many tiles each; the ring of stages wraps within tiles and across them.
+    settings = Settings(seed=seed, timing=timing, sm_count=2)
+    p = Problem((150, 3, 0, 129), 200, 328, gated=True, gathered=gathered, bias=True, activation="silu")
+    check(library, p, settings=settings)
+
+
+def test_neither_schedule_nor_tile_width_changes_a_bit(library: SimtLibrary) -> None:
+    p = Problem((300, 2, 260), 400, 72, gated=True, gathered=True, bias=True, activation="silu")
+    inputs = make_inputs(p)
+    first = launch(library, p, inputs)
+    for tile_n, group_m, sm_count in ((128, 1, 1), (128, 16, 64), (256, 1, 3), (256, 2, 1), (256, 16, 4)):
+        assert torch.equal(launch(library, p, inputs, tile_n, group_m, Settings(sm_count=sm_count)), first)
+
+
+def test_tensor_maps_are_told_apart(library: SimtLibrary) -> None:
+    # Equal pointers with other shapes, equal shapes with other pointers, and one pointer whose content changes.
+    p = Problem((5, 6), 64, 128)
+    x = make_inputs(p)
+    for changed_p, changed_x in (
+        (p, x),
+        (replace(p, in_features=64), replace(x, rows=x.rows[:, :64], weight=x.weight[:, :, :64])),
+        (p, replace(x, weight=x.weight + 1)),
+        (p, replace(x, rows=x.rows.flip(0))),
+        (p, replace(x, weight=x.weight.neg_())),
+    ):
+        actual = launch(library, changed_p, changed_x)
+        assert_accurate(actual, changed_x.to(torch.float64).reference(changed_p), changed_x.reference(changed_p))
+
+
+@pytest.mark.parametrize("offsets", [[-5, 40, 2**31 - 1], [100, 7, -3], [0, 90, 80], [2**31 - 1, -(2**31), 2**31 - 1]])
+@GATHERED
+def test_offsets_that_do_not_fit_are_clamped(library: SimtLibrary, gathered: bool, offsets: list[int]) -> None:
+    p = Problem((40, 40), 64, 64, gathered=gathered)
+    inputs = replace(make_inputs(p), expert_offsets=torch.tensor(offsets, dtype=torch.int32))
+    launch(library, p, inputs)  # any access outside is an error
+    assert len(library.launches) == 1
+
+
+@GATHERED
+def test_what_is_not_finite_stays_in_its_row(library: SimtLibrary, gathered: bool) -> None:
+    p = Problem((5, 70), 72, 64, gathered=gathered)
+    inputs = make_inputs(p)
+    source = torch.arange(75)
+    if gathered:
+        source %= inputs.rows.shape[0]
+        inputs.token_of_row = source.int()
+    clean = launch(library, p, inputs)
+    inputs.rows[4, 3] = float("nan")
+    inputs.rows[5, 60] = float("inf")
+    actual = launch(library, p, inputs)
+    touched = (source == 4) | (source == 5)
+    assert not actual[touched].isfinite().any()
+    assert torch.equal(actual[~touched], clean[~touched])
+
+
+def test_no_source_rows_at_all(library: SimtLibrary) -> None:
+    p = Problem((3, 4), 64, 64, gathered=True, bias=True)
+    inputs = make_inputs(p)
+    inputs.rows = inputs.rows[:0]
+    actual = launch(library, p, inputs)
+    assert inputs.bias is not None
+    assert torch.equal(actual, inputs.bias.repeat_interleave(torch.tensor([3, 4]), 0))
+
+
+def test_what_tma_cannot_serve_goes_elsewhere(library: SimtLibrary) -> None:
+    def fallbacks() -> int:
+        count = torch.zeros(1, dtype=torch.int32)
+        library.call("count_fallbacks", count)
+        return int(count.item())
+
+    p = Problem((5, 6), 64, 64)
+    before = fallbacks()
+    launch(library, p, make_inputs(p))
+    assert fallbacks() == before
+    for count, changed in enumerate((replace(p, in_features=0), replace(p, padding=4), replace(p, shift=1)), start=1):
+        launch(library, changed, make_inputs(changed))
+        assert library.launches == []
+        assert fallbacks() == before + count
+
+
+def test_tiles_that_nobody_built_are_an_error(library: SimtLibrary) -> None:
+    p = Problem((5, 6), 64, 64)
+    with pytest.raises(SimtError, match=r"cudaError_t 1$"):
+        launch(library, p, make_inputs(p), tile_n=64)
