@@ -90,3 +90,15 @@ def test_batch_invariant_switches_and_restores() -> None:
     assert moekernels.is_batch_invariant()
     moekernels.batch_invariant(False)
     assert not moekernels.is_batch_invariant()
+
+
+def test_tile_choice_can_be_asked_without_a_gpu() -> None:
+    from moekernels import _C
+
+    olmoe = dict(out_features=2048, in_features=2048, num_experts=64, gated=True, gathered=True)
+    assert _C.describe_tiles(num_rows=8, **olmoe).startswith("decode ")
+    assert _C.describe_tiles(num_rows=8 * 32768, **olmoe).startswith("sm90 128x256x64")
+    assert _C.describe_tiles(num_rows=8 * 32768, compute_capability=80, **olmoe).startswith("sm80 128x128x32")
+    assert _C.describe_tiles(num_rows=8 * 32768, dtype="float32", **olmoe).startswith("f32 ")
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16; got 'int8'"):
+        _C.describe_tiles(num_rows=8, dtype="int8", **olmoe)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cuda/tile_config.h"
 #include "moekernels/cpu.h"
 
 namespace py = pybind11;
@@ -52,10 +53,41 @@ void set_isa(const std::string& name) {
   throw py::value_error("CPU instruction set must be one of " + known + " on this machine; got '" + name + "'");
 }
 
+// What the CUDA grouped GEMM would run for a problem: the choice is a pure function, so no GPU is needed to ask.
+std::string describe_tiles(int64_t num_rows, int64_t out_features, int64_t in_features, int32_t num_experts,
+                           const std::string& dtype, bool gated, bool gathered, bool batch_invariant,
+                           int compute_capability, int sm_count) {
+  GemmProblem problem{};
+  problem.num_rows = num_rows;
+  problem.out_features = out_features;
+  problem.in_features = in_features;
+  problem.num_experts = num_experts;
+  if (dtype == "float32") {
+    problem.dtype = DType::kFloat32;
+  } else if (dtype == "bfloat16") {
+    problem.dtype = DType::kBFloat16;
+  } else if (dtype == "float16") {
+    problem.dtype = DType::kFloat16;
+  } else {
+    throw py::value_error("dtype must be float32, bfloat16 or float16; got '" + dtype + "'");
+  }
+  problem.gated = gated;
+  problem.gathered = gathered;
+  problem.aligned = in_features * size_of(problem.dtype) % 16 == 0;
+  problem.batch_invariant = batch_invariant;
+  problem.compute_capability = compute_capability;
+  problem.sm_count = sm_count;
+  return to_string(choose_tile_config(problem));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and kernel switches of moekernels.";
   m.def("build_info", &describe_build, "Version, compilers, instruction sets and CUDA architectures of this build.");
   m.def("set_cpu_isa", &set_isa, py::arg("name"), "Use the CPU kernels of this instruction set from now on.");
+  m.def("describe_tiles", &describe_tiles, py::kw_only(), py::arg("num_rows"), py::arg("out_features"),
+        py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16", py::arg("gated") = false,
+        py::arg("gathered") = false, py::arg("batch_invariant") = false, py::arg("compute_capability") = 90,
+        py::arg("sm_count") = 132, "The path and tiles that the CUDA grouped GEMM chooses for a problem.");
 }

@@ -2,3 +2,16 @@ from typing import Any
 
 def build_info() -> dict[str, Any]: ...
 def set_cpu_isa(name: str) -> None: ...
+def describe_tiles(
+    *,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    num_experts: int,
+    dtype: str = "bfloat16",
+    gated: bool = False,
+    gathered: bool = False,
+    batch_invariant: bool = False,
+    compute_capability: int = 90,
+    sm_count: int = 132,
+) -> str: ...
