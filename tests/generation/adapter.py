@@ -38,7 +38,87 @@ class Adapted(GenerationMixin):
     def _cache_maker(self, config: GenerationConfig, num_rows: int, max_cache_len: int) -> Callable[[], Any]:
         if config.cache_implementation == "static":
             return lambda: transformers.StaticCache(config=self.config, max_cache_len=max_cache_len)
-        return lambda: transformers.DynamicCache(config=self.config)
+        return lambda: Cache(config=self.config)
+
+
+class Cache(transformers.DynamicCache):
+    def reorder(self, beam_idx: torch.Tensor, start: int = 0) -> None:
+        self.reorder_cache(beam_idx)
+
+
+class AdaptedSeq2Seq(Adapted):
+    """The same for an encoder-decoder model, which wants a row of the encoder's output for every row of the decoder."""
+
+    def __init__(self, model: transformers.PreTrainedModel, generation_config: GenerationConfig | None = None) -> None:
+        super().__init__(model, generation_config)
+        self.encoder_runs = 0
+        self.encoder = _CountedEncoder(self)
+
+    def get_encoder(self) -> Any:
+        return self.encoder
+
+    def forward(self, encoder_outputs: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        self.calls.append(kwargs)
+        hidden = encoder_outputs[0]
+        times = len(kwargs["decoder_input_ids"]) // len(hidden)
+        mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
+        kwargs.pop("logits_to_keep", None)
+        return self.model(
+            encoder_outputs=(hidden.repeat_interleave(times, 0),),
+            attention_mask=mask.repeat_interleave(times, 0),
+            **kwargs,
+            return_dict=True,
+        )
+
+    __call__ = forward
+
+    def _cache_maker(self, config: GenerationConfig, num_rows: int, max_cache_len: int) -> Callable[[], Any]:
+        return lambda: Seq2SeqCache(transformers.DynamicCache(), transformers.DynamicCache())
+
+
+class Seq2SeqCache(transformers.EncoderDecoderCache):
+    def reorder(self, beam_idx: torch.Tensor, start: int = 0) -> None:
+        self.reorder_cache(beam_idx)
+
+
+class _CountedEncoder:
+    def __init__(self, owner: AdaptedSeq2Seq) -> None:
+        self.owner = owner
+        self.forward = owner.model.get_encoder().forward
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.owner.encoder_runs += 1
+        return self.owner.model.get_encoder()(**kwargs)
+
+
+@cache
+def tiny_m2m100() -> transformers.M2M100ForConditionalGeneration:
+    torch.manual_seed(3)
+    config = transformers.M2M100Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=256,
+        init_std=0.3,
+        # With the head of its own embedding such a model would say the same token for ever.
+        tie_word_embeddings=False,
+    )
+    return transformers.M2M100ForConditionalGeneration(config).eval()
+
+
+def sources(rows: int, length: int, padded: bool = False) -> torch.Tensor:
+    """Token ids that end with the end token; in padded ones r pads follow in row r."""
+    ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows * 50 + length))
+    for row in range(rows):
+        kept = length - row if padded else length
+        ids[row, kept - 1] = EOS
+        ids[row, kept:] = PAD
+    return ids
 
 
 @cache

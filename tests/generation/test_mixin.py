@@ -314,7 +314,12 @@ def test_errors_name_the_argument(args: list, kwargs: dict, message: str) -> Non
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"num_beams": 2}, {"guidance_scale": 2.0}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": object()}],
+    [
+        {"num_beams": 4, "num_beam_groups": 2},
+        {"guidance_scale": 2.0},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": object()},
+    ],
     ids=lambda kwargs: next(iter(kwargs)),
 )
 def test_what_is_not_there_is_refused(kwargs: dict) -> None:

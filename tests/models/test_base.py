@@ -95,9 +95,10 @@ def test_a_given_configuration_is_not_changed(directory: Path) -> None:
 def test_attention_implementation(directory: Path) -> None:
     assert OlmoeForCausalLM.from_pretrained(directory).config._attn_implementation == "sdpa"
     with pytest.raises(
-        ValueError, match=r"attn_implementation must be one of sdpa, eager, got 'flash_attention_2'.*flash"
+        ValueError,
+        match=r"attn_implementation must be one of sdpa, eager, flash_attention_2, got 'flash_attention_3'.*flash",
     ):
-        OlmoeForCausalLM.from_pretrained(directory, attn_implementation="flash_attention_2")
+        OlmoeForCausalLM.from_pretrained(directory, attn_implementation="flash_attention_3")
 
 
 def test_loaded_models_are_in_evaluation_mode(directory: Path) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from moekernels.models.losses import causal_lm_loss, load_balancing_loss
+from moekernels.models.losses import causal_lm_loss, load_balancing_loss, seq2seq_lm_loss
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
@@ -53,3 +53,25 @@ def test_wrong_labels() -> None:
         causal_lm_loss(torch.randn(2, 7, 13), torch.zeros(2, 6, dtype=torch.long))
     with pytest.raises(ValueError, match="labels or shift_labels must be given"):
         causal_lm_loss(torch.randn(2, 7, 13), None)
+
+
+def test_seq2seq_loss() -> None:
+    logits = torch.randn(2, 5, 11, requires_grad=True)
+    labels = torch.randint(11, (2, 5))
+    labels[0, 2:] = -100
+    expected = F.cross_entropy(logits.view(-1, 11), labels.view(-1))
+    torch.testing.assert_close(seq2seq_lm_loss(logits, labels), expected)
+    half = logits.bfloat16()
+    assert seq2seq_lm_loss(half, labels).dtype == torch.float32
+    torch.testing.assert_close(
+        seq2seq_lm_loss(half, labels), F.cross_entropy(half.float().view(-1, 11), labels.view(-1))
+    )
+
+
+def test_seq2seq_labels_are_checked() -> None:
+    logits = torch.randn(1, 2, 11)
+    for label in (11, -1, -99):
+        with pytest.raises(ValueError, match=f"labels must be from 0 to 10, or -100 where .*, got {label}"):
+            seq2seq_lm_loss(logits, torch.tensor([[0, label]]))
+    with pytest.raises(ValueError, match=r"labels must have the shape .* \[1, 2\], got \[2\]"):
+        seq2seq_lm_loss(logits, torch.tensor([0, 1]))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,12 @@ from moekernels.nn import (
     padding_mask,
     sdpa_attention,
 )
-from moekernels.nn.attention import additive_mask
+from moekernels.nn.attention import additive_mask, flash_attention
 from tests.nn.test_cache import tiny_config
 from tests.tolerance import assert_accurate
+
+# Flash attention takes none, and needs a package.
+TAKING_A_BIAS = ("eager", "sdpa")
 
 
 def definition(
@@ -38,7 +43,7 @@ def qkv(
     return [torch.randn(2, h, n, 8).to(dtype) for h, n in sizes]
 
 
-@pytest.mark.parametrize("name", ATTENTION_FUNCTIONS)
+@pytest.mark.parametrize("name", TAKING_A_BIAS)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -57,7 +62,7 @@ def test_padded_causal_attention(name: str, kv_heads: int, num_queries: int, dty
     assert_accurate(out, truth, plain)
 
 
-@pytest.mark.parametrize("name", ATTENTION_FUNCTIONS)
+@pytest.mark.parametrize("name", TAKING_A_BIAS)
 def test_triangle_without_a_bias(name: str) -> None:
     query, key, value = qkv(6, 6)
     out, _ = ATTENTION_FUNCTIONS[name](query, key, value, AttentionMask(is_causal=True), scale=0.3)
@@ -65,7 +70,7 @@ def test_triangle_without_a_bias(name: str) -> None:
     torch.testing.assert_close(out, truth.float())
 
 
-@pytest.mark.parametrize("name", ATTENTION_FUNCTIONS)
+@pytest.mark.parametrize("name", TAKING_A_BIAS)
 @pytest.mark.parametrize("num_queries", [1, 5])
 def test_bias_per_head_and_no_scale(name: str, num_queries: int) -> None:
     query, key, value = qkv(num_queries, 7)
@@ -75,7 +80,7 @@ def test_bias_per_head_and_no_scale(name: str, num_queries: int) -> None:
     torch.testing.assert_close(out, truth.float())
 
 
-@pytest.mark.parametrize("name", ATTENTION_FUNCTIONS)
+@pytest.mark.parametrize("name", TAKING_A_BIAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_a_row_that_sees_nothing_is_finite(name: str, dtype: torch.dtype, num_queries: int) -> None:
@@ -85,7 +90,7 @@ def test_a_row_that_sees_nothing_is_finite(name: str, dtype: torch.dtype, num_qu
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("name", ATTENTION_FUNCTIONS)
+@pytest.mark.parametrize("name", TAKING_A_BIAS)
 def test_gradients(name: str) -> None:
     inputs = [x.double().requires_grad_() for x in qkv(4, 4)]
     mask = AttentionMask(is_causal=True)
@@ -108,7 +113,7 @@ def test_probabilities() -> None:
 
 def test_dropout_of_everything() -> None:
     query, key, value = qkv(3, 5)
-    for attend in ATTENTION_FUNCTIONS.values():
+    for attend in (eager_attention, sdpa_attention):
         out, _ = attend(query, key, value, AttentionMask(), scale=0.3, dropout=0.999999)
         assert (out == 0).all()
 
@@ -150,3 +155,118 @@ def test_padding_mask_of_an_encoder() -> None:
     assert mask.bias is not None and mask.bias.dtype == torch.bfloat16
     assert (mask.bias == 0).tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
     assert mask.bias.min() == torch.finfo(torch.bfloat16).min
+
+
+@pytest.mark.parametrize("name", TAKING_A_BIAS)
+@pytest.mark.parametrize("bias", [None, (2, 1, 1, 5), (1, 4, 3, 5), (2, 4, 3, 5), (6, 1, 1, 5), (6, 4, 3, 5)], ids=str)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_rows_that_share_their_keys(name: str, bias: tuple[int, ...] | None, kv_heads: int) -> None:
+    """Three rows of queries to each row of keys, as if the keys had been repeated."""
+    torch.manual_seed(2)
+    query, key, value = torch.randn(6, 4, 3, 8), *(torch.randn(2, kv_heads, 5, 8) for _ in range(2))
+    given = repeated = None if bias is None else torch.randn(bias)
+    if given is not None and given.shape[0] == 2:
+        repeated = given.repeat_interleave(3, 0)
+    attend = ATTENTION_FUNCTIONS[name]
+    out, probs = attend(query, key, value, AttentionMask(given), scale=0.4)
+    expected, expected_probs = attend(
+        query, key.repeat_interleave(3, 0), value.repeat_interleave(3, 0), AttentionMask(repeated), scale=0.4
+    )
+    torch.testing.assert_close(out, expected)
+    if name == "eager":
+        torch.testing.assert_close(probs, expected_probs)
+    with pytest.raises(ValueError, match="6 rows of queries cannot share 4 rows of keys"):
+        attend(query, key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1), AttentionMask(), scale=0.4)
+    with pytest.raises(ValueError, match="cannot causally share"):
+        attend(query, key, value, AttentionMask(is_causal=True), scale=0.4)
+
+
+# --- flash attention, with a stand-in for the package -----------------------------------------------------------------
+
+
+class FakeFlashAttention:
+    """The two functions of flash-attn that are used, by their documentation."""
+
+    def flash_attn_func(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool
+    ) -> Tensor:
+        visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        # Causal masks are aligned with the last key.
+        visible = visible.tril(k.shape[1] - q.shape[1]) if causal else visible
+        out = definition(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, softmax_scale)
+        return out.view(q.shape).to(q.dtype)
+
+    def flash_attn_varlen_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **options: Any,
+    ) -> Tensor:
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        assert starts_q[-1] == q.shape[0] and starts_k[-1] == k.shape[0]
+        outputs = []
+        for i in range(len(starts_q) - 1):
+            rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+            assert rows.stop - rows.start <= max_seqlen_q and keys.stop - keys.start <= max_seqlen_k
+            outputs.append(self.flash_attn_func(q[None, rows], k[None, keys], v[None, keys], **options)[0])
+        return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    package: Any = FakeFlashAttention()
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("num_queries", [1, 4, 9])
+def test_flash_attention_agrees_with_sdpa(padded: str | None, num_queries: int) -> None:
+    query, key, value = qkv(num_queries, 9, dtype=torch.bfloat16)
+    attention_mask = None
+    if padded is not None:
+        attention_mask = torch.ones(2, 9)
+        attention_mask[1, slice(0, 3) if padded == "left" else slice(7, None)] = 0
+    past = DynamicCache()
+    if num_queries < 9:
+        past.update(key[:, :, num_queries:], value[:, :, num_queries:], 0)
+    positions = torch.arange(9 - num_queries, 9)
+    cases = [
+        (causal_mask, (attention_mask, past if num_queries < 9 else None, positions, 2, query.dtype)),
+        (padding_mask, (attention_mask, query.dtype)),
+    ]
+    for make, arguments in cases:
+        mask = make(*arguments, deferred=True)
+        assert mask.bias is None
+        actual, probs = flash_attention(query, key, value, mask, scale=0.3)
+        expected, _ = sdpa_attention(query, key, value, make(*arguments), scale=0.3)
+        kept = slice(None) if attention_mask is None else attention_mask[:, 9 - num_queries :].bool()
+        torch.testing.assert_close(actual[kept], expected[kept], atol=0.02, rtol=0.02)
+        assert probs is None
+
+
+@pytest.mark.usefixtures("flash")
+def test_what_flash_attention_cannot_do() -> None:
+    query, key, value = qkv(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float16 and bfloat16 only, got torch\\.float32"):
+        flash_attention(query.float(), key.float(), value.float(), AttentionMask(), scale=1.0)
+    cache = StaticCache(tiny_config(), 2, 8)
+    masks = [
+        padding_mask(torch.ones(2, 1, 4, 4, dtype=torch.bool), query.dtype, deferred=True),
+        causal_mask(None, cache, torch.arange(4), 2, query.dtype, deferred=True),
+    ]
+    for mask in masks:
+        with pytest.raises(ValueError, match="a four-dimensional mask, a position bias or a cache of fixed size"):
+            flash_attention(query, key, value, mask, scale=1.0)
+
+
+def test_flash_attention_is_a_package() -> None:
+    query, key, value = qkv(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(ImportError, match="pip install flash-attn --no-build-isolation"):
+        flash_attention(query, key, value, AttentionMask(), scale=1.0)

@@ -130,6 +130,33 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(rf"(?P<{piece}>\d+)" if i % 2 else re.escape(piece) for i, piece in enumerate(pieces)))
 
 
+def _per_expert(layer: str, **projections: str) -> tuple[Rule, ...]:
+    """Rules for experts without a gate: one Linear each in the checkpoint, under the names given, and two stacks here.
+
+    Args:
+        layer: the sparse layer, with a number in braces.
+        projections: our name of a stack -> the checkpoint's name of the Linear.
+    """
+    return tuple(
+        Rule(f"{layer}.experts.expert_{{expert}}.{theirs}.{kind}", f"{layer}.experts.{ours}{suffix}")
+        for ours, theirs in projections.items()
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))
+    )
+
+
+def _t5_experts(layer: str) -> tuple[Rule, ...]:
+    """Rules for experts that are MLPs as T5 has them, with a gate (``wi_0``) and a value (``wi_1``) or without."""
+    gated = f"{layer}.experts.expert_{{expert}}"
+    return (
+        *_per_expert(layer, up_proj="wi", down_proj="wo"),
+        Rule(f"{gated}.wi_0.weight", f"{layer}.experts.gate_up_proj", part=0, parts=2),
+        Rule(f"{gated}.wi_1.weight", f"{layer}.experts.gate_up_proj", part=1, parts=2),
+    )
+
+
+#: Of models that came from fairseq: position tables and versions.
+_FAIRSEQ_LEFTOVERS = (r".*embed_positions\.weights", r".*_float_tensor", r"(encoder|decoder)\.version")
+
 KEY_MAPS: dict[str, KeyMap] = {
     "olmoe": KeyMap(
         rules=(
@@ -149,5 +176,23 @@ KEY_MAPS: dict[str, KeyMap] = {
         ),
         heads=("lm_head.weight",),
         ignored=(r".*rotary_emb\.inv_freq",),
+    ),
+    "m2m_100": KeyMap(rules=(), heads=("lm_head.weight",), ignored=_FAIRSEQ_LEFTOVERS),
+    "nllb-moe": KeyMap(
+        rules=(
+            *_per_expert("encoder.layers.{layer}.ffn", up_proj="fc1", down_proj="fc2"),
+            *_per_expert("decoder.layers.{layer}.ffn", up_proj="fc1", down_proj="fc2"),
+        ),
+        heads=("lm_head.weight",),
+        ignored=_FAIRSEQ_LEFTOVERS,
+    ),
+    "switch_transformers": KeyMap(
+        rules=(
+            *_t5_experts("encoder.block.{block}.layer.1.mlp"),
+            *_t5_experts("decoder.block.{block}.layer.2.mlp"),
+        ),
+        heads=("lm_head.weight",),
+        # Left over from when every first attention had a position bias.
+        ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     ),
 }

@@ -2,9 +2,15 @@
 
 from moekernels.generation.config import GenerationConfig
 from moekernels.generation.mixin import GenerationMixin
-from moekernels.generation.outputs import GenerateDecoderOnlyOutput
+from moekernels.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 from moekernels.generation.pipeline import build_logits_processors
 from moekernels.generation.processors import (
+    EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -46,6 +52,7 @@ from moekernels.generation.warpers import (
 __all__ = [
     "BaseStreamer",
     "DecodeState",
+    "EncoderNoRepeatNGramLogitsProcessor",
     "EncoderRepetitionPenaltyLogitsProcessor",
     "EosTokenCriteria",
     "EpsilonLogitsWarper",
@@ -53,7 +60,10 @@ __all__ = [
     "ExponentialDecayLengthPenalty",
     "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
+    "GenerateBeamDecoderOnlyOutput",
+    "GenerateBeamEncoderDecoderOutput",
     "GenerateDecoderOnlyOutput",
+    "GenerateEncoderDecoderOutput",
     "GenerationConfig",
     "GenerationMixin",
     "InfNanRemoveLogitsProcessor",

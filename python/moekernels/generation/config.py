@@ -274,10 +274,11 @@ class GenerationConfig(GenerationParameters):
                 "temperature",
                 "greater than 0 when do_sample is set (greedy search is do_sample=False)",
             )
-        elif self.num_return_sequences > self.num_beams:
+        if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
             raise ValueError(
-                f"generation config: without sampling there are num_beams={self.num_beams} sequences to return, "
-                f"got num_return_sequences={self.num_return_sequences}; set do_sample=True for more"
+                f"generation config: there are num_beams={self.num_beams} sequences to return, got "
+                f"num_return_sequences={self.num_return_sequences}; set num_beams as high, or sample without beams "
+                "(do_sample=True, num_beams=1)"
             )
         for name in _GENERATE_ARGUMENTS:
             if hasattr(self, name):

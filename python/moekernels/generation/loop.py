@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from moekernels.generation.config import GenerationConfig
 from moekernels.generation.processors import LogitsProcessorList
 from moekernels.generation.state import DecodeState
 from moekernels.generation.stopping import MaxLengthCriteria, StoppingCriteriaList
@@ -16,7 +17,7 @@ from moekernels.generation.streamers import BaseStreamer
 
 
 class Chooser(Protocol):
-    """Picks the next token of every row from its scores `[B, V]`; it may also rearrange the rows of the state."""
+    """Picks the next token of every row from its scores `[B, V]`."""
 
     def __call__(self, scores: Tensor, state: DecodeState) -> Tensor: ...
 
@@ -36,40 +37,91 @@ class Sampler:
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(1)
 
 
+# Runs the model on what the state says is next, with the extra keywords given.
+Step: TypeAlias = "Callable[[DecodeState, dict[str, bool]], Any]"
+
+
 @dataclass
 class Record:
-    """What the caller wants to see of every step; a list is None where it does not."""
+    """What the caller wants to see of every step: one list per wanted field of the result.
 
-    scores: list[Tensor] | None = None
-    logits: list[Tensor] | None = None
-    attentions: list[Any] | None = None
-    hidden_states: list[Any] | None = None
+    Attributes:
+        lists: the lists by name: "scores", "logits", and fields of the model's output.
+        model_kwargs: what makes the model return those fields.
+    """
+
+    lists: dict[str, list[Any]] = field(default_factory=dict)
     model_kwargs: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, *, scores: bool, logits: bool, attentions: bool, hidden_states: bool) -> Record:
-        wanted = {"output_attentions": attentions, "output_hidden_states": hidden_states}
-        return cls(
-            scores=[] if scores else None,
-            logits=[] if logits else None,
-            attentions=[] if attentions else None,
-            hidden_states=[] if hidden_states else None,
-            model_kwargs={name: True for name, value in wanted.items() if value},
-        )
+    def of(cls, config: GenerationConfig, is_encoder_decoder: bool) -> Record:
+        """The record that `config` asks for."""
+        record = cls()
+        if not config.return_dict_in_generate:
+            return record
+        prefix = "decoder_" if is_encoder_decoder else ""
+        names = {
+            "output_scores": ["scores"],
+            "output_logits": ["logits"],
+            "output_attentions": [f"{prefix}attentions", *(["cross_attentions"] if is_encoder_decoder else [])],
+            "output_hidden_states": [f"{prefix}hidden_states"],
+        }
+        for option, wanted in names.items():
+            if getattr(config, option):
+                record.lists |= {name: [] for name in wanted}
+                if option not in ("output_scores", "output_logits"):
+                    record.model_kwargs[option] = True
+        return record
 
-    def add(self, outputs: Any, logits: Tensor, scores: Tensor) -> None:
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(logits)
-        if self.attentions is not None:
-            self.attentions.append(outputs.attentions)
-        if self.hidden_states is not None:
-            self.hidden_states.append(outputs.hidden_states)
+    def __contains__(self, name: str) -> bool:
+        return name in self.lists
+
+    def add(self, outputs: Any, **values: Tensor) -> None:
+        """Takes the wanted fields of a step from `values` and, those that are not there, from the model's output."""
+        for name, entries in self.lists.items():
+            entries.append(values[name] if name in values else getattr(outputs, name))
+
+    def fields(self) -> dict[str, tuple[Any, ...]]:
+        """Everything so far, by name."""
+        return {name: tuple(entries) for name, entries in self.lists.items()}
+
+    @property
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """The scores so far, if they are wanted."""
+        return tuple(self.lists["scores"]) if "scores" in self else None
+
+
+def read_prompt(step: Step, state: DecodeState, chunk_size: int | None) -> None:
+    """Runs the model on all but the last piece of the prompt, at most `chunk_size` tokens at once."""
+    if chunk_size is None or not state.use_cache:
+        return
+    end = state.target
+    for target in range(state.cached + chunk_size, end, chunk_size):
+        state.target = target
+        state.seen(step(state, {}).past_key_values)
+    state.target = end
+
+
+def next_scores(
+    step: Step, state: DecodeState, processors: LogitsProcessorList, record: Record, *, log_probs: bool = False
+) -> Tensor:
+    """Runs the model and returns the processed scores float32 `[B, V]` of the next token.
+
+    Args:
+        log_probs: turn the logits into log-probabilities before they are processed.
+    """
+    outputs = step(state, record.model_kwargs)
+    state.seen(outputs.past_key_values if state.use_cache else None)
+    # A copy where it is kept, because a view would keep the logits of a whole prompt alive.
+    kept = "logits" in record or ("scores" in record and not log_probs)
+    logits = outputs.logits[:, -1].to(torch.float32, copy=kept)
+    scores = processors(state.input_ids, logits.log_softmax(dim=-1) if log_probs else logits)
+    record.add(outputs, scores=scores, logits=logits)
+    return scores
 
 
 def decode(
-    step: Callable[[DecodeState, dict[str, bool]], Any],
+    step: Step,
     state: DecodeState,
     choose: Chooser,
     *,
@@ -86,7 +138,6 @@ def decode(
     length can end them.
 
     Args:
-        step: runs the model on what the state says is next, with the extra keywords given.
         pad_token_id: what a row gets after its end token while others go on.
         prefill_chunk_size: the most prompt tokens to run at once.
     """
@@ -97,22 +148,9 @@ def decode(
     num_rows = state.input_ids.shape[0]
     finished: Tensor | None = None
 
-    if prefill_chunk_size is not None and state.use_cache:
-        end = state.target
-        for target in range(state.cached + prefill_chunk_size, end, prefill_chunk_size):
-            state.target = target
-            state.seen(step(state, {}).past_key_values)
-        state.target = end
-
+    read_prompt(step, state, prefill_chunk_size)
     while True:
-        outputs = step(state, record.model_kwargs)
-        state.seen(outputs.past_key_values if state.use_cache else None)
-        # A copy, because a view would keep the logits of a whole prompt alive.
-        logits = outputs.logits[:, -1].to(torch.float32, copy=record.logits is not None or record.scores is not None)
-        scores = processors(state.input_ids, logits)
-        record.add(outputs, logits, scores)
-        del outputs
-
+        scores = next_scores(step, state, processors, record)
         tokens = choose(scores, state)
         if finished is not None and pad_token_id is not None and num_rows > 1:
             tokens = tokens.masked_fill(finished, pad_token_id)
@@ -121,8 +159,7 @@ def decode(
             streamer.put(tokens.cpu())
 
         if tests:
-            scores_so_far = None if record.scores is None else tuple(record.scores)
-            done = tests(state.input_ids, scores_so_far)
+            done = tests(state.input_ids, record.scores)
             finished = done if finished is None else finished | done
             if bool(finished.all()):
                 break

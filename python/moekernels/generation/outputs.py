@@ -63,3 +63,74 @@ class GenerateDecoderOnlyOutput(Output):
     attentions: tuple[tuple[Tensor, ...], ...] | None = None
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
     past_key_values: Any = None
+
+
+@dataclass
+class GenerateEncoderDecoderOutput(Output):
+    """The result of greedy search or sampling with an encoder-decoder model. B sequences, V vocabulary, n steps.
+
+    Attributes:
+        sequences: int64 `[B, length]`, the decoder's tokens from its start token on, padded after the end.
+        scores, logits, past_key_values: as in `GenerateDecoderOnlyOutput`.
+        encoder_attentions: a map per layer of the encoder (`output_attentions=True`).
+        encoder_hidden_states: a tensor per layer, and the embeddings (`output_hidden_states=True`).
+        decoder_attentions, cross_attentions: n tuples with a map per layer of the decoder.
+        decoder_hidden_states: n tuples with a tensor per layer, and the embeddings.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    cross_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    decoder_hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclass
+class GenerateBeamDecoderOnlyOutput(Output):
+    """The result of beam search with a decoder-only model. B prompts, N beams, R returned sequences per prompt.
+
+    Attributes:
+        sequences: int64 `[B * R, length]`, the best first within each prompt.
+        sequences_scores: float32 `[B * R]`, sums of log-probabilities over length ** length_penalty
+            (`output_scores=True`).
+        scores: n tensors float32 `[B * N, V]`, log-probabilities after the logits processors (`output_scores=True`).
+        logits: n tensors float32 `[B * N, V]`, as the model gave them (`output_logits=True`).
+        beam_indices: int32 `[B * R, generated]`, the row of `scores` that every token was chosen from; -1 after the
+            end.
+        attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`, with B * N rows.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclass
+class GenerateBeamEncoderDecoderOutput(Output):
+    """The result of beam search with an encoder-decoder model.
+
+    Attributes:
+        sequences, sequences_scores, scores, logits, beam_indices: as in `GenerateBeamDecoderOnlyOutput`.
+        others: as in `GenerateEncoderDecoderOutput`; what belongs to the decoder has a row per beam.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    cross_attentions: tuple[tuple[Tensor, ...], ...] | None = None
+    decoder_hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: Any = None

@@ -84,7 +84,22 @@ class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
         self.encoder_input_ids = encoder_input_ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._inverse(self.encoder_input_ids, scores)
+        return self._inverse(_rows_for(scores, self.encoder_input_ids), scores)
+
+
+def _rows_for(scores: Tensor, encoder_input_ids: Tensor) -> Tensor:
+    """The encoder's input of every row of scores, where beams and samples make several rows of a prompt."""
+    times = scores.shape[0] // encoder_input_ids.shape[0]
+    return encoder_input_ids.repeat_interleave(times, dim=0) if times > 1 else encoder_input_ids
+
+
+def _completions(ngrams: Tensor, prefix: Tensor, vocab_size: int) -> Tensor:
+    """Which tokens bool `[B, V]` would complete one of the n-grams `[B, m, n]` after `prefix` `[B, n - 1]`."""
+    matches = (ngrams[..., :-1] == prefix.unsqueeze(1)).all(-1)
+    # N-grams that do not match ban a column past the vocabulary.
+    completions = torch.where(matches, ngrams[..., -1], vocab_size)
+    mask = torch.zeros(len(ngrams), vocab_size + 1, dtype=torch.bool, device=ngrams.device)
+    return mask.scatter_(1, completions, True)[:, :vocab_size]
 
 
 class NoRepeatNGramLogitsProcessor(LogitsProcessor):
@@ -96,16 +111,35 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
         self.ngram_size = ngram_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        n, length, vocab_size = self.ngram_size, input_ids.shape[1], scores.shape[1]
+        n, length = self.ngram_size, input_ids.shape[1]
         if length < n:
             return scores
         ngrams = input_ids.unfold(1, n, 1)  # [B, length - n + 1, n]
-        prefix = input_ids[:, length - n + 1 :].unsqueeze(1)
-        repeats = (ngrams[..., :-1] == prefix).all(-1)
-        # N-grams that do not match ban a column past the vocabulary.
-        banned = torch.where(repeats, ngrams[..., -1], vocab_size)
-        mask = scores.new_zeros(scores.shape[0], vocab_size + 1, dtype=torch.bool).scatter_(1, banned, True)
-        return scores.masked_fill(mask[:, :vocab_size], NEGATIVE_INFINITY)
+        banned = _completions(ngrams, input_ids[:, length - n + 1 :], scores.shape[1])
+        return scores.masked_fill(banned, NEGATIVE_INFINITY)
+
+
+class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):
+    """Bans every token that would complete an n-gram of the encoder's input.
+
+    Args:
+        encoder_ngram_size: n.
+        encoder_input_ids: int64 `[B, length]`, one row per prompt; the rows of a prompt follow one another.
+    """
+
+    def __init__(self, encoder_ngram_size: int, encoder_input_ids: Tensor) -> None:
+        if not isinstance(encoder_ngram_size, int) or encoder_ngram_size < 1:
+            raise ValueError(f"encoder_no_repeat_ngram_size must be a positive integer, got {encoder_ngram_size!r}")
+        self.ngram_size = encoder_ngram_size
+        self.encoder_input_ids = encoder_input_ids.reshape(-1, encoder_input_ids.shape[-1])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        n, length = self.ngram_size, input_ids.shape[1]
+        if self.encoder_input_ids.shape[1] < n or length < n - 1:
+            return scores
+        ngrams = _rows_for(scores, self.encoder_input_ids).unfold(1, n, 1)
+        banned = _completions(ngrams, input_ids[:, length - n + 1 :], scores.shape[1])
+        return scores.masked_fill(banned, NEGATIVE_INFINITY)
 
 
 class SequenceBiasLogitsProcessor(LogitsProcessor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +11,45 @@ from torch import Tensor
 
 from moekernels.generation.config import GenerationConfig
 from moekernels.generation.processors import token_list
+
+
+@dataclass
+class Prompt:
+    """What generation starts from. B prompts.
+
+    Attributes:
+        input_ids: int64 `[B, n]`, the tokens that the decoder begins with.
+        inputs_embeds: `[B, m, H]`, given instead of ids or besides them.
+        attention_mask: int64 `[B, n or m]`; None if nothing is masked.
+        encoder_input_ids: int64 `[B, S]`, what the encoder penalties apply to; None where there are no ids.
+        row_kwargs: keywords for the model in every step, whose tensors have a row per sequence.
+        shared_kwargs: keywords for the model in every step, whose tensors stay as they are.
+    """
+
+    input_ids: Tensor
+    inputs_embeds: Tensor | None = None
+    attention_mask: Tensor | None = None
+    encoder_input_ids: Tensor | None = None
+    row_kwargs: dict[str, Any] = field(default_factory=dict)
+    shared_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_embeds(self) -> int:
+        """Positions that were given as embeddings, without ids."""
+        return 0 if self.inputs_embeds is None else self.inputs_embeds.shape[1] - self.input_ids.shape[1]
+
+
+def decoder_prompt(
+    inputs: Tensor | None, config: GenerationConfig, model_kwargs: dict[str, Any], device: torch.device
+) -> Prompt:
+    """The prompt of a decoder-only model; other keywords of the caller's stay with it.
+
+    Raises:
+        ValueError: as the two functions below do.
+    """
+    ids, embeds = take_prompt(inputs, config, model_kwargs, device)
+    mask = attention_mask_for(ids if embeds is None else embeds, model_kwargs.pop("attention_mask", None), config)
+    return Prompt(ids, embeds, mask, ids if embeds is None else None, row_kwargs=model_kwargs)
 
 
 def take_prompt(
@@ -25,7 +65,7 @@ def take_prompt(
     if inputs is not None and ids is not None:
         raise ValueError("generate: the prompt was given twice, as inputs and as input_ids")
     ids = inputs if ids is None else ids
-    if ids is not None and not _is_index_matrix(ids):
+    if ids is not None and not is_index_matrix(ids):
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"generate: input_ids must be an integer tensor [batch, length], got {got}")
     if embeds is not None:
@@ -40,12 +80,17 @@ def take_prompt(
         ids = torch.full((1, 1), config.bos_token_id, device=device)
     if ids.shape[0] == 0 or (ids.shape[1] == 0 and embeds is None):
         raise ValueError(f"generate: input_ids must hold at least one token per prompt, got {list(ids.shape)}")
-    if ids.device.type != torch.device(device).type:
-        raise ValueError(f"generate: input_ids is on {ids.device}, but the model on {device}")
+    on_model_device("input_ids", ids, device)
     return ids.long(), embeds
 
 
-def _is_index_matrix(ids: Any) -> bool:
+def on_model_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError if `tensor` is on another kind of device than the model."""
+    if tensor.device.type != torch.device(device).type:
+        raise ValueError(f"generate: {name} is on {tensor.device}, but the model on {device}")
+
+
+def is_index_matrix(ids: Any) -> bool:
     return isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype in (torch.int32, torch.int64)
 
 
@@ -58,27 +103,31 @@ def attention_mask_for(prompt: Tensor, given: Tensor | None, config: GenerationC
     Raises:
         ValueError: the given mask does not have the prompt's shape.
     """
+    if given is not None and given.shape != prompt.shape[:2]:
+        raise ValueError(
+            f"generate: attention_mask must be {list(prompt.shape[:2])} like the prompt, got {list(given.shape)}"
+        )
+    mask = visible_or_none(prompt if prompt.dim() == 2 else None, given, config)
+    if mask is not None and not bool(mask[:, -1].all()):
+        warnings.warn(
+            "generate: a prompt is padded on the right, and a decoder goes on from the padding; "
+            "tokenize with padding_side='left'",
+            stacklevel=5,
+        )
+    return mask
+
+
+def visible_or_none(ids: Tensor | None, given: Tensor | None, config: GenerationConfig) -> Tensor | None:
+    """The given mask, or else one inferred from the pad tokens in `ids`, int64; None where it would hide nothing."""
     if given is not None:
-        if given.shape != prompt.shape[:2]:
-            raise ValueError(
-                f"generate: attention_mask must be {list(prompt.shape[:2])} like the prompt, got {list(given.shape)}"
-            )
         visible = given != 0
     else:
         pad = config.pad_token_id
         ends = [] if config.eos_token_id is None else token_list("eos_token_id", config.eos_token_id)
-        if pad is None or pad in ends or prompt.dim() != 2:
+        if ids is None or pad is None or pad in ends:
             return None
-        visible = prompt != pad
-    if bool(visible.all()):
-        return None
-    if not bool(visible[:, -1].all()):
-        warnings.warn(
-            "generate: a prompt is padded on the right, and a decoder goes on from the padding; "
-            "tokenize with padding_side='left'",
-            stacklevel=4,
-        )
-    return visible.long()
+        visible = ids != pad
+    return None if bool(visible.all()) else visible.long()
 
 
 def set_lengths(

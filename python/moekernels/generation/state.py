@@ -116,6 +116,17 @@ class DecodeState:
         self.length += 1
         self.target = self.offset + self.length
 
+    def reorder(self, rows: Tensor, start: int = 0) -> None:
+        """Row `b` becomes what row `rows[b]` was; both must belong to the same prompt, whose mask they share.
+
+        Args:
+            rows: int64 `[B]`, best on the CPU: then nothing waits for the device.
+            start: tokens that the two rows of every such pair have in common.
+        """
+        self._tokens[:, start : self.length] = self._tokens[rows, start : self.length]
+        if self.cache is not None:
+            self.cache.reorder(rows, self.offset + start)
+
     def forget(self) -> None:
         """Empties the cache, so that the next call of the model reads every token again.
 

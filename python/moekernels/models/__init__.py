@@ -1,17 +1,48 @@
 """The models, and the classes that find them by name."""
 
-from moekernels.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
+from moekernels.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.configuration import PretrainedConfig
+from moekernels.models.m2m_100 import M2M100Config, M2M100ForConditionalGeneration, M2M100Model
+from moekernels.models.nllb_moe import (
+    NllbMoeConfig,
+    NllbMoeForConditionalGeneration,
+    NllbMoeModel,
+    NllbMoeSparseMLP,
+    NllbMoeTop2Router,
+)
 from moekernels.models.olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+from moekernels.models.switch_transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersEncoderModel,
+    SwitchTransformersForConditionalGeneration,
+    SwitchTransformersModel,
+    SwitchTransformersSparseMLP,
+    SwitchTransformersTop1Router,
+)
 
 __all__ = [
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "M2M100Config",
+    "M2M100ForConditionalGeneration",
+    "M2M100Model",
+    "NllbMoeConfig",
+    "NllbMoeForConditionalGeneration",
+    "NllbMoeModel",
+    "NllbMoeSparseMLP",
+    "NllbMoeTop2Router",
     "OlmoeConfig",
     "OlmoeForCausalLM",
     "OlmoeModel",
     "PreTrainedModel",
     "PretrainedConfig",
+    "SwitchTransformersConfig",
+    "SwitchTransformersEncoderModel",
+    "SwitchTransformersForConditionalGeneration",
+    "SwitchTransformersModel",
+    "SwitchTransformersSparseMLP",
+    "SwitchTransformersTop1Router",
 ]

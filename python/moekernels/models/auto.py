@@ -8,7 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 from moekernels.checkpoint import CheckpointError, read_json
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.configuration import PretrainedConfig, config_path
+from moekernels.models.m2m_100 import M2M100Config, M2M100ForConditionalGeneration, M2M100Model
+from moekernels.models.nllb_moe import NllbMoeConfig, NllbMoeForConditionalGeneration, NllbMoeModel
 from moekernels.models.olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+from moekernels.models.switch_transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    SwitchTransformersModel,
+)
 
 
 class Architecture(NamedTuple):
@@ -17,11 +24,24 @@ class Architecture(NamedTuple):
     config: type[PretrainedConfig]
     base: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel] | None = None
+    seq2seq_lm: type[PreTrainedModel] | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture(config=OlmoeConfig, base=OlmoeModel, causal_lm=OlmoeForCausalLM),
+    "m2m_100": Architecture(config=M2M100Config, base=M2M100Model, seq2seq_lm=M2M100ForConditionalGeneration),
+    "nllb-moe": Architecture(config=NllbMoeConfig, base=NllbMoeModel, seq2seq_lm=NllbMoeForConditionalGeneration),
+    "switch_transformers": Architecture(
+        config=SwitchTransformersConfig,
+        base=SwitchTransformersModel,
+        seq2seq_lm=SwitchTransformersForConditionalGeneration,
+    ),
 }
+
+
+def _spelling(model_type: Any) -> Any:
+    """The name of an architecture as it stands in the table; files also write "nllb_moe"."""
+    return {name.replace("-", "_"): name for name in ARCHITECTURES}.get(str(model_type).replace("-", "_"), model_type)
 
 
 class AutoConfig:
@@ -35,7 +55,7 @@ class AutoConfig:
             CheckpointError: there is none, it cannot be used, or the architecture is not known.
         """
         path = config_path(directory)
-        model_type = read_json(path).get("model_type")
+        model_type = _spelling(read_json(path).get("model_type"))
         if model_type not in ARCHITECTURES:
             known = ", ".join(repr(name) for name in ARCHITECTURES)
             raise CheckpointError(
@@ -46,6 +66,7 @@ class AutoConfig:
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:
         """A configuration of the named architecture."""
+        model_type = _spelling(model_type)
         if model_type not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {model_type!r}, expected one of {', '.join(ARCHITECTURES)}")
         return ARCHITECTURES[model_type].config(**kwargs)
@@ -86,3 +107,9 @@ class AutoModelForCausalLM(_AutoModel):
     """Decoders with a language-modelling head."""
 
     _role = "causal_lm"
+
+
+class AutoModelForSeq2SeqLM(_AutoModel):
+    """Encoders and decoders with a language-modelling head."""
+
+    _role = "seq2seq_lm"

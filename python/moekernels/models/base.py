@@ -29,6 +29,7 @@ from moekernels.generation import GenerationConfig, GenerationMixin
 from moekernels.models.configuration import PretrainedConfig, parse_dtype
 from moekernels.models.outputs import ModelOutput
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
+from moekernels.nn.attention import FLASH_ATTENTION, require_flash_attention
 
 _GENERATION_CONFIG = "generation_config.json"
 #: Keywords of other libraries' `from_pretrained` that have nothing to say about a local directory.
@@ -51,7 +52,7 @@ class PreTrainedModel(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     #: Names in :data:`moekernels.nn.ATTENTION_FUNCTIONS`; the first is the default.
-    attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
+    attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager", FLASH_ATTENTION)
     #: Parts of the names of parameters that stay float32 whatever the dtype of the model.
     keep_in_float32: ClassVar[tuple[str, ...]] = ()
     #: Parts of the names of parameters that a checkpoint may lack: heads that training starts from scratch.
@@ -113,7 +114,7 @@ class PreTrainedModel(nn.Module):
             dtype: a torch dtype or its name; "auto" takes the configuration's; None is PyTorch's default.
             torch_dtype: the older name of `dtype`.
             device: where the weights are made.
-            attn_implementation: "sdpa" or "eager".
+            attn_implementation: "sdpa", "eager" or "flash_attention_2".
         """
         dtype = torch_dtype if dtype is None else dtype
         final = (config.dtype if dtype == "auto" else parse_dtype(dtype)) or torch.get_default_dtype()
@@ -160,7 +161,7 @@ class PreTrainedModel(nn.Module):
             torch_dtype: the older name of `dtype`.
             device: where the model goes; the CPU by default.
             device_map: "auto" is the GPU if there is one; otherwise the same as `device`. A model is on one device.
-            attn_implementation: "sdpa" or "eager".
+            attn_implementation: "sdpa", "eager" or "flash_attention_2".
             use_safetensors: True or False look for that format only.
             progress: show a progress bar; None does so on a terminal.
             **kwargs: fields of the configuration to override.
@@ -171,7 +172,6 @@ class PreTrainedModel(nn.Module):
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
         config = cls._override(config or cls.config_class.from_pretrained(directory), kwargs)
-        key_map = KEY_MAPS[type(config).model_type]
         reader = CheckpointReader(directory, use_safetensors)
         final = parse_dtype(dtype if torch_dtype is None else torch_dtype) or config.dtype or _stored_dtype(reader)
         placed = _device(device, device_map)
@@ -180,7 +180,7 @@ class PreTrainedModel(nn.Module):
         absent = load_checkpoint(
             model,
             reader,
-            key_map,
+            model.key_map,
             dtype=final,
             device=placed,
             keep_float32=model._keeps_float32,
@@ -269,16 +269,19 @@ class PreTrainedModel(nn.Module):
         )
 
     def set_attn_implementation(self, name: str) -> None:
-        """Choose the attention function: "sdpa" or "eager".
+        """Choose the attention function: "sdpa", "eager" or "flash_attention_2".
 
         Raises:
             ValueError: the model has no such implementation.
+            ImportError: it needs the flash-attn package, which is not installed.
         """
         if name not in self.attention_implementations:
             hint = ' ("sdpa" uses flash attention where PyTorch has it)' if name.startswith("flash_attention") else ""
             raise ValueError(
                 f"attn_implementation must be one of {', '.join(self.attention_implementations)}, got {name!r}{hint}"
             )
+        if name == FLASH_ATTENTION:
+            require_flash_attention()
         # One configuration is shared by all parts of a model, which read it in every forward pass.
         self.config._attn_implementation = name
 
@@ -345,13 +348,18 @@ class PreTrainedModel(nn.Module):
             head.out_features = size
         self.config.vocab_size = size
         self.tie_weights()
-        return new
+        return self.get_input_embeddings()
+
+    @property
+    def _new_token_std(self) -> float:
+        """Standard deviation of the embeddings of tokens that are added."""
+        return self.config.initializer_range
 
     def _resized(self, weight: Tensor, size: int) -> nn.Parameter:
         resized = weight.new_empty(size, weight.shape[1])
         kept = min(size, weight.shape[0])
         resized[:kept] = weight[:kept]
-        resized[kept:].normal_(std=self.config.initializer_range)
+        resized[kept:].normal_(std=self._new_token_std)
         return nn.Parameter(resized, requires_grad=weight.requires_grad)
 
     # Training.

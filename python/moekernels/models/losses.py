@@ -48,6 +48,34 @@ def causal_lm_loss(
     return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
 
 
+def seq2seq_lm_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Cross entropy of labels that stand where their logits do, in float32 at least.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: ``[B, T]``, `ignore_index` where nothing is to be learnt (padding is not left out by itself).
+
+    Raises:
+        ValueError: the shapes do not fit, or (checked on the CPU) a label is no token.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have the shape of the logits without the vocabulary, {list(logits.shape[:-1])}, "
+            f"got {list(labels.shape)} (logits_to_keep cannot be combined with labels)"
+        )
+    vocab_size = logits.shape[-1]
+    # On an accelerator a look at the labels would wait for it.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels must be from 0 to {vocab_size - 1}, or {ignore_index} where nothing is to be learnt, "
+                f"got {wrong[0].item()}"
+            )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    return F.cross_entropy(logits, labels.reshape(-1).to(logits.device), ignore_index=ignore_index)
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
     """``E * sum_e f_e * q_e`` over all layers together, with ``f_e`` the mean number of choices of a token that fall on
     expert e and ``q_e`` its mean probability (Switch Transformers, arXiv 2101.03961, eq. 4-6, for K choices).
@@ -76,3 +104,31 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
         probability = probability + row_weights @ probs
     rows = sum(logits.shape[0] for logits in router_logits) if weights is None else len(router_logits) * weights.sum()
     return num_experts * (chosen / rows * (probability / rows)).sum()
+
+
+def load_balancing_loss_by_row(router_logits: Sequence[Tensor]) -> Tensor:
+    """The mean over the rows of a batch of ``E * sum_e f_e * q_e``, with ``f_e`` the share of a row's tokens whose most
+    probable expert is e, over all layers, and ``q_e`` its mean probability (Switch Transformers, arXiv 2101.03961,
+    eq. 4-6).
+
+    Perfect balance gives 1. Only the probabilities carry a gradient.
+
+    Args:
+        router_logits: one ``[B, S, E]`` per layer.
+    """
+    logits = torch.cat([layer.to(router_logits[0].device) for layer in router_logits], dim=1).float()
+    num_experts = logits.shape[-1]
+    probs = torch.softmax(logits, dim=-1)
+    chosen = F.one_hot(logits.argmax(dim=-1), num_experts).to(probs.dtype)
+    return num_experts * (chosen.mean(dim=1) * probs.mean(dim=1)).sum(dim=-1).mean()
+
+
+def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
+    """The mean over tokens and layers of ``logsumexp(logits)^2``, which keeps logits small (ST-MoE, arXiv 2202.08906,
+    eq. 5).
+
+    Args:
+        router_logits: one ``[..., E]`` per layer.
+    """
+    logits = torch.cat([layer.to(router_logits[0].device).flatten(0, -2) for layer in router_logits])
+    return torch.logsumexp(logits.float(), dim=-1).square().mean()

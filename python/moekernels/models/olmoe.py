@@ -20,6 +20,7 @@ from moekernels.nn import (
     AttentionMask,
     Cache,
     DynamicCache,
+    Linear,
     RMSNorm,
     RotaryEmbedding,
     SparseMLP,
@@ -27,6 +28,7 @@ from moekernels.nn import (
     causal_mask,
 )
 from moekernels.nn.activations import op_activation
+from moekernels.nn.attention import FLASH_ATTENTION
 from moekernels.nn.rope import check_rope_scaling
 
 
@@ -156,10 +158,10 @@ class OlmoeAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
         kv_size = self.head_dim * config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.q_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.k_norm = RMSNorm(kv_size, config.rms_norm_eps)
 
@@ -306,7 +308,13 @@ class OlmoeModel(OlmoePreTrainedModel):
             position_ids = cache_position[None]
         implementation = "eager" if output_attentions else config._attn_implementation
         mask = causal_mask(
-            attention_mask, cache, cache_position, batch_size, hidden.dtype, explicit=implementation == "eager"
+            attention_mask,
+            cache,
+            cache_position,
+            batch_size,
+            hidden.dtype,
+            explicit=implementation == "eager",
+            deferred=implementation == FLASH_ATTENTION,
         )
         rotary = self.rotary_emb(position_ids, hidden.dtype)
 
@@ -342,7 +350,7 @@ class OlmoeForCausalLM(OlmoePreTrainedModel, GenerationMixin):  # type: ignore[o
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__(config)
         self.model = OlmoeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

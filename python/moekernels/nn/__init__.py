@@ -8,9 +8,10 @@ from moekernels.nn.attention import (
     padding_mask,
     sdpa_attention,
 )
-from moekernels.nn.cache import Cache, DynamicCache, StaticCache
+from moekernels.nn.cache import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from moekernels.nn.dispatcher import Dispatched, Dispatcher, LocalDispatcher
 from moekernels.nn.experts import GroupedExperts
+from moekernels.nn.linear import Linear
 from moekernels.nn.norm import RMSNorm
 from moekernels.nn.rope import RotaryEmbedding, apply_rotary
 from moekernels.nn.router import Routing, TopKRouter
@@ -23,7 +24,9 @@ __all__ = [
     "Dispatched",
     "Dispatcher",
     "DynamicCache",
+    "EncoderDecoderCache",
     "GroupedExperts",
+    "Linear",
     "LocalDispatcher",
     "RMSNorm",
     "RotaryEmbedding",

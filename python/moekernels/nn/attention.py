@@ -5,14 +5,18 @@ Every attention function has one signature, so that a model calls whichever its 
     attend(query [B, H, Q, D], key [B, H_kv, S, D], value [B, H_kv, S, D], mask, scale=..., dropout=...)
         -> (output [B, Q, H * D], probabilities [B, H, Q, S] or None)
 
-H_kv divides H (grouped-query attention, arXiv 2305.13245), and keys are never repeated to H heads. A mask is built once
-per forward pass and shared by all layers; its additive form may also carry a position bias per head.
+H_kv divides H (grouped-query attention, arXiv 2305.13245), and keys are never repeated to H heads. Likewise the batch
+of the keys may divide that of the queries: then as many consecutive rows of queries as it takes look at one row of
+keys, as the beams of a sentence look at its encoding. A mask is built once per forward pass and shared by all layers;
+its additive form may also carry a position bias per head.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +30,23 @@ class AttentionMask(NamedTuple):
 
     Attributes:
         bias: added to the scores, broadcastable to ``[B, H, Q, S]``; None hides nothing.
-        is_causal: hide the keys after the query's own position; Q equals S then, and bias is None.
+        is_causal: hide the keys after the query's own position, the last query being at the last key; bias is None
+            then. Unless the mask is deferred, Q equals S.
+        padding: ``[B, S]`` bool, False at keys that are padding; only in a deferred mask, instead of a bias.
     """
 
     bias: Tensor | None = None
     is_causal: bool = False
+    padding: Tensor | None = None
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+# Up to so many, the fused CPU kernel is slow in half precision (2 to 5 times, torch 2.13).
+_FEW_QUERIES = 8
+
+#: The name of the one function that wants its mask deferred, and a package of its own.
+FLASH_ATTENTION = "flash_attention_2"
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,12 +65,13 @@ def _hides_nothing(attention_mask: Tensor) -> bool:
     return on_host and bool(attention_mask.all())
 
 
-def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> AttentionMask:
+def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype, *, deferred: bool = False) -> AttentionMask:
     """The mask of an encoder, or of cross attention to one: every query sees every key that is not padding.
 
     Args:
         attention_mask: ``[B, S]``, 0 at padding; or ``[B, 1, Q, S]``, additive or boolean; or None.
         dtype: of the scores.
+        deferred: leave the padding as it is, for a function that takes no bias (flash attention).
     """
     if attention_mask is None:
         return AttentionMask()
@@ -65,6 +79,8 @@ def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Attention
         return AttentionMask(_additive(attention_mask, dtype))
     if _hides_nothing(attention_mask):
         return AttentionMask()
+    if deferred:
+        return AttentionMask(padding=attention_mask.bool())
     return AttentionMask(additive_mask(attention_mask.bool()[:, None, None, :], dtype))
 
 
@@ -76,6 +92,7 @@ def causal_mask(
     dtype: torch.dtype,
     *,
     explicit: bool = False,
+    deferred: bool = False,
 ) -> AttentionMask:
     """The mask of a decoder: a query sees the keys up to its own position that are not padding.
 
@@ -87,6 +104,7 @@ def causal_mask(
         batch_size: B.
         dtype: of the scores.
         explicit: spell the triangle out, for a function that does not know `is_causal`.
+        deferred: leave triangle and padding as they are, for a function that takes no bias (flash attention).
 
     Raises:
         ValueError: `attention_mask` does not cover the tokens.
@@ -113,7 +131,9 @@ def causal_mask(
             attention_mask = F.pad(attention_mask, (0, num_keys - num_masked))
 
     if filled and num_queries == 1:
-        return padding_mask(attention_mask, dtype)
+        return padding_mask(attention_mask, dtype, deferred=deferred)
+    if filled and deferred:
+        return AttentionMask(is_causal=True, padding=None if attention_mask is None else attention_mask.bool())
     if filled and attention_mask is None and num_queries == num_keys and not explicit:
         return AttentionMask(is_causal=True)
     visible = (torch.arange(num_keys, device=cache_position.device) <= cache_position[:, None])[None, None]
@@ -122,6 +142,43 @@ def causal_mask(
     return AttentionMask(additive_mask(visible, dtype))
 
 
+def _sharing_keys(attend: AttentionFunction) -> AttentionFunction:
+    """Makes rows that share their keys more queries of one row, so that every key is read once for all of them."""
+
+    @wraps(attend)
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        num_rows, num_heads, num_queries, head_dim = query.shape
+        batch_size, _, num_keys, _ = key.shape
+        if num_rows == batch_size:
+            return attend(query, key, value, mask, **options)
+        if num_rows % batch_size or mask.is_causal:
+            kind = "causally " if mask.is_causal else ""
+            raise ValueError(f"attention: {num_rows} rows of queries cannot {kind}share {batch_size} rows of keys")
+        shared = num_rows // batch_size
+        if mask.bias is not None:
+            mask = mask._replace(bias=_fold_rows(mask.bias, batch_size, shared, num_queries))
+        out, probs = attend(_fold_rows(query, batch_size, shared, num_queries), key, value, mask, **options)
+        if probs is not None:
+            probs = probs.view(batch_size, num_heads, shared, num_queries, num_keys).transpose(1, 2)
+            probs = probs.reshape(num_rows, num_heads, num_queries, num_keys)
+        return out.view(num_rows, num_queries, num_heads * head_dim), probs
+
+    return call
+
+
+def _fold_rows(tensor: Tensor, batch_size: int, shared: int, num_queries: int) -> Tensor:
+    """``[B * n, H, Q, D]``, or what is broadcast to it, as ``[B, H, n * Q, D]``."""
+    rows, heads, queries, width = tensor.shape
+    if rows <= batch_size and queries == 1:
+        return tensor
+    split = tensor.view(batch_size, -1, heads, queries, width) if rows > 1 else tensor[None]
+    split = split.transpose(1, 2).expand(-1, -1, shared, num_queries, -1)
+    return split.reshape(split.shape[0], heads, shared * num_queries, width)
+
+
+@_sharing_keys
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -147,13 +204,13 @@ def eager_attention(
     return out.reshape(batch_size, num_queries, num_heads * head_dim), probs
 
 
+@_sharing_keys
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by PyTorch's fused kernels. Returns no probabilities."""
     batch_size, num_heads, num_queries, head_dim = query.shape
-    if num_queries == 1 and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
-        # A single query makes the fused CPU kernel slow in half precision (up to 5 times, torch 2.13).
+    if num_queries <= _FEW_QUERIES and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
         return eager_attention(query, key, value, mask, scale=scale, dropout=dropout)[0], None
     out = F.scaled_dot_product_attention(
         query,
@@ -168,4 +225,73 @@ def sdpa_attention(
     return out.transpose(1, 2).reshape(batch_size, num_queries, num_heads * head_dim), None
 
 
-ATTENTION_FUNCTIONS: dict[str, AttentionFunction] = {"eager": eager_attention, "sdpa": sdpa_attention}
+@_sharing_keys
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, None]:
+    """Attention by the flash-attn package (arXiv 2307.08691), with a deferred mask. Returns no probabilities.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: the mask has a bias, or the dtype is neither float16 nor bfloat16.
+    """
+    flash_attn = require_flash_attention()
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"flash_attention_2 computes in float16 and bfloat16 only, got {query.dtype}")
+    if mask.bias is not None:
+        raise ValueError(
+            "flash_attention_2 takes padding of [batch, length] and a growing cache only: a four-dimensional mask, a "
+            'position bias or a cache of fixed size needs attn_implementation="sdpa"'
+        )
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    # The package wants [B, S, heads, D].
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": mask.is_causal}
+    if mask.padding is None:
+        out = flash_attn.flash_attn_func(query, key, value, **options)
+        return out.reshape(batch_size, num_queries, num_heads * head_dim), None
+
+    # Sequences without their padding, one behind the other. Causal queries are the last keys, and padded like them.
+    kept_keys = mask.padding
+    kept_queries = kept_keys[:, -num_queries:] if mask.is_causal else kept_keys.new_ones(batch_size, num_queries)
+    packed = flash_attn.flash_attn_varlen_func(
+        query[kept_queries],
+        key[kept_keys],
+        value[kept_keys],
+        cu_seqlens_q=_starts(kept_queries),
+        cu_seqlens_k=_starts(kept_keys),
+        max_seqlen_q=num_queries,
+        max_seqlen_k=key.shape[1],
+        **options,
+    )
+    out = query.new_zeros(batch_size, num_queries, num_heads, head_dim)
+    out[kept_queries] = packed
+    return out.view(batch_size, num_queries, num_heads * head_dim), None
+
+
+def _starts(kept: Tensor) -> Tensor:
+    """Where every sequence begins once only the entries `kept` ``[B, S]`` are left: int32 ``[B + 1]``."""
+    return F.pad(kept.sum(dim=1).cumsum(0), (1, 0)).int()
+
+
+def require_flash_attention() -> Any:
+    """The flash-attn package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise ImportError(
+            'attn_implementation="flash_attention_2" needs the flash-attn package and a CUDA device: '
+            '`pip install flash-attn --no-build-isolation`. The default, "sdpa", uses PyTorch\'s own flash attention '
+            "where it can"
+        ) from error
+
+
+ATTENTION_FUNCTIONS: dict[str, AttentionFunction] = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    FLASH_ATTENTION: flash_attention,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Cache(ABC):
         fixed_size: `update` returns all the room there is, filled or not.
     """
 
-    fixed_size: ClassVar[bool] = False
+    fixed_size: bool = False
 
     @abstractmethod
     def update(
@@ -143,15 +143,14 @@ class DynamicCache(Cache):
         if not self._layers:
             return
         first = self._layers[0][0].used
-        beam_idx = beam_idx.to(first.device)
         if beam_idx.shape[0] != first.shape[0]:
             for stored in self._stored():
-                stored.select(beam_idx)
+                stored.select(beam_idx.to(first.device))
             return
-        # Rows that stay are not touched. Counting those that move makes the host wait once for all layers.
+        # Rows that stay are not touched. The host must know which: give it the indices, and it need not wait for them.
         target = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(1)
         if start < self.get_seq_length() and len(target):
-            source = beam_idx[target]
+            source, target = beam_idx[target].to(first.device), target.to(first.device)
             for stored in self._stored():
                 stored.move(source, target, start)
 
@@ -171,6 +170,105 @@ class DynamicCache(Cache):
         """Keys and values of one layer."""
         keys, values = self._layers[layer]
         return keys.used, values.used
+
+
+class EncoderDecoderCache(Cache):
+    """The cache of a decoder with cross attention: what it attends to of itself, and of the encoder.
+
+    Everything that a :class:`Cache` does concerns the decoder's own tokens; keys and values of the encoder's output are
+    stored once, at the first call, and stay. The cross cache may hold one row per source where the decoder has n rows
+    of it next to one another (beams, or several samples): all of them attend to that row.
+
+    Args:
+        self_cache: of the decoder's tokens; a new :class:`DynamicCache` by default.
+        cross_cache: of the encoder's output; empty by default.
+
+    Attributes:
+        self_attention_cache, cross_attention_cache: the two.
+    """
+
+    def __init__(self, self_cache: Cache | None = None, cross_cache: DynamicCache | None = None) -> None:
+        for name, cache in (("self_cache", self_cache), ("cross_cache", cross_cache)):
+            if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache)):
+                raise ValueError(f"EncoderDecoderCache: {name} must be a cache or None, got {type(cache).__name__}")
+        self.self_attention_cache: Cache = DynamicCache() if self_cache is None else self_cache
+        self.cross_attention_cache = DynamicCache() if cross_cache is None else cross_cache
+        self.fixed_size = self.self_attention_cache.fixed_size
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, cache_position: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.self_attention_cache.update(key, value, layer, cache_position)
+
+    def cross(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the encoder's output in that layer; None if they are still to be stored."""
+        return self.cross_attention_cache[layer] if layer < len(self.cross_attention_cache) else None
+
+    def store_cross(self, key: Tensor, value: Tensor, layer: int) -> None:
+        """Keep keys and values ``[B, kv_heads, source length, head_dim]`` of the encoder's output, without a copy."""
+        self.cross_attention_cache.update(key, value, layer)
+
+    def get_seq_length(self) -> int:
+        return self.self_attention_cache.get_seq_length()
+
+    def key_length(self, num_new_tokens: int) -> int:
+        return self.self_attention_cache.key_length(num_new_tokens)
+
+    def next_positions(self, num_new_tokens: int, device: torch.device) -> Tensor:
+        return self.self_attention_cache.next_positions(num_new_tokens, device)
+
+    def reorder(self, beam_idx: Tensor, start: int = 0) -> None:
+        """Row ``b`` of the batch becomes what row ``beam_idx[b]`` was.
+
+        Args:
+            start: before this position of the decoder every row already holds what it is to hold.
+
+        Raises:
+            ValueError: the cross cache holds one row per source, and rows of different sources would meet in one.
+        """
+        if len(self.cross_attention_cache):
+            num_sources = self.cross_attention_cache[0][0].shape[0]
+            num_rows = self._num_rows() or num_sources
+            sources = self._sources(beam_idx, num_rows // num_sources)
+            self.cross_attention_cache.reorder(sources)
+        self.self_attention_cache.reorder(beam_idx, start)
+
+    def _num_rows(self) -> int | None:
+        """Rows of the decoder's batch, once there is a token."""
+        cache: Any = self.self_attention_cache
+        return cache[0][0].shape[0] if len(cache) else None
+
+    @staticmethod
+    def _sources(beam_idx: Tensor, rows_per_source: int) -> Tensor:
+        """The row of the cross cache that every group of rows attends to."""
+        if rows_per_source == 1:
+            return beam_idx
+        if beam_idx.shape[0] % rows_per_source == 0:
+            groups = (beam_idx // rows_per_source).view(-1, rows_per_source)
+            if bool((groups == groups[:, :1]).all()):
+                return groups[:, 0]
+        raise ValueError(
+            f"EncoderDecoderCache.reorder: every {rows_per_source} rows share one source, which {beam_idx.tolist()} "
+            "would tear apart"
+        )
+
+    def crop(self, length: int) -> None:
+        self.self_attention_cache.crop(length)
+
+    def __len__(self) -> int:
+        """Number of layers stored."""
+        cache: Any = self.self_attention_cache
+        return len(cache)
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the decoder's tokens in one layer."""
+        cache: Any = self.self_attention_cache
+        return cache[layer]
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of these fields that is there and set."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 class StaticCache(Cache):
@@ -196,9 +294,12 @@ class StaticCache(Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, max_batch_size, num_heads, max_cache_len, head_dim)
+        # An encoder-decoder's cache is the decoder's; its configurations spell these in several ways.
+        num_layers = _first(config, "decoder_layers", "num_decoder_layers", "num_hidden_layers")
+        query_heads = _first(config, "decoder_attention_heads", "num_attention_heads")
+        num_heads = _first(config, "num_key_value_heads") or query_heads
+        head_dim = _first(config, "head_dim", "d_kv") or config.hidden_size // query_heads
+        shape = (num_layers, max_batch_size, num_heads, max_cache_len, head_dim)
         # Zeros and not garbage: a hidden NaN times the weight 0 would still be NaN.
         self._keys = torch.zeros(shape, device=device, dtype=dtype).unbind(0)
         self._values = torch.zeros(shape, device=device, dtype=dtype).unbind(0)

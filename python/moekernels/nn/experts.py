@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moekernels import ops
 
@@ -71,11 +72,16 @@ class GroupedExperts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
-        """``rows [N, H]`` sorted by expert, ``expert_offsets [E + 1]`` -> ``[N, H]``."""
+    def forward(self, rows: Tensor, expert_offsets: Tensor, dropout: float = 0.0) -> Tensor:
+        """``rows [N, H]`` sorted by expert, ``expert_offsets [E + 1]`` -> ``[N, H]``.
+
+        `dropout` is the share of the inner activations that is set to zero.
+        """
         inner = ops.grouped_gemm(
             rows, self.up_weight, expert_offsets, bias=self.up_bias, activation=self.activation, gated=self.gated
         )
+        if dropout:
+            inner = F.dropout(inner, p=dropout)
         return ops.grouped_gemm(inner, self.down_proj, expert_offsets, bias=self.down_proj_bias)
 
     def forward_fused(self, hidden: Tensor, expert_weights: Tensor, plan: ops.Plan) -> Tensor:

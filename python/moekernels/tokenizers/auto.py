@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.bos_eos import GPTNeoXTokenizerFast, LlamaTokenizerFast
-from moekernels.tokenizers.fast import TOKENIZER_NAME, PreTrainedTokenizerFast
+from moekernels.tokenizers.fast import PreTrainedTokenizerFast
 from moekernels.tokenizers.files import existing_directory, read_settings
+from moekernels.tokenizers.m2m_100 import M2M100Tokenizer
+from moekernels.tokenizers.nllb import NllbTokenizer, NllbTokenizerFast
+from moekernels.tokenizers.t5 import T5Tokenizer, T5TokenizerFast
 
+
+class _Kind(NamedTuple):
+    """The classes of one kind of tokenizer: from a `tokenizer.json`, and from a sentencepiece model."""
+
+    fast: type[PreTrainedTokenizerBase] | None
+    slow: type[PreTrainedTokenizerBase] | None = None
+
+    def classes(self, use_fast: bool) -> list[type[PreTrainedTokenizerBase]]:
+        ordered = (self.fast, self.slow) if use_fast else (self.slow, self.fast)
+        return [found for found in ordered if found is not None]
+
+
+_M2M100 = _Kind(None, M2M100Tokenizer)
+_NLLB = _Kind(NllbTokenizerFast, NllbTokenizer)
+_T5 = _Kind(T5TokenizerFast, T5Tokenizer)
+_ANY_FAST = _Kind(PreTrainedTokenizerFast)
 # By the class name in tokenizer_config.json, without "Fast".
-_BY_CLASS: dict[str, type[PreTrainedTokenizerBase]] = {
-    "GPTNeoXTokenizer": GPTNeoXTokenizerFast,
-    "LlamaTokenizer": LlamaTokenizerFast,
-    "PreTrainedTokenizer": PreTrainedTokenizerFast,
+_BY_CLASS = {
+    "GPTNeoXTokenizer": _Kind(GPTNeoXTokenizerFast),
+    "LlamaTokenizer": _Kind(LlamaTokenizerFast),
+    "M2M100Tokenizer": _M2M100,
+    "NllbTokenizer": _NLLB,
+    "PreTrainedTokenizer": _ANY_FAST,
+    "T5Tokenizer": _T5,
 }
 # By the model type in config.json, where there is no class name.
-_BY_MODEL_TYPE: dict[str, type[PreTrainedTokenizerBase]] = {
-    "olmoe": GPTNeoXTokenizerFast,
-    "phimoe": LlamaTokenizerFast,
+_BY_MODEL_TYPE = {
+    "olmoe": _BY_CLASS["GPTNeoXTokenizer"],
+    "phimoe": _BY_CLASS["LlamaTokenizer"],
+    "m2m_100": _M2M100,
+    "nllb-moe": _NLLB,
+    "nllb_moe": _NLLB,
+    "switch_transformers": _T5,
 }
 
 
@@ -31,22 +58,38 @@ class AutoTokenizer:
         raise TypeError("use AutoTokenizer.from_pretrained(directory)")
 
     @staticmethod
-    def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
+    def from_pretrained(
+        directory: str | os.PathLike[str], use_fast: bool = True, **kwargs: Any
+    ) -> PreTrainedTokenizerBase:
         """Reads the tokenizer of a checkpoint directory; keywords override its settings.
 
-        The class is the one `tokenizer_config.json` names, else the one that belongs to `config.json`'s model type,
-        else :class:`PreTrainedTokenizerFast` if there is a `tokenizer.json`.
+        The kind is the one whose class `tokenizer_config.json` names, else the one that belongs to `config.json`'s
+        model type, else one whose files there are.
+
+        Args:
+            directory: a checkpoint directory.
+            use_fast: prefer `tokenizer.json` where there is a sentencepiece model too.
 
         Raises:
             FileNotFoundError: there is no such directory, or no tokenizer in it.
         """
         path = existing_directory(directory)
         name = kwargs.pop("tokenizer_class", None) or read_settings(path).get("tokenizer_class") or ""
-        found = _BY_CLASS.get(name.removesuffix("Fast"))
-        if found is None and not name and (path / "config.json").is_file():
-            model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-            found = _BY_MODEL_TYPE.get(model_type)
-        if found is None and not (path / TOKENIZER_NAME).is_file():
-            named = f"its class {name} is not supported, and " if name else ""
-            raise FileNotFoundError(f"no tokenizer in {str(path)!r}: {named}there is no {TOKENIZER_NAME}")
-        return (found or PreTrainedTokenizerFast).from_pretrained(path, **kwargs)
+        kind = _BY_CLASS.get(name.removesuffix("Fast"))
+        if kind is None and not name:
+            kind = _BY_MODEL_TYPE.get(_model_type(path))
+        # Several kinds share file names, so those with more files come first.
+        kinds = [kind] if kind is not None else [_ANY_FAST] if name else [_ANY_FAST, _M2M100, _NLLB, _T5]
+        classes = [found for kind in kinds for found in kind.classes(use_fast)]
+        for found in classes:
+            if all((path / file).is_file() for file in found.vocab_files_names.values()):
+                return found.from_pretrained(path, **kwargs)
+        said = f"its class {name} is not supported, and " if name and kind is None else ""
+        wanted = " or ".join(dict.fromkeys(" with ".join(found.vocab_files_names.values()) for found in classes))
+        raise FileNotFoundError(f"no tokenizer in {str(path)!r}: {said}there is no {wanted}")
+
+
+def _model_type(path: Path) -> str:
+    if not (path / "config.json").is_file():
+        return ""
+    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") or ""

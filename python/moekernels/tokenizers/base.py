@@ -31,6 +31,8 @@ from moekernels.tokenizers.special_tokens import ADDITIONAL, NAMES, SpecialToken
 # What "no limit" looks like in files, and what can still be a limit.
 NO_MAX_LENGTH = int(1e30)
 _LONGEST_LIMIT = int(1e20)
+# Settings that say what a file is and where it was.
+_PLACES = ("tokenizer_class", "tokenizer_file", "vocab_file", "spm_file", "special_tokens_map_file")
 
 _Self = TypeVar("_Self", bound="PreTrainedTokenizerBase")
 # English spacing that word-level tokenizers introduce, and its repair, in this order.
@@ -62,6 +64,8 @@ class PreTrainedTokenizerBase(SpecialTokens):
     model_input_names: Sequence[str] = ("input_ids", "token_type_ids", "attention_mask")
     pad_token_type_id: int = 0
     is_fast: ClassVar[bool] = False
+    #: The files a tokenizer is made of, by the argument of the constructor that takes them.
+    vocab_files_names: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -114,10 +118,6 @@ class PreTrainedTokenizerBase(SpecialTokens):
         """Number of tokens, without added ones."""
         raise NotImplementedError
 
-    @classmethod
-    def _load(cls: type[_Self], directory: Path, settings: dict[str, Any]) -> _Self:
-        raise NotImplementedError
-
     def _save(self, directory: Path) -> list[Path]:
         raise NotImplementedError
 
@@ -166,7 +166,8 @@ class PreTrainedTokenizerBase(SpecialTokens):
             padding_side: instead of the tokenizer's.
             return_tensors: `"pt"`, `"np"`, or None for lists.
             return_token_type_ids, return_attention_mask: whether to, instead of what `model_input_names` says.
-            return_overflowing_tokens: return what truncation cut off as more rows.
+            return_overflowing_tokens: return what truncation cut off: as more rows, or, by tokenizers that are not
+                fast, as `overflowing_tokens` with their number as `num_truncated_tokens`.
             return_special_tokens_mask, return_offsets_mapping, return_length: further entries.
 
         Returns:
@@ -233,8 +234,10 @@ class PreTrainedTokenizerBase(SpecialTokens):
         entries, encodings = self._encode_batch(texts, options)
         for ids in entries["input_ids"]:
             self._warn_if_too_long(len(ids), options)
-        if not batched and return_tensors is None and not options.overflowing_tokens:
-            entries = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in entries.items()}
+        # What overflows is more rows in fast tokenizers, and an entry of its own in others.
+        if not batched and return_tensors is None and not (options.overflowing_tokens and self.is_fast):
+            bare = {name for name, rows in entries.items() if isinstance(rows[0], list) or not self.is_fast}
+            entries = {name: rows[0] if name in bare else rows for name, rows in entries.items()}
         return BatchEncoding(entries, encodings, tensor_type=return_tensors)
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
@@ -368,10 +371,10 @@ class PreTrainedTokenizerBase(SpecialTokens):
             text = text.replace(untidy, tidy)
         return text
 
-    def get_special_tokens_mask(self, token_ids: Any) -> list[int]:
+    def get_special_tokens_mask(self, token_ids_0: Any) -> list[int]:
         """1 for special tokens, 0 for others."""
         special = set(self.all_special_ids)
-        return [int(token_id in special) for token_id in _as_list(token_ids)]
+        return [int(token_id in special) for token_id in _as_list(token_ids_0)]
 
     @property
     def vocab(self) -> dict[str, int]:
@@ -441,6 +444,16 @@ class PreTrainedTokenizerBase(SpecialTokens):
             FileNotFoundError: there is no such directory, or no tokenizer in it.
         """
         return cls._load(existing_directory(directory), {**read_settings(Path(directory)), **kwargs})
+
+    @classmethod
+    def _load(cls: type[_Self], directory: Path, settings: dict[str, Any]) -> _Self:
+        missing = [name for name in cls.vocab_files_names.values() if not (directory / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"no {' and no '.join(missing)} in {str(directory)!r}, which {cls.__name__} reads")
+        # Where the files were when they were saved does not matter now.
+        kept = {name: value for name, value in settings.items() if name not in _PLACES}
+        files: dict[str, Any] = {argument: directory / name for argument, name in cls.vocab_files_names.items()}
+        return cls(**{**kept, **files, "name_or_path": str(directory)})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
         """Writes the tokenizer's files and returns their paths."""

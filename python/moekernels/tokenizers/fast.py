@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from tokenizers import AddedToken, Tokenizer
 
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
+from moekernels.tokenizers.files import TOKENIZER_NAME, added_tokens_settings
 from moekernels.tokenizers.options import DO_NOT_PAD, DO_NOT_TRUNCATE, MAX_LENGTH, EncodeOptions
-
-TOKENIZER_NAME = "tokenizer.json"
 
 
 class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
@@ -30,6 +29,7 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
     """
 
     is_fast: ClassVar[bool] = True
+    vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": TOKENIZER_NAME}
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
         tokenizer_file: str | Path | None = None,
         tokenizer_object: Tokenizer | None = None,
         added_tokens_decoder: dict[int, AddedToken] | None = None,
-        add_prefix_space: bool = False,
+        add_prefix_space: bool | None = False,
         **kwargs: Any,
     ) -> None:
         if (tokenizer_file is None) == (tokenizer_object is None):
@@ -52,10 +52,10 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
         for name, value in self._settings_of_file().items():
             kwargs.setdefault(name, value)
         super().__init__(**kwargs)
-        self.add_prefix_space = add_prefix_space
+        self.add_prefix_space = bool(add_prefix_space)
         self._tokenizer.encode_special_tokens = self.split_special_tokens
         self._add_missing_tokens(added_tokens_decoder or {})
-        self._set_prefix_space(add_prefix_space)
+        self._set_prefix_space(self.add_prefix_space)
 
     def _settings_of_file(self) -> dict[str, Any]:
         """What the file says about padding and truncation; both are switched on per call."""
@@ -153,6 +153,12 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
 
     # Encoding and decoding.
 
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """The tokens of one text, as strings. A character the model does not know is a token here."""
+        return self(text, pair, add_special_tokens=add_special_tokens, **kwargs).tokens()
+
     def _encode_batch(
         self, texts: Sequence[Any], options: EncodeOptions
     ) -> tuple[dict[str, list[Any]], list[Any] | None]:
@@ -209,15 +215,6 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
 
     # Files.
 
-    @classmethod
-    def _load(cls, directory: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
-        path = directory / TOKENIZER_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"no {TOKENIZER_NAME} in {str(directory)!r}")
-        settings.pop("tokenizer_class", None)
-        settings.pop("tokenizer_file", None)
-        return cls(tokenizer_file=path, **{**settings, "name_or_path": str(directory)})
-
     def _save(self, directory: Path) -> list[Path]:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -225,18 +222,7 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
         return [directory / TOKENIZER_NAME]
 
     def _saved_settings(self) -> dict[str, Any]:
-        added = {
-            str(index): {
-                "content": token.content,
-                "single_word": token.single_word,
-                "lstrip": token.lstrip,
-                "rstrip": token.rstrip,
-                "normalized": token.normalized,
-                "special": token.special,
-            }
-            for index, token in sorted(self.added_tokens_decoder.items())
-        }
-        settings: dict[str, Any] = {"added_tokens_decoder": added}
+        settings = added_tokens_settings(self.added_tokens_decoder)
         if self.add_prefix_space:
             settings["add_prefix_space"] = True
         return settings

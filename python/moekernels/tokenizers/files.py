@@ -14,6 +14,8 @@ from moekernels.tokenizers.special_tokens import ADDITIONAL, NAMES
 CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP_NAME = "special_tokens_map.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+ADDED_TOKENS_NAME = "added_tokens.json"
+TOKENIZER_NAME = "tokenizer.json"
 
 
 def existing_directory(directory: str | os.PathLike[str]) -> Path:
@@ -47,6 +49,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
     for name in NAMES:
         if name in settings:
             settings[name] = as_token(settings[name])
+    # The name that transformers 5 gives the list.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings[ADDITIONAL] = settings.pop("extra_special_tokens")
     if settings.get(ADDITIONAL):
         settings[ADDITIONAL] = [as_token(token) for token in settings[ADDITIONAL]]
     if (directory / CHAT_TEMPLATE_NAME).is_file():
@@ -60,3 +65,28 @@ def as_token(value: Any) -> Any:
         return value
     fields = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
     return AddedToken(value["content"], special=value.get("special", True), **fields)
+
+
+def read_added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
+    """Added tokens by id, from where they are when `tokenizer_config.json` does not list them.
+
+    The files beside it are `added_tokens.json`, and `tokenizer.json`, whose word counts where both name an id.
+    """
+    tokens: dict[int, AddedToken] = {}
+    if (directory / ADDED_TOKENS_NAME).is_file():
+        named = [settings.get(name) for name in NAMES] + list(settings.get(ADDITIONAL) or [])
+        special = {str(token) for token in named if token is not None}
+        ids = json.loads((directory / ADDED_TOKENS_NAME).read_text(encoding="utf-8"))
+        for content, index in ids.items():
+            tokens[index] = AddedToken(content, normalized=content not in special, special=content in special)
+    if (directory / TOKENIZER_NAME).is_file():
+        listed = json.loads((directory / TOKENIZER_NAME).read_text(encoding="utf-8")).get("added_tokens", [])
+        tokens.update({token["id"]: as_token(token) for token in listed})
+    return tokens
+
+
+def added_tokens_settings(tokens: dict[int, AddedToken]) -> dict[str, Any]:
+    """The entry of `tokenizer_config.json` that lists added tokens."""
+    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    listed = {str(index): {name: getattr(token, name) for name in fields} for index, token in sorted(tokens.items())}
+    return {"added_tokens_decoder": listed}

@@ -1,0 +1,353 @@
+"""Encoder and decoder: masks, caches and the run through the layers.
+
+Letters: B batch, S source tokens, T new target tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moekernels.models.base import PreTrainedModel
+from moekernels.models.encoder_decoder.layers import LayerContext
+from moekernels.models.outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
+from moekernels.nn import AttentionMask, EncoderDecoderCache, causal_mask, padding_mask
+from moekernels.nn.attention import FLASH_ATTENTION
+
+
+class EncoderDecoderPreTrainedModel(PreTrainedModel):
+    """The stacks, and the embedding that they share."""
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        embeddings: nn.Embedding = self.base_model.shared  # type: ignore[assignment]
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        # Encoder and decoder hold the same module.
+        shared = self.get_input_embeddings()
+        shared.weight = value.weight
+        shared.num_embeddings, shared.padding_idx = value.num_embeddings, value.padding_idx
+
+    def get_encoder(self) -> EncoderStack:
+        encoder: EncoderStack = self.base_model.encoder  # type: ignore[assignment]
+        return encoder
+
+    def get_decoder(self) -> DecoderStack:
+        decoder: DecoderStack = self.base_model.decoder  # type: ignore[assignment]
+        return decoder
+
+    def _shift_right(self, input_ids: Tensor) -> Tensor:
+        """:func:`shift_tokens_right` with the configuration's tokens."""
+        return shift_tokens_right(input_ids, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+
+class EncoderDecoderStack(EncoderDecoderPreTrainedModel):
+    """What encoder and decoder have in common. A subclass has the layers, the embedding and the last norm."""
+
+    #: Whether :meth:`_position_bias` returns one.
+    has_position_bias: ClassVar[bool] = False
+
+    embed_tokens: nn.Embedding
+    num_heads: int
+    #: Probability of leaving a layer out in training.
+    layerdrop: float = 0.0
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        raise NotImplementedError
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: Tensor | int, num_positions: int
+    ) -> Tensor:
+        """Tokens, or their embeddings, as they enter the first layer: ``[B, T, H]``.
+
+        Args:
+            past: tokens before these, a number or ``[B, 1]``.
+            num_positions: of positions, with what came before, there are at most so many.
+        """
+        raise NotImplementedError
+
+    def _position_bias(self, positions: Tensor, num_keys: int) -> Tensor | None:
+        """What is added to the scores of all layers: ``[1, heads, T, keys]`` for queries at `positions` ``[T]``."""
+        return None
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        """The output of the last layer ``[B, T, H]``, normalised."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def _is_dropped(self) -> bool:
+        """Whether to leave out the next layer (arXiv 1909.11556)."""
+        return self.training and self.layerdrop > 0 and bool(torch.rand([], device="cpu") < self.layerdrop)
+
+    def _head_masks(self, name: str, head_mask: Tensor | None) -> Iterable[Tensor | None]:
+        """One row per layer of ``[layers, heads]``, or of ``[heads]`` for all of them."""
+        num_layers, num_heads = len(self._layers), self.num_heads
+        if head_mask is None:
+            return [None] * num_layers
+        if head_mask.shape not in ((num_heads,), (num_layers, num_heads)):
+            raise ValueError(
+                f"{name} must be [{num_layers}, {num_heads}] (layers, heads) or [{num_heads}], got "
+                f"{list(head_mask.shape)}"
+            )
+        return head_mask.expand(num_layers, num_heads).unbind(0)
+
+    def _with_position_bias(self, mask: AttentionMask, positions: Tensor, num_keys: int) -> AttentionMask:
+        bias = self._position_bias(positions, num_keys)
+        if bias is None:
+            return mask
+        if mask.bias is not None:
+            # Below the lowest finite number lies -inf, and a row of that has no softmax.
+            bias = (bias + mask.bias).clamp(min=torch.finfo(bias.dtype).min)
+        return AttentionMask(bias)
+
+
+class EncoderStack(EncoderDecoderStack):
+    """Source tokens to hidden states.
+
+    A layer maps ``(hidden, context, head_mask)`` to output, attention probabilities and router logits.
+    """
+
+    output_class: ClassVar[Any] = MoEModelOutput
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the encoder; the arguments are those of :meth:`EncoderDecoderModel.forward`."""
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        _check_exactly_one("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+        head_masks = self._head_masks("head_mask", head_mask)
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = given.shape[:2]
+        _check_source_mask(attention_mask, num_tokens, (1, batch_size))
+
+        hidden = self._embed(input_ids, inputs_embeds, 0, num_tokens)
+        implementation = "eager" if output_attentions else config._attn_implementation
+        mask = padding_mask(attention_mask, hidden.dtype, deferred=implementation == FLASH_ATTENTION)
+        mask = self._with_position_bias(mask, torch.arange(num_tokens, device=hidden.device), num_tokens)
+        context = LayerContext(implementation, mask, _visible_keys(attention_mask))
+        hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Any, ...] = ()
+        router_logits: tuple[Tensor, ...] = ()
+        checkpointed = self.gradient_checkpointing and self.training
+        for layer, heads in zip(self._layers, head_masks, strict=True):
+            if output_hidden_states:
+                hidden_states += (hidden,)
+            if self._is_dropped():
+                continue
+            inputs = (hidden, context, heads)
+            hidden, probs, logits = self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
+            attentions += (probs,)
+            router_logits += () if logits is None else (logits,)
+        hidden = self._finish(hidden)
+
+        routers = {"router_logits": router_logits} if output_router_logits and router_logits else {}
+        output = self.output_class(
+            last_hidden_state=hidden,
+            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            **routers,
+        )
+        return self._returned(output, return_dict)
+
+
+class DecoderStack(EncoderDecoderStack):
+    """Target tokens and the encoder's output to hidden states.
+
+    A layer maps ``(hidden, source, context, head_mask, cross_head_mask)`` to output, probabilities of self and cross
+    attention, and router logits.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        cross_attn_head_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the decoder; the arguments are those of :meth:`EncoderDecoderModel.forward`, without "decoder"."""
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        _check_exactly_one("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds)
+        head_masks = self._head_masks("decoder_head_mask", head_mask)
+        cross_masks = self._head_masks("cross_attn_head_mask", cross_attn_head_mask)
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = given.shape[:2]
+        source = _checked_source(encoder_hidden_states, batch_size, config.d_model, past_key_values)
+        _check_source_mask(encoder_attention_mask, source.shape[1], (1, source.shape[0], batch_size))
+        cache, drops_layers = self._cache(past_key_values, use_cache)
+        if cache_position is None:
+            cache_position = (
+                torch.arange(num_tokens, device=given.device)
+                if cache is None
+                else cache.next_positions(num_tokens, given.device)
+            )
+        implementation = "eager" if output_attentions else config._attn_implementation
+        deferred = implementation == FLASH_ATTENTION
+        dtype = self.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+        mask = causal_mask(
+            attention_mask,
+            None if cache is None else cache.self_attention_cache,
+            cache_position,
+            batch_size,
+            dtype,
+            explicit=implementation == "eager" or self.has_position_bias,
+            deferred=deferred,
+        )
+        num_keys = num_tokens if cache is None else cache.key_length(num_tokens)
+        mask = self._with_position_bias(mask, cache_position, num_keys)
+        visible = _visible_keys(attention_mask)
+        visible_source = _visible_keys(encoder_attention_mask)
+        if visible_source is not None and visible_source.shape[0] > source.shape[0]:
+            visible_source = visible_source[:: visible_source.shape[0] // source.shape[0]]
+        context = LayerContext(
+            implementation,
+            mask,
+            None if visible is None else visible[:, cache_position],
+            padding_mask(visible_source, dtype, deferred=deferred),
+            cache,
+            cache_position,
+        )
+        past: Tensor | int = 0
+        if cache is not None:
+            past = cache_position[0]
+            if visible is not None and inputs_embeds is None:
+                # Padding before these tokens has no position either.
+                before = torch.arange(visible.shape[1], device=visible.device) < past
+                past = past - (before & ~visible).sum(dim=1, keepdim=True)
+        hidden = self._embed(input_ids, inputs_embeds, past, num_keys)
+
+        hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Any, ...] = ()
+        cross_attentions: tuple[Any, ...] = ()
+        router_logits: tuple[Tensor, ...] = ()
+        checkpointed = self.gradient_checkpointing and self.training
+        for layer, heads, cross_heads in zip(self._layers, head_masks, cross_masks, strict=True):
+            if output_hidden_states:
+                hidden_states += (hidden,)
+            if drops_layers and self._is_dropped():
+                continue
+            inputs = (hidden, source, context, heads, cross_heads)
+            hidden, probs, cross_probs, logits = (
+                self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
+            )
+            attentions += (probs,)
+            cross_attentions += (cross_probs,)
+            router_logits += () if logits is None else (logits,)
+        hidden = self._finish(hidden)
+
+        output = MoEModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            cross_attentions=cross_attentions if output_attentions else None,
+            router_logits=router_logits if output_router_logits and router_logits else None,
+        )
+        return self._returned(output, return_dict)
+
+    def _cache(
+        self, past_key_values: EncoderDecoderCache | None, use_cache: bool | None
+    ) -> tuple[EncoderDecoderCache | None, bool]:
+        """The cache to use, and whether layers may be left out: not with a cache, in which they would leave a gap."""
+        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            raise ValueError(
+                "past_key_values must be a moekernels EncoderDecoderCache or None, got "
+                f"{type(past_key_values).__name__}"
+            )
+        checkpointed = self.gradient_checkpointing and self.training
+        if past_key_values is not None:
+            # Layers run twice, and would fill a cache twice.
+            if checkpointed:
+                raise ValueError("past_key_values cannot be combined with gradient checkpointing")
+            return past_key_values, False
+        drops_layers = self.training and self.layerdrop > 0
+        if checkpointed or drops_layers or not (self.config.use_cache if use_cache is None else use_cache):
+            return None, drops_layers
+        return EncoderDecoderCache(), False
+
+
+def _check_source_mask(attention_mask: Tensor | None, num_tokens: int, batch_sizes: tuple[int, ...]) -> None:
+    if attention_mask is None:
+        return
+    shape = attention_mask.shape
+    if len(shape) not in (2, 4) or shape[-1] != num_tokens or shape[0] not in batch_sizes:
+        raise ValueError(
+            f"attention_mask must be [{batch_sizes[-1]}, {num_tokens}], 0 at padding of the source, got {list(shape)}"
+        )
+
+
+def _checked_source(
+    source: Tensor | None, batch_size: int, hidden_size: int, cache: EncoderDecoderCache | None
+) -> Tensor:
+    if not isinstance(source, Tensor) or source.dim() != 3 or source.shape[-1] != hidden_size:
+        got = f"{list(source.shape)}" if isinstance(source, Tensor) else type(source).__name__
+        raise ValueError(f"encoder_outputs must begin with a tensor [batch, length, {hidden_size}], got {got}")
+    if source.shape[0] == 0 or batch_size % source.shape[0]:
+        raise ValueError(
+            f"encoder_outputs has {source.shape[0]} rows, which must be as many as the decoder's {batch_size}, or a "
+            "divisor of that"
+        )
+    stored = cache.cross(0) if isinstance(cache, EncoderDecoderCache) else None
+    if stored is not None and (stored[0].shape[0], stored[0].shape[2]) != source.shape[:2]:
+        raise ValueError(
+            f"past_key_values belongs to other encoder_outputs: it has {stored[0].shape[0]} rows of "
+            f"{stored[0].shape[2]} source tokens, got {source.shape[0]} of {source.shape[1]}"
+        )
+    return source
+
+
+def _check_exactly_one(name: str, value: Tensor | None, other: str, other_value: Tensor | None) -> None:
+    if (value is None) == (other_value is None):
+        given = "both" if value is not None else "neither (and no labels)" if "decoder" in name else "neither"
+        raise ValueError(f"exactly one of {name} and {other} must be given, got {given}")
+
+
+def _visible_keys(attention_mask: Tensor | None) -> Tensor | None:
+    """Which keys the last query sees, bool ``[B, keys]``: those that are not padding."""
+    if attention_mask is None or attention_mask.dim() == 2:
+        return None if attention_mask is None else attention_mask.bool()
+    last = attention_mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last == 0
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int | None) -> Tensor:
+    """The decoder's input for labels ``[B, T]``: the start token, then all labels but the last, -100 as padding."""
+    if pad_token_id is None or decoder_start_token_id is None:
+        raise ValueError(
+            "labels can be shifted only if the configuration has pad_token_id and decoder_start_token_id, "
+            f"got {pad_token_id} and {decoder_start_token_id}"
+        )
+    start = input_ids.new_full((input_ids.shape[0], 1), decoder_start_token_id)
+    shifted = torch.cat((start, input_ids[:, :-1]), dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
