@@ -5,8 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
-from moekernels.models.losses import causal_lm_loss, load_balancing_loss, seq2seq_lm_loss
+from moekernels.models.losses import (
+    causal_lm_loss,
+    load_balancing_loss,
+    load_balancing_loss_by_row,
+    router_z_loss,
+    seq2seq_lm_loss,
+)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
@@ -75,3 +82,19 @@ def test_seq2seq_labels_are_checked() -> None:
             seq2seq_lm_loss(logits, torch.tensor([[0, label]]))
     with pytest.raises(ValueError, match=r"labels must have the shape .* \[1, 2\], got \[2\]"):
         seq2seq_lm_loss(logits, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_losses_of_switch_routers(num_layers: int) -> None:
+    logits = [torch.randn(2, 7, 5, requires_grad=True) for _ in range(num_layers)]
+    joined = torch.cat(logits, dim=1)
+    pairs = (
+        (load_balancing_loss_by_row(logits), switch.load_balancing_loss_func(joined.softmax(-1), joined.argmax(-1))),
+        (router_z_loss(logits), switch.router_z_loss_func(joined)),
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+        for mine, other in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits), strict=True):
+            torch.testing.assert_close(mine, other)
+    balanced = (torch.eye(4) * 1e-4).repeat(2, 1)[None]
+    torch.testing.assert_close(load_balancing_loss_by_row([balanced]), torch.tensor(1.0))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersAttention
 
-from moekernels.nn.positions import SinusoidalPositions, positions_of_tokens
+from moekernels.nn.positions import SinusoidalPositions, positions_of_tokens, relative_position_buckets
 
 
 @pytest.mark.parametrize(("width", "padding_idx"), [(16, 1), (27, 1), (8, 4)])
@@ -32,3 +33,14 @@ def test_padding_is_not_counted() -> None:
     assert positions_of_tokens(ids, 1).tolist() == [[1, 1, 2, 3, 4], [2, 3, 1, 4, 1]]
     past = torch.tensor([[3], [0]])
     assert positions_of_tokens(ids, 1, past).tolist() == [[1, 1, 5, 6, 7], [2, 3, 1, 4, 1]]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 10), (4, 3), (33, 500)])
+def test_relative_position_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> None:
+    distance = torch.arange(-600, 600).view(3, -1)
+    options = {"bidirectional": bidirectional, "num_buckets": num_buckets, "max_distance": max_distance}
+    buckets = relative_position_buckets(distance, **options)
+    expected = SwitchTransformersAttention._relative_position_bucket(distance, **options)
+    assert torch.equal(buckets, expected)
+    assert buckets.min() >= 0 and buckets.max() < num_buckets
