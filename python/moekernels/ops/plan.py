@@ -33,7 +33,8 @@ def plan(
         The :class:`Plan`.
 
     Raises:
-        ValueError: for wrong shapes, dtypes or devices, or a capacity or group size below 1.
+        ValueError: for wrong shapes, dtypes or devices, a capacity or group size below 1, or a group size without a
+            capacity.
     """
     token_order = None if priority is None else torch.argsort(priority, descending=True, stable=True).int()
     return Plan(*call(torch.ops.moekernels.plan.default, expert_ids, num_experts, capacity, group_size, token_order))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moekernels.nn import Linear
+from moekernels.nn.linear import linear
+from tests.tolerance import assert_accurate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (64, 40), (65, 40), (2, 3, 40), (0, 40), (2, 0, 40)], ids=str)
+@torch.no_grad()
+def test_as_accurate_as_that_of_torch(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    layer = Linear(40, 24, bias=bias).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    parameters = [None if p is None else p.double() for p in (layer.weight, layer.bias)]
+    truth = torch.nn.functional.linear(x.double(), *parameters)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    out = layer(x)
+    assert out.shape == (*shape[:-1], 24) and out.dtype == dtype
+    assert_accurate(out, truth, plain)
+
+
+@torch.no_grad()
+def test_strided_input_and_weight() -> None:
+    x, weight = torch.randn(40, 5).T, torch.randn(40, 24).T
+    torch.testing.assert_close(linear(x, weight), x @ weight.T)
+    torch.testing.assert_close(linear(torch.randn(3, 5, 40).transpose(0, 1)[:2], weight).shape, torch.Size([2, 3, 24]))
+
+
+def test_what_the_kernel_does_not_serve_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("called")
+
+    layer = Linear(40, 24)
+    with torch.no_grad():
+        expected = layer(torch.ones(3, 40))
+    monkeypatch.setattr("moekernels.nn.linear.ops.grouped_gemm", forbidden)
+    x = torch.ones(3, 40, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and torch.equal(layer.weight.grad, torch.full((24, 40), 3.0))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch.ones(65, 40))[:3], expected)
+        layer.double()(torch.ones(3, 40).double())
+        assert layer.to("meta")(torch.ones(3, 40, device="meta")).shape == (3, 24)
+        with pytest.raises(AssertionError, match="called"):
+            Linear(40, 24)(torch.ones(3, 40))
+
+
+def test_wrong_width() -> None:
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match="41"):
+        Linear(40, 24)(torch.ones(3, 41))
+
+
+def test_compiles_and_autocasts() -> None:
+    layer = Linear(40, 24)
+    x = torch.randn(3, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), layer(x))
