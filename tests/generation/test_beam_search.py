@@ -116,8 +116,8 @@ def test_scores_and_beams_lead_to_the_sequences() -> None:
 class Recorded(Adapted):
     """Notes how the beams move."""
 
-    def _first_state(self, config: Any, prompt: Any) -> DecodeState:
-        state = super()._first_state(config, prompt)
+    def _first_state(self, *args: Any) -> DecodeState:
+        state = super()._first_state(*args)
         self.moves: list[tuple[list[int], int, torch.Tensor]] = []
 
         def reorder(rows: torch.Tensor, start: int = 0) -> None:

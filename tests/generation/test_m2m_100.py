@@ -75,6 +75,19 @@ def test_a_source_is_encoded_and_stored_once(model: Any, eager: Any) -> None:
     torch.testing.assert_close(out.encoder_attentions, theirs.encoder_attentions)
 
 
+def test_going_on_from_a_cache(model: Any) -> None:
+    """An empty one of the caller's is filled, and what is in it is not run again."""
+    ids, cache = sources(2, 7), EncoderDecoderCache()
+    first = model.generate(ids, max_new_tokens=4, eos_token_id=None, past_key_values=cache)
+    assert cache.get_seq_length() == 4
+    expected = model.generate(ids, max_new_tokens=8, eos_token_id=None)
+    more = {"max_new_tokens": 4, "eos_token_id": None, "past_key_values": cache}
+    assert torch.equal(model.generate(ids, decoder_input_ids=first, **more), expected)
+    assert cache.get_seq_length() == 8
+    with pytest.raises(ValueError, match="past_key_values holds 8 positions"):
+        model.generate(ids, decoder_input_ids=first, **more)
+
+
 def test_scores(model: Any) -> None:
     kwargs = {"num_beams": 3, "max_new_tokens": 9, "output_scores": True, "return_dict_in_generate": True}
     ids = sources(3, 7, padded=True)

@@ -48,7 +48,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
             "eos_token_id": 1,
             "tie_word_embeddings": False,
-            "initializer_factor": 4.0,
+            "initializer_factor": 1.5,
         },
     ),
 }

@@ -12,7 +12,7 @@ from moekernels.generation.config import GenerationConfig
 from moekernels.generation.prompt import Prompt, is_index_matrix, on_model_device, visible_or_none
 
 # Keywords that are not the encoder's, by how they begin.
-_OF_THE_DECODER = ("decoder_", "cross_attn", "use_cache", "past_key_values", "encoder_outputs")
+_OF_THE_DECODER = ("decoder_", "cross_attn", "use_cache")
 
 
 def encode_prompt(model: Any, inputs: Tensor | None, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Prompt:

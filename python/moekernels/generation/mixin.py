@@ -130,6 +130,7 @@ class GenerationMixin:
         if streamer is not None and config.num_beams > 1:
             raise ValueError("generate: beam search has no tokens to stream before its end; set num_beams=1")
 
+        past = model_kwargs.pop("past_key_values", None)
         is_encoder_decoder = self._is_encoder_decoder
         if is_encoder_decoder:
             prompt = encode_prompt(self, inputs, config, model_kwargs)
@@ -143,7 +144,7 @@ class GenerationMixin:
             max_length_given=kwargs.get("max_length") is not None,
             max_position_embeddings=longest,
         )
-        state = self._first_state(config, prompt)
+        state = self._first_state(config, prompt, past)
         record = Record.of(config, is_encoder_decoder)
         processors = build_logits_processors(
             config,
@@ -250,10 +251,12 @@ class GenerationMixin:
             raise ValueError(f"generate: neither generation parameters nor keywords of the model: {', '.join(unknown)}")
         return config, {name: value for name, value in model_kwargs.items() if value is not None}
 
-    def _first_state(self, config: GenerationConfig, prompt: Prompt) -> DecodeState:
-        """The state before the first step, with as many rows for every prompt as there are beams or samples."""
+    def _first_state(self, config: GenerationConfig, prompt: Prompt, past: Any) -> DecodeState:
+        """The state before the first step, with as many rows for every prompt as there are beams or samples.
+
+        `past` is the cache that the caller gave, or None.
+        """
         times = max(config.num_beams, config.num_return_sequences)
-        past = prompt.row_kwargs.pop("past_key_values", None) or prompt.shared_kwargs.pop("past_key_values", None)
         if past is not None and config.cache_implementation is not None:
             raise ValueError("generate: pass past_key_values or cache_implementation, not both")
         make_cache = None

@@ -166,6 +166,7 @@ class PreTrainedTokenizerFast(PreTrainedTokenizerBase):
         if options.truncation == DO_NOT_TRUNCATE:
             backend.no_truncation()
         else:
+            assert options.max_length is not None  # without one, the options say not to truncate
             backend.enable_truncation(
                 options.max_length, stride=options.stride, strategy=options.truncation, direction=self.truncation_side
             )
