@@ -20,6 +20,7 @@ def import_copy(directory: Path, code: str = "import moekernels") -> str:
         text=True,
         cwd=directory,
     )
+    assert result.returncode == 0 or result.stderr, f"the interpreter died without a word ({result.returncode})"
     return result.stderr.strip().splitlines()[-1] if result.returncode else ""
 
 
@@ -36,9 +37,8 @@ def test_a_sound_copy_imports(package: Path) -> None:
     assert import_copy(package.parent) == ""
 
 
-def test_ops_library_is_truncated(package: Path) -> None:
-    library = package / "libmoekernels_torch.so"
-    library.write_bytes(library.read_bytes()[:1000])
+def test_ops_library_is_broken(package: Path) -> None:
+    (package / "libmoekernels_torch.so").write_bytes(b"not a library" * 100)
     message = import_copy(package.parent)
     assert "ImportError: moekernels: libmoekernels_torch.so could not be loaded" in message
     assert f"built against torch {moekernels.build_info()['torch_built']}" in message and "Reinstall" in message

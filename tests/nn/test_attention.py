@@ -270,3 +270,28 @@ def test_flash_attention_is_a_package() -> None:
     query, key, value = qkv(4, 4, dtype=torch.bfloat16)
     with pytest.raises(ImportError, match="pip install flash-attn --no-build-isolation"):
         flash_attention(query, key, value, AttentionMask(), scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_queries", [1, 8, 9])
+@pytest.mark.parametrize("num_keys", [3, 200])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_every_way_through_sdpa_is_accurate(
+    dtype: torch.dtype, num_queries: int, num_keys: int, contiguous: bool
+) -> None:
+    """Few queries in half precision take other paths, by the number of keys and how they lie."""
+    torch.manual_seed(3)
+    query = torch.randn(2, 4, num_queries, 8).to(dtype)
+    key, value = (torch.randn(2, num_keys, 4, 8).to(dtype).transpose(1, 2) for _ in range(2))
+    if contiguous:
+        key, value = key.contiguous(), value.contiguous()
+    mask = padding_mask(torch.arange(num_keys).expand(2, -1) != 1, dtype)
+    out, _ = ATTENTION_FUNCTIONS["sdpa"](query, key, value, mask, scale=0.4)
+    inputs = [x.double() for x in (query, key, value)]
+    assert mask.bias is not None
+    truth, plain = (
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias.to(q.dtype), scale=0.4)
+        for q, k, v in (inputs, (query, key, value))
+    )
+    assert out.dtype == dtype
+    assert_accurate(out, *(x.transpose(1, 2).reshape(2, num_queries, 32) for x in (truth, plain)))
