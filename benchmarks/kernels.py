@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.baselines import activate, working
-from benchmarks.harness import Roofs, Row, machine, measure_roofs, name_of, render, save
+from benchmarks.harness import BOUND, Roofs, Row, machine, measure_roofs, name_of, render, save
 from benchmarks.timing import Run, interleaved_medians, make_clock
 from moekernels import ops
 from tests.generators import REAL_LAYERS, ROUTINGS, LayerInputs, LayerShape, layer_inputs
@@ -109,7 +109,7 @@ def gemm_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
         if not shape.bias:
             found.baselines["torch grouped_mm"] = torch_run
         if num_rows >= shape.num_experts:
-            found.bounds["batched matmul"] = bound(weight)
+            found.bounds[BOUND] = bound(weight)
         return found
 
     def up() -> Tensor:

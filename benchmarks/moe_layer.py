@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.baselines import eager_loop, grouped_mm_layer, transformers_experts, working
-from benchmarks.harness import Roofs, Row, machine, measure_roofs, name_of, render, save
+from benchmarks.harness import BOUND, Roofs, Row, machine, measure_roofs, name_of, render, save
 from benchmarks.timing import Run, in_one_graph, interleaved_medians, make_clock
 from moekernels import ops
 from tests.generators import REAL_LAYERS, ROUTINGS, LayerInputs, LayerShape, layer_inputs
@@ -105,7 +105,7 @@ def measure(
         contestants |= working(others, device)
         check_agreement(contestants)
         if num_tokens * shape.top_k >= shape.num_experts and routing == "uniform":
-            contestants |= working({"batched matmul": batched_matmul(x, shape)}, device)
+            contestants |= working({BOUND: batched_matmul(x, shape)}, device)
 
     contestants["moekernels"] = ours(x, shape, args.with_routing)
     clock = make_clock(device).name
