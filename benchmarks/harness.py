@@ -18,7 +18,6 @@ import torch
 import moekernels
 from benchmarks.timing import interleaved_medians, make_clock
 
-
 # The column of a bound rather than a baseline: as many FLOPs in dense products of equal size.
 BOUND = "batched matmul"
 
