@@ -31,12 +31,22 @@ void set_cpu_isa(CpuIsa isa);  // clamped to best_cpu_isa(); for tests and bench
 // Workspace: bytes of scratch, 64-byte aligned, that the caller provides in `params.workspace` (0: none needed).
 int64_t plan_workspace_cpu(const PlanParams& params, const Parallel& parallel);
 int64_t grouped_gemm_workspace_cpu(const GroupedGemmParams& params, const Parallel& parallel);
+int64_t grouped_weight_grad_workspace_cpu(const GroupedWeightGradParams& params, const Parallel& parallel);
+int64_t router_stats_workspace_cpu(const RouterStatsParams& params, const Parallel& parallel);
 
 void route_cpu(const RouteParams& params, const Parallel& parallel);
 void plan_cpu(const PlanParams& params, const Parallel& parallel);
 void permute_cpu(const PermuteParams& params, const Parallel& parallel);
 void grouped_gemm_cpu(const GroupedGemmParams& params, const Parallel& parallel);
 void unpermute_cpu(const UnpermuteParams& params, const Parallel& parallel);
+
+void grouped_weight_grad_cpu(const GroupedWeightGradParams& params, const Parallel& parallel);
+void activation_cpu(const ActivationParams& params, const Parallel& parallel);
+void activation_grad_cpu(const ActivationGradParams& params, const Parallel& parallel);
+void unpermute_grad_cpu(const UnpermuteGradParams& params, const Parallel& parallel);
+void route_grad_cpu(const RouteGradParams& params, const Parallel& parallel);
+void router_stats_cpu(const RouterStatsParams& params, const Parallel& parallel);
+void router_stats_grad_cpu(const RouterStatsGradParams& params, const Parallel& parallel);
 
 }  // namespace moekernels
 
