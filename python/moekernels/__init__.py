@@ -5,7 +5,7 @@ models and what runs them, with the interface of their Hugging Face documentatio
 """
 
 from moekernels import nn, ops
-from moekernels._library import build_info
+from moekernels._library import build_info, cmake_dir, include_dir
 from moekernels._settings import batch_invariant, cpu_isa, is_batch_invariant
 from moekernels._version import __version__
 from moekernels.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
@@ -87,7 +87,9 @@ __all__ = [
     "__version__",
     "batch_invariant",
     "build_info",
+    "cmake_dir",
     "cpu_isa",
+    "include_dir",
     "is_batch_invariant",
     "nn",
     "ops",

@@ -71,3 +71,13 @@ def build_info() -> dict[str, Any]:
         ``torch_minimum`` and ``python_built``.
     """
     return {**_C.build_info(), "torch_running": torch.__version__}
+
+
+def include_dir() -> Path:
+    """The directory of the C++ headers (``#include "moekernels/cpu.h"``)."""
+    return Path(_C.__file__).parent / "include"
+
+
+def cmake_dir() -> Path:
+    """The directory of the CMake package, for ``CMAKE_PREFIX_PATH`` or ``moekernels_DIR``."""
+    return Path(_C.__file__).parent / "cmake"

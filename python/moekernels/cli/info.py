@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moekernels import build_info
+from moekernels import build_info, cmake_dir, include_dir
 from moekernels.cli.table import listing
 
 
@@ -20,6 +20,8 @@ def add_parser(commands: Any) -> None:
         description="Print what this build is made of and what it can use on this machine.",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
+    parser.add_argument("--cmake-dir", action="store_true", help="only where find_package(moekernels) finds it")
+    parser.add_argument("--include-dir", action="store_true", help="only where the C++ headers are")
     parser.set_defaults(run=run)
 
 
@@ -40,6 +42,9 @@ def devices() -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.cmake_dir or args.include_dir:
+        print(cmake_dir() if args.cmake_dir else include_dir())
+        return 0
     build = build_info()
     if args.json:
         print(json.dumps({**build, "devices": devices()}, indent=2))
