@@ -52,6 +52,7 @@ class Router {
         logits_(static_cast<size_t>(params.num_experts)),
         probs_(static_cast<size_t>(params.num_experts)),
         candidates_(static_cast<size_t>(params.num_experts)),
+        noisy_(static_cast<size_t>(params.num_experts)),
         best_(static_cast<size_t>(params.top_k)) {}
 
   void route(int64_t token) {
@@ -74,7 +75,7 @@ class Router {
         top2_gate(token, weights, expert_ids);
         break;
       case Scoring::kSparsemixer:
-        sparsemixer(weights, expert_ids);
+        sparsemixer(token, weights, expert_ids);
         break;
     }
     if (p_.renormalize) renormalize(weights);
@@ -131,20 +132,29 @@ class Router {
   }
 
   // Each operation is rounded to the dtype of the logits, as PyTorch rounds it.
-  void sparsemixer(float* weights, int32_t* expert_ids) {
+  void sparsemixer(int64_t token, float* weights, int32_t* expert_ids) {
     float threshold = 2.0f * p_.epsilon;
     table_.round(p_.logits_dtype, &threshold, 1);
     candidates_ = logits_;
     for (int32_t k = 0; k < 2; ++k) {
-      const int32_t chosen = largest(candidates_);
-      weights[k] = weight_among_near_ties(chosen, threshold);
+      int32_t chosen = largest(candidates_);
+      keep_near_ties(candidates_[chosen], threshold);
+      if (p_.noise != nullptr) {
+        const float* noise = p_.noise + (k * p_.num_tokens + token) * p_.num_experts;
+        for (int32_t e = 0; e < p_.num_experts; ++e) noisy_[e] = probs_[e] + noise[e];
+        table_.round(p_.logits_dtype, noisy_.data(), p_.num_experts);
+        chosen = largest(noisy_);
+      }
+      table_.softmax(probs_.data(), probs_.data(), p_.num_experts);
+      table_.round(p_.logits_dtype, probs_.data(), p_.num_experts);
+      weights[k] = probs_[chosen];
       expert_ids[k] = chosen;
       candidates_[chosen] = -std::numeric_limits<float>::infinity();
     }
   }
 
-  float weight_among_near_ties(int32_t chosen, float threshold) {
-    const float maximum = candidates_[chosen];
+  // Leaves the candidates in probs_, with -inf for those that are far from their maximum.
+  void keep_near_ties(float maximum, float threshold) {
     std::vector<float>& distance = probs_;
     for (int32_t e = 0; e < p_.num_experts; ++e) distance[e] = maximum - logits_[e];
     table_.round(p_.logits_dtype, distance.data(), p_.num_experts);
@@ -154,11 +164,8 @@ class Router {
     }
     table_.round(p_.logits_dtype, distance.data(), p_.num_experts);
     for (int32_t e = 0; e < p_.num_experts; ++e) {
-      distance[e] = distance[e] > threshold ? -std::numeric_limits<float>::infinity() : candidates_[e];
+      probs_[e] = distance[e] > threshold ? -std::numeric_limits<float>::infinity() : candidates_[e];
     }
-    table_.softmax(distance.data(), distance.data(), p_.num_experts);
-    table_.round(p_.logits_dtype, distance.data(), p_.num_experts);
-    return distance[chosen];
   }
 
   void renormalize(float* weights) const {
@@ -171,8 +178,8 @@ class Router {
 
   const RouteParams& p_;
   const cpu::KernelTable& table_;
-  std::vector<float> logits_, probs_, candidates_;  // [E]
-  std::vector<uint64_t> best_;                      // [K]
+  std::vector<float> logits_, probs_, candidates_, noisy_;  // [E]
+  std::vector<uint64_t> best_;                              // [K]
 };
 
 }  // namespace

@@ -31,8 +31,12 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std:
                                                                 : DType::kFloat16;
   }
   if (noise.has_value()) {
-    check.that(params.scoring == Scoring::kTop2Gate, "noise applies to scoring 'top2_gate' only, got '", scoring, "'");
-    check.shape("noise", *noise, {num_tokens, num_experts}, "[num_tokens, num_experts]");
+    check.that(params.scoring != Scoring::kSoftmax, "noise does not apply to scoring 'softmax'");
+    if (params.scoring == Scoring::kSparsemixer) {
+      check.shape("noise", *noise, {2, num_tokens, num_experts}, "[2, num_tokens, num_experts]");
+    } else {
+      check.shape("noise", *noise, {num_tokens, num_experts}, "[num_tokens, num_experts]");
+    }
     check.dtype("noise", *noise, ScalarType::Float);
     check.same_device("noise", *noise);
   }

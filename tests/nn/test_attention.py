@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -150,6 +151,37 @@ def test_causal_mask_over_a_cache(padded: bool, is_static: bool, num_queries: in
     assert torch.equal(visible.expand_as(expected), expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("window", [1, 2, 6, 7, 100])
+def test_sliding_window(window: int, num_queries: int, kind: str, padded: bool) -> None:
+    past = 0 if kind == "none" else 4
+    num_keys = past + num_queries
+    cache = {"none": None, "dynamic": DynamicCache(), "static": StaticCache(tiny_config(), 2, 10)}[kind]
+    if cache is not None:
+        for layer in range(2):
+            cache.update(torch.zeros(2, 2, past, 8), torch.zeros(2, 2, past, 8), layer, torch.arange(past))
+    attention_mask = torch.ones(2, num_keys)
+    attention_mask[1, :1] = 0
+    positions = torch.arange(past, num_keys)
+    mask = causal_mask(attention_mask if padded else None, cache, positions, 2, torch.float32, sliding_window=window)
+
+    width = 10 if kind == "static" else num_keys
+    expected = torch.zeros(2, 1, num_queries, width, dtype=torch.bool)
+    for row in range(2):
+        for i, query in enumerate(positions.tolist()):
+            for key in range(max(query - window + 1, 0), query + 1):
+                expected[row, 0, i, key] = not padded or bool(attention_mask[row, key])
+    if mask.is_causal:
+        visible = torch.ones(num_queries, width, dtype=torch.bool).tril()
+    else:
+        visible = torch.ones(1, dtype=torch.bool) if mask.bias is None else mask.bias == 0
+    assert torch.equal(visible.expand_as(expected), expected)
+    if window >= width and kind == "none" and not padded and num_queries > 1:
+        assert mask == AttentionMask(is_causal=True), "a window over everything costs nothing"
+
+
 def test_padding_mask_of_an_encoder() -> None:
     mask = padding_mask(torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.bfloat16)
     assert mask.bias is not None and mask.bias.dtype == torch.bfloat16
@@ -188,11 +220,21 @@ class FakeFlashAttention:
     """The two functions of flash-attn that are used, by their documentation."""
 
     def flash_attn_func(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> Tensor:
         visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
-        # Causal masks are aligned with the last key.
-        visible = visible.tril(k.shape[1] - q.shape[1]) if causal else visible
+        # Causal masks and windows are aligned with the last key.
+        last = k.shape[1] - q.shape[1]
+        visible = visible.tril(last) if causal else visible
+        if window_size != (-1, -1):
+            visible = visible.triu(last - window_size[0]).tril(last + window_size[1])
         out = definition(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible, softmax_scale)
         return out.view(q.shape).to(q.dtype)
 
@@ -225,9 +267,10 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("window", [None, 3, 20])
 @pytest.mark.parametrize("padded", [None, "left", "right"])
 @pytest.mark.parametrize("num_queries", [1, 4, 9])
-def test_flash_attention_agrees_with_sdpa(padded: str | None, num_queries: int) -> None:
+def test_flash_attention_agrees_with_sdpa(padded: str | None, num_queries: int, window: int | None) -> None:
     query, key, value = qkv(num_queries, 9, dtype=torch.bfloat16)
     attention_mask = None
     if padded is not None:
@@ -237,8 +280,9 @@ def test_flash_attention_agrees_with_sdpa(padded: str | None, num_queries: int) 
     if num_queries < 9:
         past.update(key[:, :, num_queries:], value[:, :, num_queries:], 0)
     positions = torch.arange(9 - num_queries, 9)
+    windowed = partial(causal_mask, sliding_window=window)
     cases = [
-        (causal_mask, (attention_mask, past if num_queries < 9 else None, positions, 2, query.dtype)),
+        (windowed, (attention_mask, past if num_queries < 9 else None, positions, 2, query.dtype)),
         (padding_mask, (attention_mask, query.dtype)),
     ]
     for make, arguments in cases:

@@ -44,6 +44,16 @@ def test_names_of_kinds() -> None:
     assert rope_type({"type": "su"}) == "longrope"
 
 
+def test_length_decides_between_short_and_long() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    rope = RotaryEmbedding(4, scaling=scaling, original_max_position_embeddings=8)
+    positions = torch.tensor([[2, 3]])
+    short, long = (rope(positions, torch.float32, torch.tensor(length)) for length in (8, 9))
+    assert torch.equal(rope(positions, torch.float32)[0], short[0])
+    assert torch.equal(rope(torch.tensor([[2, 8]]), torch.float32)[0][:, 0], long[0][:, 0])
+    assert not torch.equal(short[0], long[0])
+
+
 def test_frequencies_survive_an_empty_allocation() -> None:
     rope = RotaryEmbedding(8)
     expected = rope.inv_freq.clone()

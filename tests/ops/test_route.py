@@ -117,6 +117,53 @@ def test_noise_moves_only_the_second_choice(device: torch.device) -> None:
     assert not torch.equal(actual[1][:, 1], plain[1][:, 1])
 
 
+@pytest.mark.parametrize("epsilon", [0.01, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_draws_among_near_ties(device: torch.device, dtype: torch.dtype, epsilon: float) -> None:
+    logits = (1 + torch.randn(300, 16, device=device) * 0.1).to(dtype)
+    logits[0], logits[1] = float("-inf"), float("nan")
+    noise = -torch.empty(2, 300, 16, device=device).exponential_().log()
+    noise[:, 2, 3] = float("inf")
+    options = dict(scoring="sparsemixer", epsilon=epsilon)
+    weights, expert_ids = ops.route(logits, 2, noise=noise, **options)
+    rtol = 2e-6 if dtype == torch.float32 else 1e-2
+    assert_same_routing((weights, expert_ids), reference.route(logits, 2, noise=noise, **options), rtol)
+    plain_weights, plain_ids = ops.route(logits, 2, **options)
+    assert 0.2 < (expert_ids != plain_ids).any(dim=-1).float().mean() < 1
+    # Without the noise nothing else changes: what was drawn as before has the weight it had before.
+    same = expert_ids[:, 0] == plain_ids[:, 0]
+    torch.testing.assert_close(weights[same, 0], plain_weights[same, 0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_noise_is_noise_of_zero(device: torch.device) -> None:
+    logits = torch.randn(40, 8, device=device)
+    quiet = ops.route(logits, 2, scoring="sparsemixer", noise=torch.zeros(2, 40, 8, device=device))
+    for actual, expected in zip(quiet, ops.route(logits, 2, scoring="sparsemixer"), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_gradient_of_drawn_weights(device: torch.device) -> None:
+    """Of the softmax over the near-ties that were left in each pass, whatever was drawn."""
+    logits = (1 + torch.randn(30, 8, device=device) * 0.1).requires_grad_()
+    noise = -torch.empty(2, 30, 8, device=device).exponential_().log()
+    direction = torch.randn(30, 2, device=device)
+    weights, expert_ids = ops.route(logits, 2, scoring="sparsemixer", epsilon=0.05, noise=noise)
+    (actual,) = torch.autograd.grad((weights * direction).sum(), logits)
+    expected = torch.zeros(30, 8, dtype=torch.float64)
+    scores, gone = logits.detach().double().cpu(), torch.zeros(30, 8, dtype=torch.bool)
+    for k in range(2):
+        left = scores.masked_fill(gone, float("-inf"))
+        top = left.amax(-1, keepdim=True)
+        far = (top - scores) / scores.abs().maximum(top) > 0.1
+        chosen = expert_ids[:, k : k + 1].long().cpu()
+        probs = left.masked_fill(far, float("-inf")).softmax(-1)
+        weight = probs.gather(-1, chosen)
+        upstream = direction[:, k : k + 1].double().cpu()
+        expected += upstream * weight * (torch.zeros(30, 8).scatter(-1, chosen, 1.0) - probs)
+        gone = gone.scatter(-1, chosen, True)
+    torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sparsemixer_with_negative_scores(device: torch.device) -> None:
     """The near-tie window is relative to each score's own size where the maximum is negative."""
     weights, expert_ids = ops.route(torch.tensor([[-1.0, -2.0, -1.01, -3.0]], device=device), 2, scoring="sparsemixer")
@@ -156,7 +203,11 @@ def test_gradient_of_the_weights(device: torch.device) -> None:
         (dict(scoring="top2_gate", top_k=3), "chooses 2 experts, got top_k 3"),
         (dict(scoring="sparsemixer", probs_dtype=torch.float16), "probs_dtype does not apply to scoring 'sparsemixer'"),
         (dict(probs_dtype=torch.int32), "probs_dtype must be float32, bfloat16 or float16, got int32"),
-        (dict(noise=torch.zeros(4, 8)), "noise applies to scoring 'top2_gate' only"),
+        (dict(noise=torch.zeros(4, 8)), "noise does not apply to scoring 'softmax'"),
+        (
+            dict(scoring="sparsemixer", noise=torch.zeros(4, 8)),
+            r"noise must have .*\[2, num_tokens, num_experts\]",
+        ),
         (
             dict(scoring="top2_gate", top_k=2, noise=torch.zeros(4, 7)),
             r"noise must have shape .* = \[4, 8\], got \[4, 7\]",

@@ -16,6 +16,7 @@ from moekernels.nn.norm import RMSNorm
 from moekernels.nn.rope import RotaryEmbedding, apply_rotary
 from moekernels.nn.router import Routing, TopKRouter
 from moekernels.nn.sparse_mlp import SparseMLP
+from moekernels.nn.sparsemixer import SparsemixerRouter
 
 __all__ = [
     "ATTENTION_FUNCTIONS",
@@ -32,6 +33,7 @@ __all__ = [
     "RotaryEmbedding",
     "Routing",
     "SparseMLP",
+    "SparsemixerRouter",
     "StaticCache",
     "TopKRouter",
     "apply_rotary",

@@ -33,11 +33,13 @@ class AttentionMask(NamedTuple):
         is_causal: hide the keys after the query's own position, the last query being at the last key; bias is None
             then. Unless the mask is deferred, Q equals S.
         padding: ``[B, S]`` bool, False at keys that are padding; only in a deferred mask, instead of a bias.
+        window: how many keys a query sees, its own position being the last; only in a deferred mask.
     """
 
     bias: Tensor | None = None
     is_causal: bool = False
     padding: Tensor | None = None
+    window: int | None = None
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -91,6 +93,7 @@ def causal_mask(
     batch_size: int,
     dtype: torch.dtype,
     *,
+    sliding_window: int | None = None,
     explicit: bool = False,
     deferred: bool = False,
 ) -> AttentionMask:
@@ -103,6 +106,7 @@ def causal_mask(
         cache_position: ``[Q]``, the positions of the new tokens.
         batch_size: B.
         dtype: of the scores.
+        sliding_window: how many keys up to its own a query sees at most; None for all of them.
         explicit: spell the triangle out, for a function that does not know `is_causal`.
         deferred: leave triangle and padding as they are, for a function that takes no bias (flash attention).
 
@@ -113,6 +117,8 @@ def causal_mask(
     num_keys = num_queries if cache is None else cache.key_length(num_queries)
     # A cache of fixed size also returns places that are not filled yet.
     filled = cache is None or not cache.fixed_size
+    # A window over all keys hides none.
+    window = None if sliding_window is None or sliding_window >= num_keys else sliding_window
 
     if attention_mask is not None:
         num_masked = attention_mask.shape[-1]
@@ -130,13 +136,18 @@ def causal_mask(
         elif num_masked < num_keys:
             attention_mask = F.pad(attention_mask, (0, num_keys - num_masked))
 
-    if filled and num_queries == 1:
+    if filled and num_queries == 1 and window is None:
         return padding_mask(attention_mask, dtype, deferred=deferred)
     if filled and deferred:
-        return AttentionMask(is_causal=True, padding=None if attention_mask is None else attention_mask.bool())
-    if filled and attention_mask is None and num_queries == num_keys and not explicit:
+        padding = None if attention_mask is None else attention_mask.bool()
+        return AttentionMask(is_causal=True, padding=padding, window=window)
+    if filled and attention_mask is None and window is None and num_queries == num_keys and not explicit:
         return AttentionMask(is_causal=True)
-    visible = (torch.arange(num_keys, device=cache_position.device) <= cache_position[:, None])[None, None]
+    distance = cache_position[:, None] - torch.arange(num_keys, device=cache_position.device)
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    visible = visible[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask.bool()[:, None, None, :]
     return AttentionMask(additive_mask(visible, dtype))
@@ -247,7 +258,9 @@ def flash_attention(
     batch_size, num_heads, num_queries, head_dim = query.shape
     # The package wants [B, S, heads, D].
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": mask.is_causal}
+    options: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scale, "causal": mask.is_causal}
+    if mask.window is not None:
+        options["window_size"] = (mask.window - 1, 0)
     if mask.padding is None:
         out = flash_attn.flash_attn_func(query, key, value, **options)
         return out.reshape(batch_size, num_queries, num_heads * head_dim), None

@@ -195,10 +195,11 @@ class RotaryEmbedding(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, position_ids: Tensor, dtype: torch.dtype, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``position_ids [B, S]`` -> cosines and sines ``[B, S, 1, head_dim]`` in `dtype`, for :func:`apply_rotary`.
 
-        The sines carry the sign of the rotation: minus in the first half.
+        The sines carry the sign of the rotation: minus in the first half. `length`, a scalar, is what longrope compares
+        with the trained length; by default one more than the largest position.
         """
         inv_freq: Tensor = self.inv_freq
         attention_factor: float | Tensor = self.attention_factor
@@ -207,7 +208,7 @@ class RotaryEmbedding(nn.Module):
         positions = position_ids[..., None, None].float()
         if self.long_inv_freq is not None:
             # One decision for the whole batch, made on the device.
-            is_long = position_ids.max() + 1 > self.original_length
+            is_long = (position_ids.max() + 1 if length is None else length) > self.original_length
             inv_freq = torch.where(is_long, self.long_inv_freq, inv_freq)
             if self.long_attention_factor != self.attention_factor:
                 attention_factor = torch.where(is_long, self.long_attention_factor, self.attention_factor)

@@ -34,7 +34,7 @@ class TopKRouter(nn.Module):
         top_k: experts per token.
         scoring: the scoring rule of :func:`moekernels.ops.route`.
         renormalize: divide the chosen weights by their sum.
-        epsilon: the near-tie window of the "sparsemixer" rule.
+        epsilon: half the width of a near-tie in the "sparsemixer" rule.
     """
 
     def __init__(

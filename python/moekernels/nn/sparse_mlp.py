@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moekernels.nn.dispatcher import Dispatcher, LocalDispatcher
 from moekernels.nn.experts import GroupedExperts
 from moekernels.nn.router import TopKRouter
+from moekernels.nn.sparsemixer import SparsemixerRouter
 
 
 class SparseMLP(nn.Module):
@@ -21,8 +22,9 @@ class SparseMLP(nn.Module):
         activation: "silu", "gelu", "gelu_tanh", "relu" or "none".
         gated: experts with a gate projection (SwiGLU with "silu").
         bias: experts with biases.
-        scoring: the scoring rule of :func:`moekernels.ops.route`.
+        scoring: the scoring rule of :func:`moekernels.ops.route`; with "sparsemixer" experts are drawn in training.
         renormalize: divide a token's expert weights by their sum.
+        epsilon: half the width of a near-tie in the "sparsemixer" rule.
         dispatcher: how rows reach the experts; None keeps all experts here and runs them as one fused op.
     """
 
@@ -38,13 +40,22 @@ class SparseMLP(nn.Module):
         bias: bool = False,
         scoring: str = "softmax",
         renormalize: bool = False,
+        epsilon: float = 0.01,
         dispatcher: Dispatcher | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate = TopKRouter(
-            hidden_size, num_experts, top_k, scoring=scoring, renormalize=renormalize, device=device, dtype=dtype
+        router = SparsemixerRouter if scoring == "sparsemixer" else TopKRouter
+        self.gate = router(
+            hidden_size,
+            num_experts,
+            top_k,
+            scoring=scoring,
+            renormalize=renormalize,
+            epsilon=epsilon,
+            device=device,
+            dtype=dtype,
         )
         self.experts = GroupedExperts(
             hidden_size,

@@ -50,7 +50,7 @@ def route(
     elif scoring == "top2_gate":
         weights, expert_ids = _top2_gate(logits, probs_dtype, noise)
     elif scoring == "sparsemixer":
-        weights, expert_ids = _sparsemixer(logits, epsilon)
+        weights, expert_ids = _sparsemixer(logits, epsilon, noise)
     else:
         raise ValueError(f"unknown scoring {scoring!r}")
     weights = _accumulator(weights)
@@ -92,19 +92,25 @@ def _top2_gate(logits: Tensor, probs_dtype: torch.dtype | None, noise: Tensor | 
     return probs.gather(-1, expert_ids), expert_ids
 
 
-def _sparsemixer(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """PhiMoE's inference routing (arXiv 2409.12136), in the dtype of the scores throughout."""
+def near_ties(scores: Tensor, candidates: Tensor, epsilon: float) -> Tensor:
+    """The candidates, with -inf for those more than ``2 * epsilon``, relative to their score, below the largest."""
+    maximum = candidates.amax(dim=-1, keepdim=True)
+    factor = torch.maximum(scores.abs(), maximum)
+    return candidates.masked_fill((maximum - scores) / factor > 2 * epsilon, float("-inf"))
 
-    def pick(candidates: Tensor) -> tuple[Tensor, Tensor]:
-        expert_id = _largest(candidates, 1)
-        maximum = candidates.gather(-1, expert_id)
-        factor = torch.maximum(scores.abs(), maximum)
-        far = ((maximum - scores) / factor) > 2 * epsilon
-        probs = torch.softmax(candidates.masked_fill(far, float("-inf")), dim=-1)
-        return probs.gather(-1, expert_id), expert_id
 
-    first_weight, first = pick(scores)
-    second_weight, second = pick(scores.scatter(-1, first, float("-inf")))
+def _sparsemixer(scores: Tensor, epsilon: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PhiMoE's routing (arXiv 2409.12136), in the dtype of the scores throughout."""
+
+    def pick(candidates: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        near = near_ties(scores, candidates, epsilon)
+        noisy = candidates if noise is None else (_accumulator(near) + noise).to(scores.dtype)
+        expert_id = _largest(noisy, 1)
+        return torch.softmax(near, dim=-1).gather(-1, expert_id), expert_id
+
+    first_noise, second_noise = (None, None) if noise is None else noise
+    first_weight, first = pick(scores, first_noise)
+    second_weight, second = pick(scores.scatter(-1, first, float("-inf")), second_noise)
     return torch.cat([first_weight, second_weight], dim=-1), torch.cat([first, second], dim=-1)
 
 

@@ -27,8 +27,9 @@ def route(
       arXiv 2101.03961, with ``top_k=1``). Ordered by probability rounded to ``probs_dtype``; without one, by logit.
     - ``"top2_gate"``: NLLB-MoE (arXiv 2207.04672). The first expert by probability rounded to ``probs_dtype``, the
       second by logit plus ``noise`` among the others.
-    - ``"sparsemixer"``: PhiMoE's inference rule (arXiv 2409.12136). Two argmaxes, each weighted by a softmax over the
-      experts within ``2 * epsilon`` of it; arithmetic in the dtype of the logits.
+    - ``"sparsemixer"``: PhiMoE's rule (arXiv 2409.12136). Two argmaxes, each weighted by a softmax over the experts
+      within ``2 * epsilon`` of it; arithmetic in the dtype of the logits. With ``noise``, as in training, each pass
+      picks the largest sum of logit and noise among those experts; the weights know nothing of it.
 
     A row that holds NaN or +inf, or only -inf, gets NaN weights and valid expert ids (NaN counts as the largest logit).
 
@@ -40,11 +41,12 @@ def route(
             of ``probs_dtype``).
         probs_dtype: round probabilities to this dtype before choosing; float32 if None.
         epsilon: half the relative width of a near-tie in ``"sparsemixer"``.
-        noise: ``[T, E]`` float32, for ``"top2_gate"``.
+        noise: float32, added where an expert is picked and not to its weight: ``[T, E]`` for the second expert of
+            ``"top2_gate"``, ``[2, T, E]`` for the first and the second of ``"sparsemixer"``.
         mask: ``[T]`` bool; tokens with False are not routed: expert ids -1, weights 0.
 
     Returns:
-        ``weights [T, K]`` float32 and ``expert_ids [T, K]`` int32, largest first.
+        ``weights [T, K]`` float32 and ``expert_ids [T, K]`` int32, in the order of choice.
 
     Raises:
         ValueError: for wrong shapes, dtypes or devices, an unknown rule, ``top_k`` out of range.
