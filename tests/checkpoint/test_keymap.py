@@ -64,3 +64,15 @@ def test_renamed_parameters_and_stacked_biases() -> None:
     place = key_map.place("layers.0.ffn.experts.expert_1.fc1.bias")
     assert place.view(torch.arange(6).view(2, 3)).tolist() == [3, 4, 5]
     assert key_map.is_ignored("model.encoder.version") and not key_map.is_ignored("lm_head.weight")
+
+
+def test_aliases_are_read_and_not_written() -> None:
+    phimoe = KEY_MAPS["phimoe"]
+    gate = "layers.4.block_sparse_moe.gate.weight"
+    assert phimoe.place("model.layers.4.mlp.router.weight") == phimoe.place(f"model.{gate}") == Place(gate)
+    assert list(phimoe.checkpoint_names(gate, (4, 8))) == [(gate, Place(gate))]
+    stack = "layers.4.block_sparse_moe.experts.down_proj"
+    assert phimoe.place("layers.4.mlp.experts.down_proj") == Place(stack)
+    assert [name for name, _ in phimoe.checkpoint_names(stack, (2, 8, 4))] == [
+        f"layers.4.block_sparse_moe.experts.{e}.w2.weight" for e in range(2)
+    ]

@@ -14,6 +14,9 @@ class Cache:
     def get_seq_length(self) -> int:
         return self.length
 
+    def crop(self, length: int) -> None:
+        self.length = length
+
 
 def test_a_step_sees_only_what_is_new() -> None:
     state = DecodeState(torch.tensor([[5, 6, 7]]), make_cache=Cache, max_length=6)
@@ -59,13 +62,22 @@ def test_embeddings_come_first() -> None:
     assert state.cache_position.tolist() == [3]
     with pytest.raises(ValueError, match="cannot be rebuilt"):
         state.forget()
+    state.forget(lambda ids: ids[..., None].expand(-1, -1, 4).float())
+    assert state.next_inputs_embeds.shape == (2, 4, 4) and state.cache_position.tolist() == [0, 1, 2, 3]
+    assert torch.equal(state.next_inputs_embeds[:, :3], embeds)
+    assert state.next_inputs_embeds[:, 3, 0].tolist() == [8, 9]
+    state.seen(state.cache)
+    state.append(torch.tensor([5, 6]))
+    assert state.next_inputs_embeds is None and state.next_input_ids.tolist() == [[5], [6]]
 
 
 def test_a_given_cache_is_gone_on_from() -> None:
-    state = DecodeState(torch.tensor([[5, 6, 7]]), cache=Cache(2))
+    given = Cache(2)
+    state = DecodeState(torch.tensor([[5, 6, 7]]), cache=given)
     assert state.next_input_ids.tolist() == [[7]] and state.cache_position.tolist() == [2]
-    with pytest.raises(ValueError, match="given by the caller"):
-        state.forget()
+    state.forget()
+    assert state.cache is given and given.length == 0
+    assert state.next_input_ids.tolist() == [[5, 6, 7]] and state.cache_position.tolist() == [0, 1, 2]
 
 
 def test_steps_do_not_copy_what_is_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,33 @@ TINY: dict[str, Any] = {
 }
 
 
+#: The switches of Phi-3.5-MoE-instruct, but with a trained length that a test can pass.
+TINY_PHIMOE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 6,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "short_mscale": 1.1,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 16,
+    },
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 class Saved(NamedTuple):
     """A model of transformers, in evaluation mode, and the directory it saved itself to."""
 
@@ -33,9 +61,10 @@ class Saved(NamedTuple):
     directory: Path
 
 
-@pytest.fixture(scope="session")
-def saved_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
-    """Makes a tiny OLMoE with random weights, everything but norms at a scale where mistakes show."""
+def _saved_by(
+    tmp_path_factory: pytest.TempPathFactory, prefix: str, head: str, tiny: dict[str, Any]
+) -> Callable[..., Saved]:
+    """Makes tiny models of transformers with random weights, everything but norms at a scale where mistakes show."""
     made: dict[str, Saved] = {}
 
     def make(**overrides: Any) -> Saved:
@@ -44,17 +73,33 @@ def saved_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(len(made))
-                config = transformers.OlmoeConfig(**{**TINY, **overrides})
-                model = transformers.OlmoeForCausalLM(config).eval()
+                config = getattr(transformers, f"{prefix}Config")(**copy.deepcopy({**tiny, **overrides}))
+                model = getattr(transformers, f"{prefix}{head}")(config).eval()
                 for name, parameter in model.named_parameters():
                     if "norm" in name or "bias" in name:
-                        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-                directory = tmp_path_factory.mktemp("olmoe")
+                        mean = float("norm" in name and "bias" not in name)
+                        torch.nn.init.normal_(parameter, mean=mean, std=0.2)
+                directory = tmp_path_factory.mktemp(prefix)
                 model.save_pretrained(directory)
             made[key] = Saved(model, directory)
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    return _saved_by(tmp_path_factory, "Olmoe", "ForCausalLM", TINY)
+
+
+@pytest.fixture(scope="session")
+def saved_phimoe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    return _saved_by(tmp_path_factory, "Phimoe", "ForCausalLM", TINY_PHIMOE)
+
+
+@pytest.fixture(scope="session")
+def saved_phimoe_classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    return _saved_by(tmp_path_factory, "Phimoe", "ForSequenceClassification", TINY_PHIMOE)
 
 
 @pytest.fixture

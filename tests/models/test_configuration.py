@@ -111,6 +111,10 @@ def test_labels() -> None:
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "must list head_dim / 2 = 64 numbers, got 1",
         ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 63 + ["x"], "long_factor": [1.0] * 64}},
+            r"rope_scaling\['short_factor'\]\[63\] must be a positive number, got 'x'",
+        ),
         ({"dtype": "int8"}, "floating-point torch dtype"),
     ],
 )

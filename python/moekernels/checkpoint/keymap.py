@@ -87,12 +87,14 @@ class KeyMap:
 
     Attributes:
         rules: names that differ between checkpoint and model.
+        aliases: further names that are read, but not written.
         heads: parameters of heads, which a model without that head does not read.
         ignored: regular expressions of names that older files hold and no model needs.
         prefix: of the base model's names in a model with a head.
     """
 
     rules: tuple[Rule, ...]
+    aliases: tuple[Rule, ...] = ()
     heads: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     prefix: str = "model."
@@ -104,7 +106,7 @@ class KeyMap:
     def place(self, name: str) -> Place:
         """Where the tensor a checkpoint calls `name` goes."""
         name = self.canonical(name)
-        for rule in self.rules:
+        for rule in (*self.rules, *self.aliases):
             found = rule.place(name)
             if found is not None:
                 return found
@@ -175,6 +177,34 @@ KEY_MAPS: dict[str, KeyMap] = {
             Rule("layers.{layer}.mlp.experts.{expert}.down_proj.weight", "layers.{layer}.mlp.experts.down_proj"),
         ),
         heads=("lm_head.weight",),
+        ignored=(r".*rotary_emb\.inv_freq",),
+    ),
+    "phimoe": KeyMap(
+        rules=(
+            Rule(
+                "layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+                "layers.{layer}.block_sparse_moe.experts.gate_up_proj",
+                part=0,
+                parts=2,
+            ),
+            Rule(
+                "layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+                "layers.{layer}.block_sparse_moe.experts.gate_up_proj",
+                part=1,
+                parts=2,
+            ),
+            Rule(
+                "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+                "layers.{layer}.block_sparse_moe.experts.down_proj",
+            ),
+        ),
+        # What transformers 5 has in memory.
+        aliases=(
+            Rule("layers.{layer}.mlp.router.weight", "layers.{layer}.block_sparse_moe.gate.weight"),
+            Rule("layers.{layer}.mlp.experts.gate_up_proj", "layers.{layer}.block_sparse_moe.experts.gate_up_proj"),
+            Rule("layers.{layer}.mlp.experts.down_proj", "layers.{layer}.block_sparse_moe.experts.down_proj"),
+        ),
+        heads=("lm_head.weight", "lm_head.bias", "score.weight"),
         ignored=(r".*rotary_emb\.inv_freq",),
     ),
     "m2m_100": KeyMap(rules=(), heads=("lm_head.weight",), ignored=_FAIRSEQ_LEFTOVERS),

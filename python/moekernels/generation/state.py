@@ -127,17 +127,26 @@ class DecodeState:
         if self.cache is not None:
             self.cache.reorder(rows, self.offset + start)
 
-    def forget(self) -> None:
+    def forget(self, embed: Callable[[Tensor], Tensor] | None = None) -> None:
         """Empties the cache, so that the next call of the model reads every token again.
 
+        Args:
+            embed: gives tokens their embeddings, for a prompt that was given as such.
+
         Raises:
-            ValueError: the prompt was given as embeddings, or the cache by the caller.
+            ValueError: it was, and `embed` is None.
         """
         if not self.use_cache:
             return
-        if self._make_cache is None or self.inputs_embeds is not None:
-            raise ValueError("the cache cannot be rebuilt: it was given by the caller, or the prompt as embeddings")
-        self.cache = self._make_cache()
+        if self.inputs_embeds is not None:
+            if embed is None:
+                raise ValueError("the cache cannot be rebuilt: the prompt was given as embeddings")
+            new = self.input_ids[:, self.inputs_embeds.shape[1] - self.offset :]
+            self.inputs_embeds = torch.cat((self.inputs_embeds, embed(new)), dim=1)
+        if self._make_cache is None:
+            self.cache.crop(0)  # the caller's, who goes on with it
+        else:
+            self.cache = self._make_cache()
         self.cached = 0
 
     def _grow(self) -> None:

@@ -1,6 +1,12 @@
 """The models, and the classes that find them by name."""
 
-from moekernels.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from moekernels.models.auto import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.configuration import PretrainedConfig
 from moekernels.models.m2m_100 import M2M100Config, M2M100ForConditionalGeneration, M2M100Model
@@ -12,6 +18,12 @@ from moekernels.models.nllb_moe import (
     NllbMoeTop2Router,
 )
 from moekernels.models.olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+from moekernels.models.phimoe import (
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PhimoeForSequenceClassification,
+    PhimoeModel,
+)
 from moekernels.models.switch_transformers import (
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
@@ -26,6 +38,7 @@ __all__ = [
     "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
     "M2M100Config",
     "M2M100ForConditionalGeneration",
     "M2M100Model",
@@ -37,6 +50,10 @@ __all__ = [
     "OlmoeConfig",
     "OlmoeForCausalLM",
     "OlmoeModel",
+    "PhimoeConfig",
+    "PhimoeForCausalLM",
+    "PhimoeForSequenceClassification",
+    "PhimoeModel",
     "PreTrainedModel",
     "PretrainedConfig",
     "SwitchTransformersConfig",

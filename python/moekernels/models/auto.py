@@ -11,6 +11,12 @@ from moekernels.models.configuration import PretrainedConfig, config_path
 from moekernels.models.m2m_100 import M2M100Config, M2M100ForConditionalGeneration, M2M100Model
 from moekernels.models.nllb_moe import NllbMoeConfig, NllbMoeForConditionalGeneration, NllbMoeModel
 from moekernels.models.olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+from moekernels.models.phimoe import (
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PhimoeForSequenceClassification,
+    PhimoeModel,
+)
 from moekernels.models.switch_transformers import (
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
@@ -25,10 +31,17 @@ class Architecture(NamedTuple):
     base: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel] | None = None
     seq2seq_lm: type[PreTrainedModel] | None = None
+    sequence_classification: type[PreTrainedModel] | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture(config=OlmoeConfig, base=OlmoeModel, causal_lm=OlmoeForCausalLM),
+    "phimoe": Architecture(
+        config=PhimoeConfig,
+        base=PhimoeModel,
+        causal_lm=PhimoeForCausalLM,
+        sequence_classification=PhimoeForSequenceClassification,
+    ),
     "m2m_100": Architecture(config=M2M100Config, base=M2M100Model, seq2seq_lm=M2M100ForConditionalGeneration),
     "nllb-moe": Architecture(config=NllbMoeConfig, base=NllbMoeModel, seq2seq_lm=NllbMoeForConditionalGeneration),
     "switch_transformers": Architecture(
@@ -113,3 +126,9 @@ class AutoModelForSeq2SeqLM(_AutoModel):
     """Encoders and decoders with a language-modelling head."""
 
     _role = "seq2seq_lm"
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """Models with a head that classifies sequences."""
+
+    _role = "sequence_classification"

@@ -63,17 +63,63 @@ def seq2seq_lm_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100)
             f"labels must have the shape of the logits without the vocabulary, {list(logits.shape[:-1])}, "
             f"got {list(labels.shape)} (logits_to_keep cannot be combined with labels)"
         )
-    vocab_size = logits.shape[-1]
-    # On an accelerator a look at the labels would wait for it.
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels must be from 0 to {vocab_size - 1}, or {ignore_index} where nothing is to be learnt, "
-                f"got {wrong[0].item()}"
-            )
+    _check_classes(labels, logits.shape[-1], ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     return F.cross_entropy(logits, labels.reshape(-1).to(logits.device), ignore_index=ignore_index)
+
+
+def classification_problem(num_labels: int, labels: Tensor) -> str:
+    """What labels of that kind ask for, in the words of `config.problem_type`."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """The loss of ``logits [B, num_labels]``, in float32 at least.
+
+    Args:
+        labels: for "regression" numbers ``[B, num_labels]``; for "single_label_classification" classes ``[B]``; for
+            "multi_label_classification" ``[B, num_labels]``, 1 at every class that holds. Dimensions of size 1 may be
+            left out.
+        problem_type: one of these three.
+
+    Raises:
+        ValueError: the shapes do not fit, the problem is unknown, or (checked on the CPU) a label is no class.
+    """
+    if problem_type not in ("regression", "single_label_classification", "multi_label_classification"):
+        raise ValueError(
+            "problem_type must be 'regression', 'single_label_classification' or 'multi_label_classification', "
+            f"got {problem_type!r}"
+        )
+    batch_size, num_labels = logits.shape
+    wanted = batch_size if problem_type == "single_label_classification" else batch_size * num_labels
+    if labels.numel() != wanted:
+        shape = [batch_size] if problem_type == "single_label_classification" else [batch_size, num_labels]
+        raise ValueError(f"labels of {problem_type} must have shape {shape}, got {list(labels.shape)}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.device)
+    if problem_type == "single_label_classification":
+        labels = labels.reshape(-1).long()
+        _check_classes(labels, num_labels, ignore_index=-100)
+        return F.cross_entropy(logits, labels)
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    if problem_type == "regression":
+        return F.mse_loss(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a label that is neither a class nor `ignore_index`."""
+    # On an accelerator a look at the labels would wait for it.
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must be from 0 to {num_classes - 1}, or {ignore_index} where nothing is to be learnt, "
+            f"got {wrong[0].item()}"
+        )
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "Seq2SeqMoEModelOutput",
     "Seq2SeqMoEOutput",
     "Seq2SeqModelOutput",
+    "SequenceClassifierOutputWithPast",
 ]
 
 
@@ -64,6 +65,23 @@ class MoeCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """Of a decoder with a head that classifies sequences.
+
+    Attributes:
+        loss: scalar.
+        logits: ``[B, num_labels]``.
+        past_key_values, hidden_states, attentions: as in :class:`MoeModelOutputWithPast`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass

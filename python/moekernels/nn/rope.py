@@ -31,6 +31,10 @@ def rope_type(scaling: Mapping[str, Any] | None) -> str:
     return _ALIASES.get(kind, kind)
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
 def check_rope_scaling(scaling: Mapping[str, Any] | None, head_dim: int) -> None:
     """Raise ValueError unless `scaling` is a complete description of a known kind."""
     if scaling is None:
@@ -48,7 +52,10 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None, head_dim: int) -> None
             if not isinstance(number, list | tuple) or len(number) != head_dim // 2:
                 size = len(number) if isinstance(number, list | tuple) else number
                 raise ValueError(f"rope_scaling[{name!r}] must list head_dim / 2 = {head_dim // 2} numbers, got {size}")
-        elif isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
+            for i, entry in enumerate(number):
+                if not _is_positive(entry):
+                    raise ValueError(f"rope_scaling[{name!r}][{i}] must be a positive number, got {entry!r}")
+        elif not _is_positive(number):
             raise ValueError(f"rope_scaling[{name!r}] must be a positive number, got {number!r}")
     if kind == "dynamic" and head_dim <= 2:
         raise ValueError(f"rope_scaling of type 'dynamic' needs heads of more than 2 dimensions, got {head_dim}")
