@@ -87,6 +87,40 @@ def transformers_experts(x: LayerInputs, shape: LayerShape) -> dict[str, Run]:
     return contestants
 
 
+def transformers_4_block(x: LayerInputs, shape: LayerShape, logits: Tensor) -> dict[str, Run]:
+    """PhiMoE's block of transformers 4, from router logits on, over the same weights; of its shape only."""
+    try:
+        from transformers import PhimoeConfig
+        from transformers.models.phimoe.modeling_phimoe import PhimoeBlockSparseTop2MLP, PhimoeSparseMoeBlock
+    except ImportError:
+        return {}
+    if shape.scoring != "sparsemixer":
+        return {}
+    config = PhimoeConfig(
+        hidden_size=shape.hidden_size, intermediate_size=shape.ffn_size, num_local_experts=shape.num_experts
+    )
+    with torch.device("meta"):
+        block = PhimoeSparseMoeBlock(config).eval()
+    block.gate = _Given(logits)
+    for e, expert in enumerate(block.experts):
+        assert isinstance(expert, PhimoeBlockSparseTop2MLP)
+        weights = (*x.up_weight[e].chunk(2), x.down_weight[e])
+        for linear, weight in zip((expert.w1, expert.w3, expert.w2), weights, strict=True):
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return {"transformers 4 block": lambda: block(x.hidden[None])[0][0]}
+
+
+class _Given(torch.nn.Module):
+    """A layer whose output is known."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out
+
+
 def working(contestants: dict[str, Run], device: torch.device) -> dict[str, Run]:
     """Those that run here: an implementation may lack a dtype, a device or a shape."""
     found: dict[str, Run] = {}

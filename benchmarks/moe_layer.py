@@ -5,7 +5,8 @@
 
 On a GPU up to 64 tokens are timed as a CUDA graph of several layers, each with other experts, as a model has them;
 more tokens one call at a time, from a cold L2. Baselines: an eager loop over experts, torch._grouped_mm, a batched
-matmul of as many FLOPs, and, where transformers 5 is installed, each of its experts implementations (if gated).
+matmul of as many FLOPs, and, where transformers 5 is installed, each of its experts implementations (if gated). With
+the routing, which is that of the model the shape comes from, and transformers 4 installed, also its block of PhiMoE.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.baselines import eager_loop, grouped_mm_layer, transformers_experts, working
+from benchmarks.baselines import eager_loop, grouped_mm_layer, transformers_4_block, transformers_experts, working
 from benchmarks.harness import BOUND, Roofs, Row, machine, measure_roofs, name_of, render, save
 from benchmarks.timing import Run, in_one_graph, interleaved_medians, make_clock
 from moekernels import ops
@@ -32,16 +33,21 @@ GRAPH_MAX_TOKENS = 64
 GRAPH_LAYERS = 8
 
 
-def ours(x: LayerInputs, shape: LayerShape, with_routing: bool = False) -> Run:
-    """The layer from a plan made before, or, `with_routing`, from router logits on."""
-    fixed = ops.plan(x.expert_ids, shape.num_experts)
+def router_logits(x: LayerInputs, shape: LayerShape) -> torch.Tensor:
+    """Logits ``[T, E]`` from which the router makes the choices of `x`."""
     logits = torch.randn(x.hidden.shape[0], shape.num_experts, device=x.hidden.device)
     logits.scatter_(1, x.expert_ids.long(), 8.0 + torch.rand(x.expert_ids.shape, device=x.hidden.device))
+    return logits.to(x.hidden.dtype)
+
+
+def ours(x: LayerInputs, shape: LayerShape, logits: torch.Tensor | None = None) -> Run:
+    """The layer from router logits on or, without any, from a plan made before."""
+    fixed = ops.plan(x.expert_ids, shape.num_experts)
 
     def run() -> torch.Tensor:
         plan, expert_weights = fixed, x.expert_weights
-        if with_routing:
-            expert_weights, expert_ids = ops.route(logits, shape.top_k)
+        if logits is not None:
+            expert_weights, expert_ids = ops.route(logits, shape.top_k, scoring=shape.scoring)
             plan = ops.plan(expert_ids, shape.num_experts)
         return ops.sparse_mlp(
             x.hidden,
@@ -107,13 +113,18 @@ def measure(
         if num_tokens * shape.top_k >= shape.num_experts and routing == "uniform":
             contestants |= working({BOUND: batched_matmul(x, shape)}, device)
 
-    contestants["moekernels"] = ours(x, shape, args.with_routing)
+    logits = router_logits(x, shape) if args.with_routing else None
+    contestants["moekernels"] = ours(x, shape, logits)
+    if args.baselines and logits is not None:
+        blocks = working(transformers_4_block(x, shape, logits), device)
+        check_agreement({"moekernels": contestants["moekernels"], **blocks})
+        contestants |= blocks
     clock = make_clock(device).name
     scale = dict.fromkeys(contestants, 1)
     if device.type == "cuda" and num_tokens <= GRAPH_MAX_TOKENS:
         layers = as_other_layers(x, shape, GRAPH_LAYERS)
         makers: dict[str, Callable[[LayerInputs], Run]] = {
-            "moekernels": lambda y: ours(y, shape, args.with_routing),
+            "moekernels": lambda y: ours(y, shape, router_logits(y, shape) if args.with_routing else None),
             "torch grouped_mm": lambda y: grouped_mm_layer(y, shape),
         }
         for name, make in makers.items():

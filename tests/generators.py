@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One MoE layer: H hidden size, F expert size, E experts, K choices per token."""
+    """One MoE layer: H hidden size, F expert size, E experts, K choices per token, and the rule that makes them."""
 
     name: str
     hidden_size: int
@@ -20,14 +20,17 @@ class LayerShape:
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
+    scoring: str = "softmax"
 
     def __str__(self) -> str:
         return self.name
 
 
 OLMOE = LayerShape("olmoe-1b-7b", 2048, 1024, 64, 8)
-PHIMOE = LayerShape("phi-3.5-moe", 4096, 6400, 16, 2)
-NLLB_MOE = LayerShape("nllb-moe-54b", 2048, 8192, 128, 2, activation="relu", gated=False, bias=True)
+PHIMOE = LayerShape("phi-3.5-moe", 4096, 6400, 16, 2, scoring="sparsemixer")
+NLLB_MOE = LayerShape(
+    "nllb-moe-54b", 2048, 8192, 128, 2, activation="relu", gated=False, bias=True, scoring="top2_gate"
+)
 SWITCH_BASE_8 = LayerShape("switch-base-8", 768, 3072, 8, 1, activation="relu", gated=False)
 REAL_LAYERS = (OLMOE, PHIMOE, NLLB_MOE, SWITCH_BASE_8)
 
