@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from tests.tokenizers.builders import phimoe
 from tests.tokenizers.sentencepiece_builders import m2m_100, nllb, t5
 
 TINY: dict[str, Any] = {
@@ -87,6 +88,36 @@ def switch_base_8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = _random(transformers.SwitchTransformersForConditionalGeneration, config)
     model.save_pretrained(directory, safe_serialization=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def phi_3_5_moe_instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the fields of the released configuration, a chat template, and code that must not run."""
+    template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    directory = phimoe(tmp_path_factory.mktemp("Phi-3.5-MoE-instruct"), chat_template=template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    scaling = {**factors, "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122}
+    config = transformers.PhimoeConfig(
+        **{"vocab_size": len(tokenizer) + 11, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "initializer_range": 0.3},
+        **{"attention_bias": True, "lm_head_bias": True, "rope_theta": 10000.0, "sliding_window": 131072},
+        **{"input_jitter_noise": 0.01, "router_aux_loss_coef": 0.0},
+        rope_scaling={"type": "longrope", **scaling, "original_max_position_embeddings": 64},
+    )
+    model = _random(transformers.PhimoeForCausalLM, config)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    names = {"configuration_phimoe": ("AutoConfig", "PhiMoEConfig"), "modeling_phimoe": ("AutoModel", "PhiMoEModel")}
+    for name in names:
+        (directory / f"{name}.py").write_text("raise SystemExit('code of a checkpoint ran')")
+    fields = json.loads((directory / "config.json").read_text())
+    fields["architectures"] = ["PhiMoEForCausalLM"]
+    fields["auto_map"] = {auto: f"{name}.{kind}" for name, (auto, kind) in names.items()}
+    (directory / "config.json").write_text(json.dumps(fields))
     return directory
 
 
