@@ -207,7 +207,7 @@ class SparseDecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
         if output_router_logits:
             aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, attention_mask)
             if loss is not None:
-                loss = loss + config.router_aux_loss_coef * aux_loss
+                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
 
         output = MoeCausalLMOutputWithPast(
             loss=loss,

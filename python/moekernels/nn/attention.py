@@ -143,10 +143,10 @@ def causal_mask(
         return AttentionMask(is_causal=True, padding=padding, window=window)
     if filled and attention_mask is None and window is None and num_queries == num_keys and not explicit:
         return AttentionMask(is_causal=True)
-    distance = cache_position[:, None] - torch.arange(num_keys, device=cache_position.device)
-    visible = distance >= 0
+    places, own = torch.arange(num_keys, device=cache_position.device), cache_position[:, None]
+    visible = places <= own
     if window is not None:
-        visible = visible & (distance < window)
+        visible = visible & (places > own - window)
     visible = visible[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask.bool()[:, None, None, :]
