@@ -8,7 +8,15 @@ from moekernels import nn, ops
 from moekernels._library import build_info, cmake_dir, include_dir
 from moekernels._settings import batch_invariant, cpu_isa, is_batch_invariant
 from moekernels._version import __version__
-from moekernels.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
+from moekernels.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+    GenerationConfig,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from moekernels.models import (
     AutoConfig,
     AutoModel,
@@ -61,6 +69,10 @@ __all__ = [
     "AutoTokenizer",
     "BatchEncoding",
     "GPTNeoXTokenizerFast",
+    "GenerateBeamDecoderOnlyOutput",
+    "GenerateBeamEncoderDecoderOutput",
+    "GenerateDecoderOnlyOutput",
+    "GenerateEncoderDecoderOutput",
     "GenerationConfig",
     "LlamaTokenizerFast",
     "M2M100Config",

@@ -316,9 +316,11 @@ def test_errors_name_the_argument(args: list, kwargs: dict, message: str) -> Non
     "kwargs",
     [
         {"num_beams": 4, "num_beam_groups": 2},
-        {"guidance_scale": 2.0},
-        {"prompt_lookup_num_tokens": 3},
-        {"assistant_model": object()},
+        {"penalty_alpha": 0.6},
+        {"dola_layers": "low"},
+        {"constraints": [object()]},
+        {"assistant_early_exit": 1},
+        {"assistant_tokenizer": object()},
     ],
     ids=lambda kwargs: next(iter(kwargs)),
 )

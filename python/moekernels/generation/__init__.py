@@ -1,6 +1,7 @@
 """Text generation: the loop, what shapes the scores, when to stop, and how the text reaches the reader."""
 
 from moekernels.generation.config import GenerationConfig
+from moekernels.generation.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from moekernels.generation.mixin import GenerationMixin
 from moekernels.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -91,5 +92,6 @@ __all__ = [
     "TopKLogitsWarper",
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "build_logits_processors",
 ]

@@ -10,11 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekernels.generation.config import GenerationConfig
-from moekernels.generation.loop import Record, Step, next_scores, read_prompt
-from moekernels.generation.processors import LogitsProcessorList, token_list
-from moekernels.generation.state import DecodeState
-from moekernels.generation.stopping import StoppingCriteriaList
+from moekernels.generation.loop import Search
+from moekernels.generation.processors import token_list
 
 # Added to the score of what must not be chosen. Finite, so that sums and quotients never become NaN.
 _EXCLUDED = -1.0e9
@@ -36,41 +33,24 @@ class BeamResult(NamedTuple):
     beam_indices: Tensor
 
 
-def beam_search(
-    step: Step,
-    state: DecodeState,
-    config: GenerationConfig,
-    *,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    record: Record,
-    generator: torch.Generator | None = None,
-) -> BeamResult:
-    """Extends `state`, which has N rows for every prompt, until no better sequence is to be expected.
-
-    Args:
-        config: says how many beams, and when to stop: `num_beams`, `num_return_sequences`, `length_penalty`,
-            `early_stopping`, `max_length`, `do_sample`.
-        generator: what to draw from when sampling; PyTorch's global one if None.
-    """
-    beams = _Beams(state, config, generator)
-    read_prompt(step, state, config.prefill_chunk_size)
-    while True:
-        log_probs = next_scores(step, state, processors, record, log_probs=True)
-        if beams.advance(log_probs, criteria, record):
-            return beams.result(config.num_return_sequences)
+def beam_search(search: Search) -> BeamResult:
+    """Extends the state, which has N rows for every prompt, until no better sequence is to be expected."""
+    beams = _Beams(search)
+    search.read_prompt()
+    while not beams.advance(search.next_scores(log_probs=True)):
+        pass
+    return beams.result(search.config.num_return_sequences)
 
 
 class _Beams:
     """The running and the finished sequences of every prompt."""
 
-    def __init__(self, state: DecodeState, config: GenerationConfig, generator: torch.Generator | None) -> None:
+    def __init__(self, search: Search) -> None:
+        self.search, self.state, self.config = search, search.state, search.config
+        state, config = self.state, self.config
         tokens, self.num_beams = state.input_ids, config.num_beams
         num_prompts, device = tokens.shape[0] // self.num_beams, tokens.device
         ends = [] if config.eos_token_id is None else token_list("eos_token_id", config.eos_token_id)
-        self.state = state
-        self.config = config
-        self.generator = generator
         # Every beam may end in every way there is, and N must be left to go on with.
         self.num_candidates = max(2, 1 + len(ends)) * self.num_beams
         # Like the reference: the pad token if it is set and not 0, else the first end token.
@@ -91,13 +71,13 @@ class _Beams:
         # [B, N, N]: tokens that two running sequences have in common.
         self.common = torch.full((num_prompts, self.num_beams, self.num_beams), state.length)
 
-    def advance(self, log_probs: Tensor, criteria: StoppingCriteriaList, record: Record) -> bool:
+    def advance(self, log_probs: Tensor) -> bool:
         """Chooses the next tokens by their log-probabilities `[B * N, V]`; returns whether that was the last step."""
         values, parents, tokens = self._candidates(log_probs)
         rows = parents + self.first_row
         sequences = torch.cat([self.state.input_ids[rows], tokens[..., None]], dim=2)
         beams = torch.cat([_taken(self.running_beams, parents), rows.int()[..., None]], dim=2)
-        ended = criteria(sequences.flatten(0, 1), record.scores).view(rows.shape)
+        ended = self.search.criteria(sequences.flatten(0, 1), self.search.record.scores).view(rows.shape)
 
         running_values = values + ended * _EXCLUDED
         best = running_values.topk(self.num_beams).indices
@@ -127,7 +107,7 @@ class _Beams:
         if self.config.do_sample:
             totals = log_probs.view(*self.running_scores.shape, -1) + self.running_scores[..., None]
             totals = totals.flatten(1)
-            places = torch.multinomial(totals.softmax(dim=-1), self.num_candidates, generator=self.generator)
+            places = torch.multinomial(totals.softmax(dim=-1), self.num_candidates, generator=self.search.generator)
             values = totals.gather(1, places)
         else:
             values, places = best_continuations(log_probs, self.running_scores, self.num_candidates)

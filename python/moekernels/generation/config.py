@@ -10,10 +10,21 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
+from moekernels.checkpoint.writer import replace_files
+
 CONFIG_NAME = "generation_config.json"
 
 _CACHE_IMPLEMENTATIONS = ("dynamic", "dynamic_full", "static")
 _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+_POSITIVE = (
+    "max_new_tokens",
+    "num_beams",
+    "num_beam_groups",
+    "num_return_sequences",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+)
 # Arguments of `generate` itself; found in a config they are a mistake.
 _GENERATE_ARGUMENTS = (
     "logits_processor",
@@ -25,6 +36,7 @@ _GENERATE_ARGUMENTS = (
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
     "use_model_defaults",
+    "custom_generate",
 )
 
 
@@ -196,9 +208,13 @@ class GenerationConfig(GenerationParameters):
         return generation_config
 
     def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = CONFIG_NAME) -> None:
-        """Writes the parameters that differ from their defaults to `generation_config.json`."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / config_file_name).write_text(self.to_json_string(), encoding="utf-8")
+        """Writes the parameters that differ from their defaults to `generation_config.json`.
+
+        An older file stays whole until the new one takes its place.
+        """
+        text = self.to_json_string()
+        with replace_files(directory) as stage:
+            (stage / config_file_name).write_text(text, encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """All parameters and other attributes, as a deep copy."""
@@ -255,7 +271,7 @@ class GenerationConfig(GenerationParameters):
             value = getattr(self, name)
             return value is None or (isinstance(value, Integral) and int(value) >= smallest)
 
-        for name in ("max_new_tokens", "num_beams", "num_beam_groups", "num_return_sequences", "prefill_chunk_size"):
+        for name in _POSITIVE:
             require(at_least(1, name), name, "a positive integer")
         for name in ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"):
             require(at_least(0, name), name, "a non-negative integer")

@@ -1,41 +1,19 @@
-"""The decode loop: run the model, process the scores, choose a token, test for the end."""
+"""What every way of decoding is made of, and the plainest: the best token, or a drawn one, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from moekernels.generation.config import GenerationConfig
-from moekernels.generation.processors import LogitsProcessorList
+from moekernels.generation.processors import LogitsProcessorList, token_list
 from moekernels.generation.state import DecodeState
 from moekernels.generation.stopping import MaxLengthCriteria, StoppingCriteriaList
 from moekernels.generation.streamers import BaseStreamer
-
-
-class Chooser(Protocol):
-    """Picks the next token of every row from its scores `[B, V]`."""
-
-    def __call__(self, scores: Tensor, state: DecodeState) -> Tensor: ...
-
-
-def choose_greedily(scores: Tensor, state: DecodeState) -> Tensor:
-    """The token with the highest score, the lowest id on ties."""
-    return scores.argmax(dim=-1)
-
-
-class Sampler:
-    """Draws from the softmax of the scores; from PyTorch's global generator unless given another."""
-
-    def __init__(self, generator: torch.Generator | None = None) -> None:
-        self.generator = generator
-
-    def __call__(self, scores: Tensor, state: DecodeState) -> Tensor:
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(1)
-
 
 # Runs the model on what the state says is next, with the extra keywords given.
 Step: TypeAlias = "Callable[[DecodeState, dict[str, bool]], Any]"
@@ -73,6 +51,11 @@ class Record:
                     record.model_kwargs[option] = True
         return record
 
+    @property
+    def model_fields(self) -> list[str]:
+        """The fields of the model's output that are wanted."""
+        return [name for name in self.lists if name not in ("scores", "logits")]
+
     def __contains__(self, name: str) -> bool:
         return name in self.lists
 
@@ -91,79 +74,112 @@ class Record:
         return tuple(self.lists["scores"]) if "scores" in self else None
 
 
-def read_prompt(step: Step, state: DecodeState, chunk_size: int | None) -> None:
-    """Runs the model on all but the last piece of the prompt, at most `chunk_size` tokens at once."""
-    if chunk_size is None or not state.use_cache:
-        return
-    end = state.target
-    for target in range(state.cached + chunk_size, end, chunk_size):
-        state.target = target
-        state.seen(step(state, {}).past_key_values)
-    state.target = end
+@dataclass
+class Search:
+    """What one call of `generate` decodes with, in whichever way. B rows, V vocabulary.
 
-
-def next_scores(
-    step: Step, state: DecodeState, processors: LogitsProcessorList, record: Record, *, log_probs: bool = False
-) -> Tensor:
-    """Runs the model and returns the processed scores float32 `[B, V]` of the next token.
-
-    Args:
-        log_probs: turn the logits into log-probabilities before they are processed.
+    Attributes:
+        step: runs the model.
+        state: the sequences, which decoding extends.
+        config: the parameters; `max_length` is final.
+        processors, criteria: what changes the scores, and what ends a sequence.
+        record: what the caller wants to see of the steps.
+        generator: what to draw from; PyTorch's global generator if None.
+        streamer: receives the tokens as they are chosen.
     """
-    outputs = step(state, record.model_kwargs)
-    state.seen(outputs.past_key_values if state.use_cache else None)
-    # A copy where it is kept, because a view would keep the logits of a whole prompt alive.
-    kept = "logits" in record or ("scores" in record and not log_probs)
-    logits = outputs.logits[:, -1].to(torch.float32, copy=kept)
-    scores = processors(state.input_ids, logits.log_softmax(dim=-1) if log_probs else logits)
-    record.add(outputs, scores=scores, logits=logits)
-    return scores
+
+    step: Step
+    state: DecodeState
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    record: Record = field(default_factory=Record)
+    generator: torch.Generator | None = None
+    streamer: BaseStreamer | None = None
+
+    def read_prompt(self) -> None:
+        """Runs the model on all but the last piece of the prompt, if it is to be read in pieces."""
+        state, chunk_size = self.state, self.config.prefill_chunk_size
+        if chunk_size is None or not state.use_cache:
+            return
+        end = state.target
+        for target in range(state.cached + chunk_size, end, chunk_size):
+            state.target = target
+            state.seen(self.step(state, {}).past_key_values)
+        state.target = end
+
+    def run_model(self) -> Any:
+        """The model's output for what the state says is next."""
+        outputs = self.step(self.state, self.record.model_kwargs)
+        self.state.seen(outputs.past_key_values if self.state.use_cache else None)
+        return outputs
+
+    def next_scores(self, *, log_probs: bool = False) -> Tensor:
+        """Runs the model and returns the processed scores float32 `[B, V]` of the next token.
+
+        Args:
+            log_probs: turn the logits into log-probabilities before they are processed.
+        """
+        outputs = self.run_model()
+        # A copy where it is kept, because a view would keep the logits of a whole prompt alive.
+        kept = "logits" in self.record or ("scores" in self.record and not log_probs)
+        logits = outputs.logits[:, -1].to(torch.float32, copy=kept)
+        scores = self.processors(self.state.input_ids, logits.log_softmax(dim=-1) if log_probs else logits)
+        self.record.add(outputs, scores=scores, logits=logits)
+        return scores
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Tokens int64 `[B]` for scores `[B, V]`: drawn, or the best ones, with the lowest id on ties."""
+        return self.draw(scores.softmax(dim=-1)) if self.config.do_sample else scores.argmax(dim=-1)
+
+    def draw(self, probs: Tensor) -> Tensor:
+        """Tokens int64 `[B]`, drawn with probabilities `[B, V]`."""
+        return torch.multinomial(probs, 1, generator=self.generator).squeeze(1)
 
 
-def decode(
-    step: Step,
-    state: DecodeState,
-    choose: Chooser,
-    *,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    record: Record,
-    pad_token_id: int | None = None,
-    prefill_chunk_size: int | None = None,
-    streamer: BaseStreamer | None = None,
-) -> None:
-    """Extends `state` by tokens until every row is finished, by at least one.
+class Progress:
+    """Adds tokens to the rows of a search, and knows which rows are finished.
 
     The host waits for the device once per step, to learn whether all rows are finished, and not at all where only the
     length can end them.
-
-    Args:
-        pad_token_id: what a row gets after its end token while others go on.
-        prefill_chunk_size: the most prompt tokens to run at once.
     """
-    limit = criteria.max_length
-    tests = StoppingCriteriaList(test for test in criteria if not isinstance(test, MaxLengthCriteria))
-    if not any(hasattr(test, "eos_token_id") for test in tests):
-        pad_token_id = None
-    num_rows = state.input_ids.shape[0]
-    finished: Tensor | None = None
 
-    read_prompt(step, state, prefill_chunk_size)
-    while True:
-        scores = next_scores(step, state, processors, record)
-        tokens = choose(scores, state)
-        if finished is not None and pad_token_id is not None and num_rows > 1:
-            tokens = tokens.masked_fill(finished, pad_token_id)
+    def __init__(self, search: Search) -> None:
+        criteria = search.criteria
+        self._state, self._streamer, self._record = search.state, search.streamer, search.record
+        self._max_length = criteria.max_length
+        self._tests = StoppingCriteriaList(test for test in criteria if not isinstance(test, MaxLengthCriteria))
+        # One row alone ends with the search.
+        fill = len(search.state.input_ids) > 1 and any(hasattr(test, "eos_token_id") for test in self._tests)
+        self._pad_token_id = pad_token(search.config) if fill else None
+        self._finished: Tensor | None = None
+
+    def add(self, tokens: Tensor) -> bool:
+        """Appends tokens int64 `[B]`, padding to finished rows. Returns whether those were the last ones."""
+        state = self._state
+        if self._finished is not None and self._pad_token_id is not None:
+            tokens = tokens.masked_fill(self._finished, self._pad_token_id)
         state.append(tokens)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
+        if self._tests:
+            done = self._tests(state.input_ids, self._record.scores)
+            self._finished = done if self._finished is None else self._finished | done
+            if bool(self._finished.all()):
+                return True
+        return self._max_length is not None and state.length >= self._max_length
 
-        if tests:
-            done = tests(state.input_ids, record.scores)
-            finished = done if finished is None else finished | done
-            if bool(finished.all()):
-                break
-        if limit is not None and state.length >= limit:
-            break
-    if streamer is not None:
-        streamer.end()
+
+def pad_token(config: GenerationConfig) -> int | None:
+    """What fills a row after its end: the pad token, or else the first end token."""
+    if config.pad_token_id is not None or config.eos_token_id is None:
+        return config.pad_token_id
+    return token_list("eos_token_id", config.eos_token_id)[0]
+
+
+def decode(search: Search) -> None:
+    """Extends the sequences, a token per step, until every row is finished."""
+    progress = Progress(search)
+    search.read_prompt()
+    while not progress.add(search.choose(search.next_scores())):
+        pass

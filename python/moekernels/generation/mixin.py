@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
+import os
 import warnings
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from moekernels.generation.assisted import assisted_decode
 from moekernels.generation.beam_search import BeamResult, beam_search
+from moekernels.generation.candidates import candidate_source, check_assistance
 from moekernels.generation.config import GenerationConfig
+from moekernels.generation.custom import call_custom_generate, load_custom_generate
 from moekernels.generation.encoder_decoder import encode_prompt
-from moekernels.generation.loop import Record, Sampler, choose_greedily, decode
+from moekernels.generation.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from moekernels.generation.loop import Record, Search, decode
 from moekernels.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
     GenerateBeamEncoderDecoderOutput,
@@ -23,11 +25,13 @@ from moekernels.generation.outputs import (
     GenerateEncoderDecoderOutput,
 )
 from moekernels.generation.pipeline import build_logits_processors
-from moekernels.generation.processors import token_list
 from moekernels.generation.prompt import Prompt, decoder_prompt, set_lengths
+from moekernels.generation.resolve import keywords, refuse_unsupported, resolve_generation_config
 from moekernels.generation.state import DecodeState
 from moekernels.generation.stopping import Criterion, build_stopping_criteria
 from moekernels.generation.streamers import BaseStreamer
+from moekernels.generation.synced import SyncedStep, is_synced
+from moekernels.generation.transition_scores import transition_scores
 from moekernels.nn.cache import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 GenerateOutput: TypeAlias = (
@@ -38,13 +42,6 @@ GenerateOutput: TypeAlias = (
 )
 
 _STATIC_CACHE = "static"
-# Keywords of `generate` that describe the prompt.
-_PROMPT = frozenset(("input_ids", "inputs_embeds", "attention_mask", "past_key_values"))
-_DECODER_PROMPT = frozenset(("encoder_outputs", "decoder_input_ids", "decoder_attention_mask"))
-# Keywords of a model that change with every step, and are not the caller's to set.
-_OF_THE_LOOP = frozenset(
-    ("cache_position", "position_ids", "decoder_position_ids", "decoder_inputs_embeds", "labels", "return_dict", "self")
-)
 
 
 class GenerationMixin:
@@ -78,12 +75,15 @@ class GenerationMixin:
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         use_model_defaults: bool | None = None,
+        custom_generate: str | os.PathLike[str] | Callable[..., Any] | None = None,
         *,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
+        trust_remote_code: bool | None = None,
         **kwargs: Any,
-    ) -> Tensor | GenerateOutput:
+    ) -> Any:
         """Continues every prompt of a batch, or, with an encoder-decoder model, generates from every source.
 
         Prompts of different lengths are padded on the left; sources on either side.
@@ -95,16 +95,28 @@ class GenerationMixin:
                 sampling filters.
             stopping_criteria: callables `(input_ids, scores) -> bool [B]`, besides those of the config.
             prefix_allowed_tokens_fn: `(prompt index, ids) -> allowed ids`.
+            synced_gpus: whether a process that has finished goes on running the model until all others have. None means
+                yes where FSDP spreads the model over several processes.
+            assistant_model: a smaller model with the same vocabulary that goes ahead, so that this one can check
+                several tokens at once; for one prompt. `prompt_lookup_num_tokens=n` looks in the text so far instead.
             streamer: receives the tokens as they are chosen.
+            negative_prompt_ids: int64 `[B, m]`, what `guidance_scale` leads away from (with an encoder, in place of the
+                source); by default the last token of the prompt.
+            negative_prompt_attention_mask: `[B, m]`.
             use_model_defaults: whether a given `generation_config` falls back to the model's; None means yes, except
                 where a transformers before 4.50 wrote the model's, which then lends only its special tokens.
+            custom_generate: what decodes instead, called as `f(model, input_ids, logits_processor=, stopping_criteria=,
+                generation_config=, synced_gpus=, streamer=, **model_kwargs)` once all of those are prepared; or a local
+                directory whose `custom_generate/generate.py` defines `generate(model, ...)`, which gets the arguments
+                of this call. Its result is returned as it is.
             seed: makes sampling repeatable without touching PyTorch's global generator.
             generator: what to draw from, on the model's device, instead.
             tokenizer: needed for `stop_strings`.
+            assistant_tokenizer: not supported.
+            trust_remote_code: True allows the code in the directory `custom_generate` to be executed.
             **kwargs: generation parameters, which take precedence over both configs, and keywords for the model, such
                 as `attention_mask` int `[B, n]` (else inferred from the pad token), `past_key_values`, `inputs_embeds`;
                 with an encoder also `encoder_outputs`, `decoder_input_ids` and `decoder_attention_mask`.
-            synced_gpus, assistant_model, negative_prompt_ids, negative_prompt_attention_mask: not supported yet.
 
         Returns:
             int64 `[B * num_return_sequences, length]`: prompts or the decoder's first tokens included, padded with the
@@ -115,24 +127,36 @@ class GenerationMixin:
             ValueError: an argument is wrong or unknown, or the prompt leaves no room below `max_length`.
             NotImplementedError: a search method is asked for that is not there yet.
         """
-        config, model_kwargs = self._resolve_generation_config(generation_config, use_model_defaults, kwargs)
-        _refuse_unsupported(
-            config,
-            synced_gpus=synced_gpus,
-            assistant_model=assistant_model,
-            negative_prompt_ids=negative_prompt_ids,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-        )
+        if isinstance(custom_generate, (str, os.PathLike)):
+            given = {"seed": seed, "generator": generator, "tokenizer": tokenizer}
+            return load_custom_generate(custom_generate, trust_remote_code)(
+                model=self,
+                inputs=inputs,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                synced_gpus=synced_gpus,
+                assistant_model=assistant_model,
+                streamer=streamer,
+                negative_prompt_ids=negative_prompt_ids,
+                negative_prompt_attention_mask=negative_prompt_attention_mask,
+                use_model_defaults=use_model_defaults,
+                **{name: value for name, value in given.items() if value is not None},
+                **kwargs,
+            )
+        config, model_kwargs = resolve_generation_config(self, generation_config, use_model_defaults, kwargs)
+        if custom_generate is None:
+            refuse_unsupported(config)
+            check_assistance(self, config, assistant_model, assistant_tokenizer)
         if ignored := config.ignored_parameters():
             listed = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
             warnings.warn(f"generate: these parameters have no effect with the others given: {listed}", stacklevel=3)
-
         if streamer is not None and config.num_beams > 1:
             raise ValueError("generate: beam search has no tokens to stream before its end; set num_beams=1")
 
         past = model_kwargs.pop("past_key_values", None)
-        is_encoder_decoder = self._is_encoder_decoder
-        if is_encoder_decoder:
+        if self._is_encoder_decoder:
             prompt = encode_prompt(self, inputs, config, model_kwargs)
         else:
             prompt = decoder_prompt(inputs, config, model_kwargs, self.device)
@@ -144,60 +168,88 @@ class GenerationMixin:
             max_length_given=kwargs.get("max_length") is not None,
             max_position_embeddings=longest,
         )
+        synced_step = SyncedStep(self._step, self.device) if is_synced(synced_gpus, self) else None
+        step = self._step if synced_step is None else synced_step
         state = self._first_state(config, prompt, past)
-        record = Record.of(config, is_encoder_decoder)
-        processors = build_logits_processors(
+        guidance = None
+        if config.guidance_scale is not None and config.guidance_scale != 1:
+            guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+                config.guidance_scale,
+                self,
+                negative_prompt_ids,
+                negative_prompt_attention_mask,
+                config.use_cache,
+                decoder_attention_mask=state.attention_mask,
+                config=config,
+                step=step,
+            )
+        elif negative_prompt_ids is not None:
+            warnings.warn("generate: negative_prompt_ids has no effect without guidance_scale", stacklevel=3)
+        search = Search(
+            step,
+            state,
             config,
-            prompt.input_ids.shape[1],
-            custom=logits_processor or (),
-            encoder_input_ids=prompt.encoder_input_ids,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        )
-        criteria = build_stopping_criteria(
-            config,
-            custom=stopping_criteria or (),
-            tokenizer=tokenizer,
-            max_position_embeddings=longest,
-        )
-        generator = self._generator(seed, generator)
-        beams: BeamResult | None = None
-        if config.num_beams > 1:
-            beams = beam_search(
-                self._step,
-                state,
+            build_logits_processors(
                 config,
-                processors=processors,
-                criteria=criteria,
-                record=record,
-                generator=generator,
-            )
+                prompt.input_ids.shape[1],
+                custom=logits_processor or (),
+                encoder_input_ids=prompt.encoder_input_ids,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                guidance=guidance,
+            ),
+            build_stopping_criteria(
+                config, custom=stopping_criteria or (), tokenizer=tokenizer, max_position_embeddings=longest
+            ),
+            Record.of(config, self._is_encoder_decoder),
+            self._generator(seed, generator),
+            streamer,
+        )
+        candidates = None if custom_generate is not None else candidate_source(assistant_model, prompt, search)
+        if streamer is not None:
+            streamer.put(state.input_ids.cpu())
+
+        beams: BeamResult | None = None
+        if custom_generate is not None:
+            return call_custom_generate(custom_generate, self, search, synced=synced_step is not None)
+        if candidates is not None:
+            assisted_decode(search, candidates, getattr(self.config, "original_max_position_embeddings", None))
+        elif config.num_beams > 1:
+            beams = beam_search(search)
         else:
-            if streamer is not None:
-                streamer.put(state.input_ids.cpu())
-            decode(
-                self._step,
-                state,
-                Sampler(generator) if config.do_sample else choose_greedily,
-                processors=processors,
-                criteria=criteria,
-                record=record,
-                pad_token_id=_pad_token(config),
-                prefill_chunk_size=config.prefill_chunk_size,
-                streamer=streamer,
-            )
+            decode(search)
+        if streamer is not None:
+            streamer.end()
+        if synced_step is not None:
+            synced_step.wait(state)
         if not config.return_dict_in_generate:
             return state.input_ids.clone(memory_format=torch.contiguous_format) if beams is None else beams.sequences
-        return _output(config, state, record, beams, prompt.shared_kwargs.get("encoder_outputs"))
+        return _output(config, state, search.record, beams, prompt.shared_kwargs.get("encoder_outputs"))
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The scores of the tokens that were generated. R sequences, n steps.
+
+        Args:
+            sequences, scores, beam_indices: fields of the result of `generate(return_dict_in_generate=True,
+                output_scores=True)`; `beam_indices` where there were beams.
+            normalize_logits: turn the scores of every step into log-probabilities first.
+
+        Returns:
+            float32 `[R, n]`; 0 after the end of a sequence that was searched with beams.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
 
     @property
     def _is_encoder_decoder(self) -> bool:
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     def prepare_inputs_for_generation(self, state: DecodeState) -> dict[str, Any]:
-        """The model's keywords for the next step; a model overrides it to change what it is given, or the state.
-
-        Only `logits_to_keep=1` row of logits is asked for: nobody reads those of the prompt.
-        """
+        """The model's keywords for the next step; a model overrides it to change what it is given, or the state."""
         if self._is_encoder_decoder:
             return {
                 "decoder_input_ids": state.next_input_ids,
@@ -205,7 +257,7 @@ class GenerationMixin:
                 "cache_position": state.cache_position,
                 "past_key_values": state.cache,
                 "use_cache": state.use_cache,
-                "logits_to_keep": 1,
+                "logits_to_keep": state.logits_to_keep,
                 **state.model_kwargs,
             }
         embeds = state.next_inputs_embeds
@@ -217,39 +269,16 @@ class GenerationMixin:
             "cache_position": state.cache_position,
             "past_key_values": state.cache,
             "use_cache": state.use_cache,
-            "logits_to_keep": 1,
+            "logits_to_keep": state.logits_to_keep,
             **state.model_kwargs,
         }
 
     def _step(self, state: DecodeState, extra: dict[str, bool]) -> Any:
         inputs = {**self.prepare_inputs_for_generation(state), **extra}
-        names, takes_any = _keywords(type(self).forward)  # type: ignore[attr-defined]
+        names, takes_any = keywords(type(self).forward)  # type: ignore[attr-defined]
         if not takes_any:
             inputs = {name: value for name, value in inputs.items() if name in names}
         return self(**inputs)  # type: ignore[operator]
-
-    def _resolve_generation_config(
-        self, given: GenerationConfig | None, use_model_defaults: bool | None, kwargs: dict[str, Any]
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Merges keywords over the given config over the model's. Returns it with the keywords meant for the model."""
-        own = getattr(self, "generation_config", None) or GenerationConfig.from_model_config(self.config)
-        if given is None:
-            config = copy.deepcopy(own)
-        elif use_model_defaults or (use_model_defaults is None and _since_4_50(own.transformers_version)):
-            config = given.with_defaults_from(own)
-        else:
-            config = copy.deepcopy(given)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-                if getattr(config, name) is None:
-                    setattr(config, name, getattr(own, name))
-        model_kwargs = config.update(**kwargs)
-        # Some tokenizers return it, but a decoder has no use for it.
-        model_kwargs.pop("token_type_ids", None)
-        names, _ = _keywords(type(self).forward)  # type: ignore[attr-defined]
-        prompt = _PROMPT | _DECODER_PROMPT if self._is_encoder_decoder else _PROMPT
-        if unknown := sorted(set(model_kwargs) - prompt - (names - _OF_THE_LOOP)):
-            raise ValueError(f"generate: neither generation parameters nor keywords of the model: {', '.join(unknown)}")
-        return config, {name: value for name, value in model_kwargs.items() if value is not None}
 
     def _first_state(self, config: GenerationConfig, prompt: Prompt, past: Any) -> DecodeState:
         """The state before the first step, with as many rows for every prompt as there are beams or samples.
@@ -279,6 +308,16 @@ class GenerationMixin:
                 "must be the whole prompt, with at least one token that is not cached"
             )
         return state
+
+    def _side_state(self, prompt: Prompt, use_cache: bool) -> DecodeState:
+        """A state beside that of the search, with a row for every row of the prompt."""
+        num_rows = len(prompt.input_ids)
+        return DecodeState(
+            prompt.input_ids,
+            prompt.attention_mask,
+            make_cache=self._cache_maker(GenerationConfig(), num_rows, 0) if use_cache else None,
+            model_kwargs=prompt.row_kwargs | prompt.shared_kwargs,
+        )
 
     def _cache_maker(self, config: GenerationConfig, num_rows: int, max_cache_len: int) -> Callable[[], Any]:
         """Makes the cache that `cache_implementation` names."""
@@ -322,46 +361,3 @@ def _output(
 def _expanded(value: Any, times: int) -> Any:
     """A tensor with every row `times` times in a row; anything else as it is."""
     return value.repeat_interleave(times, dim=0) if times > 1 and isinstance(value, Tensor) else value
-
-
-def _pad_token(config: GenerationConfig) -> int | None:
-    """What fills a row after its end: the pad token, or else the first end token."""
-    if config.pad_token_id is not None or config.eos_token_id is None:
-        return config.pad_token_id
-    return token_list("eos_token_id", config.eos_token_id)[0]
-
-
-@cache
-def _keywords(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    """The keywords a function names, and whether it takes any others."""
-    parameters = inspect.signature(forward).parameters.values()
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return frozenset(parameter.name for parameter in parameters), takes_any
-
-
-def _since_4_50(version: str | None) -> bool:
-    """Whether a config was written by transformers 4.50 or later, or by us."""
-    if version is None:
-        return True
-    major, _, rest = version.partition(".")
-    minor = rest.partition(".")[0]
-    return not (major.isdigit() and minor.isdigit()) or (int(major), int(minor)) >= (4, 50)
-
-
-def _refuse_unsupported(config: GenerationConfig, **arguments: Any) -> None:
-    """Raises NotImplementedError for what this version cannot do, rather than doing something else."""
-    wanted = {
-        "diverse beam search (num_beam_groups)": config.num_beam_groups > 1 or config.diversity_penalty > 0,
-        "constrained beam search": config.constraints is not None or config.force_words_ids is not None,
-        "prompt lookup": config.prompt_lookup_num_tokens is not None,
-        "early-exit assistance": config.assistant_early_exit is not None,
-        "classifier-free guidance (guidance_scale)": config.guidance_scale not in (None, 1, 1.0),
-        "contrastive search (penalty_alpha)": bool(config.penalty_alpha) and not config.do_sample,
-        "DoLa decoding (dola_layers)": config.dola_layers is not None,
-        "watermarking": config.watermarking_config is not None,
-        "token healing": config.token_healing,
-        **{name: bool(value) if not isinstance(value, Tensor) else True for name, value in arguments.items()},
-    }
-    for feature, asked in wanted.items():
-        if asked:
-            raise NotImplementedError(f"generate: {feature} is not supported yet")

@@ -15,6 +15,7 @@ from moekernels.generation.processors import (
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
     InfNanRemoveLogitsProcessor,
+    LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -130,8 +131,9 @@ def build_logits_processors(
     custom: Iterable[Callable[[Tensor, Tensor], Tensor]] = (),
     encoder_input_ids: Tensor | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    guidance: LogitsProcessor | None = None,
 ) -> LogitsProcessorList:
-    """Everything to apply to the scores of one step: rules, the caller's processors, filters, normalisation.
+    """Everything to apply to the scores of one step: guidance, rules, the caller's processors, filters, normalisation.
 
     Args:
         config: the resolved parameters; `max_length` counts the prompt.
@@ -139,13 +141,13 @@ def build_logits_processors(
         custom: the caller's processors; one of a class that the config asks for too takes its place.
         encoder_input_ids: int64 `[B, length]`, what the encoder penalties apply to.
         prefix_allowed_tokens_fn: see `PrefixConstrainedLogitsProcessor`.
+        guidance: what comes before everything else.
 
     Raises:
         ValueError: a parameter is out of its range.
     """
-    processors = LogitsProcessorList(
-        merged(rules(config, prompt_length, encoder_input_ids, prefix_allowed_tokens_fn), custom)
-    )
+    defaults = rules(config, prompt_length, encoder_input_ids, prefix_allowed_tokens_fn)
+    processors = LogitsProcessorList(merged(defaults if guidance is None else [guidance, *defaults], custom))
     processors += warpers(config)
     if config.renormalize_logits:
         processors.append(LogitNormalization())

@@ -31,6 +31,7 @@ class DecodeState:
         length: tokens per row so far, prompt included.
         cached: positions per row that the cache holds.
         target: positions per row that the next call of the model brings the cache to.
+        logits_to_keep: how many of the last positions the next call is asked the logits of.
         cache: the key-value cache, or None.
     """
 
@@ -52,6 +53,7 @@ class DecodeState:
         # Positions the model sees before the first token of `input_ids`.
         self.offset = 0 if inputs_embeds is None else inputs_embeds.shape[1] - self.length
         self.target = self.offset + self.length
+        self.logits_to_keep = 1
 
         self.use_cache = make_cache is not None or cache is not None
         self._make_cache = make_cache
@@ -115,6 +117,41 @@ class DecodeState:
         self._tokens[:, self.length] = tokens
         self.length += 1
         self.target = self.offset + self.length
+
+    def extend(self, tokens: Tensor) -> None:
+        """Adds the tokens `[B, k]` to the rows, for the model to see next."""
+        end = self.length + tokens.shape[1]
+        while end > self._tokens.shape[1]:
+            self._grow()
+        self._tokens[:, self.length : end] = tokens
+        self.length = end
+        self.target = self.offset + end
+
+    def rewind(self, length: int) -> None:
+        """Takes back all but the first `length` tokens of every row, but nothing from the cache."""
+        self.length = length
+        self.target = self.offset + length
+
+    def crop(self) -> None:
+        """Takes from the cache what it holds of the last token of every row, and of tokens that were taken back."""
+        if self.cached >= self.target:
+            self.cached = self.target - 1
+            self.cache.crop(self.cached)
+
+    def follow(self, tokens: Tensor) -> None:
+        """Makes the tokens `[B, n]` those of the rows, and keeps what the cache holds of the beginning they share.
+
+        The last one is left for the model to see. The host waits for the device.
+        """
+        shared = min(self.length, tokens.shape[1])
+        same = (self._tokens[:, :shared] == tokens[:, :shared]).all(dim=0)
+        start = int(same.long().cumprod(dim=0).sum())
+        self.rewind(start)
+        if self.cached > self.target:
+            self.cached = self.target
+            self.cache.crop(self.target)
+        self.extend(tokens[:, start:])
+        self.crop()
 
     def reorder(self, rows: Tensor, start: int = 0) -> None:
         """Row `b` becomes what row `rows[b]` was; both must belong to the same prompt, whose mask they share.
