@@ -121,3 +121,22 @@ def test_ignored_parameters() -> None:
 def test_errors(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenerationConfig(**kwargs)
+
+
+def test_saving_never_leaves_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    GenerationConfig(max_new_tokens=9).save_pretrained(tmp_path)
+    (tmp_path / "other.json").write_text("{}")
+
+    def break_off(self: Path, text: str, **kwargs: object) -> None:
+        self.write_bytes(text.encode()[:5])
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(Path, "write_text", break_off)
+        GenerationConfig(max_new_tokens=7).save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).max_new_tokens == 9
+    with pytest.raises(TypeError, match="serializable"):
+        GenerationConfig(something=object()).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generation_config.json", "other.json"]
+    GenerationConfig(max_new_tokens=7).save_pretrained(tmp_path / "new" / "place", "own.json")
+    assert GenerationConfig.from_pretrained(tmp_path / "new" / "place", "own.json").max_new_tokens == 7
