@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from moekernels.generation import BaseStreamer, GenerationConfig
-from moekernels.generation.assisted import _token_at
+from moekernels.generation.assisted import _token_at, tokens_at_once
 from moekernels.generation.candidates import Candidates, PromptLookup
 from moekernels.generation.loop import Search
 from tests.generation.adapter import (
@@ -293,6 +294,21 @@ def test_no_run_crosses_a_turning_point(assistant: Adapted, turning_point: int) 
     assert torch.equal(
         model.generate(prompts(1, 6), max_new_tokens=20, eos_token_id=None, assistant_model=assistant), expected
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"expert_capacity": 64}, 64),
+        ({"expert_capacity": 64, "moe_eval_capacity_token_fraction": 1.0}, None),
+        ({"expert_capacity": 64, "moe_eval_capacity_token_fraction": 0.5}, 1),
+        ({"expert_capacity": 64, "moe_eval_capacity_token_fraction": -1.0}, 64),
+        ({"expert_capacity": None, "moe_eval_capacity_token_fraction": 0.0}, 1),
+    ],
+)
+def test_tokens_at_once(fields: dict[str, Any], expected: int | None) -> None:
+    assert tokens_at_once(SimpleNamespace(**fields)) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from moekernels.models import AutoModelForSeq2SeqLM
 from moekernels.nn import EncoderDecoderCache
-from tests.generation.adapter import EOS, sources, tiny_m2m100
+from tests.generation.adapter import EOS, PAD, AdaptedSeq2Seq, sources, tiny_m2m100
 
 ENDS = list(range(2, 12))
 
@@ -86,6 +86,27 @@ def test_going_on_from_a_cache(model: Any) -> None:
     assert cache.get_seq_length() == 8
     with pytest.raises(ValueError, match="past_key_values holds 8 positions"):
         model.generate(ids, decoder_input_ids=first, **more)
+
+
+def test_assisted(model: Any) -> None:
+    """What is cropped is the decoder's own cache; keys and values of the source stay."""
+    ids = torch.cat([sources(1, 7), torch.full((1, 2), PAD)], dim=1)
+    kwargs = {"max_new_tokens": 40, "eos_token_id": None}
+    for more in ({}, {"forced_bos_token_id": 9}, {"decoder_input_ids": torch.tensor([[EOS, 15, 16]])}):
+        expected = tiny_m2m100().generate(ids, **kwargs, **more)
+        for helper in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 4}):
+            out = model.generate(ids, **kwargs, **more, **helper, return_dict_in_generate=True)
+            assert torch.equal(out.sequences, expected)
+            assert out.past_key_values.get_seq_length() == expected.shape[1] - 1
+
+
+def test_guided(model: Any) -> None:
+    """Away from another source, beside beams too; the definition is in test_guidance.py."""
+    ids, negative = sources(3, 7, padded=True), sources(3, 5)
+    kwargs = {"guidance_scale": 1.5, "negative_prompt_ids": negative, "max_new_tokens": 12}
+    for more in ({}, {"num_beams": 3}, {"use_cache": False}):
+        expected = AdaptedSeq2Seq(tiny_m2m100()).generate(ids, **kwargs, **more)
+        assert torch.equal(model.generate(ids, **kwargs, **more), expected)
 
 
 def test_scores(model: Any) -> None:

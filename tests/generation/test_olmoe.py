@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,31 @@ def test_prompt_as_embeddings(model: Any) -> None:
     embeds = model.get_input_embeddings()(ids).detach()
     got = model.generate(inputs_embeds=embeds, max_new_tokens=10)
     assert torch.equal(got, model.generate(ids, max_new_tokens=10)[:, 7:])
+
+
+def test_assisted(model: Any) -> None:
+    """With our caches, which shrink where a candidate was wrong. One assistant is the model less a layer."""
+    assistant = copy.deepcopy(model)
+    del assistant.model.layers[1:]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 40, "eos_token_id": None, "num_assistant_tokens": 3}
+    for kwargs in ({}, {"attention_mask": mask}):
+        ids = prompts(1, 7)
+        expected = tiny_olmoe().generate(ids, max_new_tokens=40, eos_token_id=None, **kwargs)
+        for helper in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": model}):
+            out = model.generate(ids, **options, **kwargs, **helper, return_dict_in_generate=True)
+            assert torch.equal(out.sequences, expected)
+            assert out.past_key_values.get_seq_length() == 46
+
+
+def test_guided(model: Any) -> None:
+    kwargs = {"guidance_scale": 1.5, "negative_prompt_ids": prompts(3, 4), "max_new_tokens": 20}
+    ids = prompts(3, 7, padded=True)
+    expected = tiny_olmoe().generate(ids, **kwargs)
+    assert torch.equal(model.generate(ids, **kwargs), expected)
+    kwargs["negative_prompt_ids"] = prompts(1, 4)
+    expected = tiny_olmoe().generate(ids[:1], **kwargs)
+    assert torch.equal(model.generate(ids[:1], prompt_lookup_num_tokens=3, **kwargs), expected)
 
 
 def test_defaults_come_from_the_checkpoint(model: Any) -> None:

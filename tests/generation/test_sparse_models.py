@@ -88,3 +88,13 @@ def test_tokens(models: tuple[Any, Any], kwargs: dict[str, Any]) -> None:
     got = ours.generate(ids, max_new_tokens=16, **kwargs)
     assert torch.equal(got, theirs.generate(ids, max_new_tokens=16, **kwargs))
     assert got[:, 1:].unique().numel() > 4
+
+
+@pytest.mark.parametrize("helper", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_assisted(models: tuple[Any, Any], helper: str) -> None:
+    """Switch has room for three tokens per expert here: no run is longer, or else tokens would be left out."""
+    ours, theirs = models
+    ids = sources(ours)[1:2]
+    helped = {helper: ours if helper == "assistant_model" else 3}
+    expected = theirs.generate(ids, max_new_tokens=24)
+    assert torch.equal(ours.generate(ids, max_new_tokens=24, assistant_confidence_threshold=0.0, **helped), expected)

@@ -18,24 +18,40 @@ from moekernels.generation.candidates import Candidates, CandidateSource
 from moekernels.generation.loop import Progress, Search
 
 
-def assisted_decode(search: Search, source: CandidateSource, turning_point: int | None = None) -> None:
+def assisted_decode(search: Search, source: CandidateSource, model_config: Any) -> None:
     """Extends the one sequence until it is finished.
 
     Args:
         source: proposes candidates.
-        turning_point: a length beyond which the model reads every token in another way; no run crosses it.
+        model_config: says which runs would not give every token what it gets alone; there are none of those.
     """
     state, progress = search.state, Progress(search)
     max_length = search.config.max_length if search.criteria.max_length is None else search.criteria.max_length
+    # Beyond this length a model with two sets of rotary factors reads every token in another way.
+    turning_point = getattr(model_config, "original_max_position_embeddings", None)
+    at_once = tokens_at_once(model_config)
     search.read_prompt()
     done = False
     while not done:
-        end = max_length - 1
+        most = max_length - 1 - state.length
         if turning_point is not None and state.length <= turning_point:
-            end = min(end, turning_point)
-        candidates = source.propose(state.input_ids, max(end - state.length, 0))
+            most = min(most, turning_point - state.length)
+        if at_once is not None:
+            most = min(most, at_once - (state.target - state.cached))
+        candidates = source.propose(state.input_ids, max(most, 0))
         accepted, done = _check(search, progress, candidates)
         source.learn(len(candidates.tokens), accepted)
+
+
+def tokens_at_once(model_config: Any) -> int | None:
+    """How many tokens a model may run on without its experts leaving any out; None if there is no such limit."""
+    capacity: int | None = getattr(model_config, "expert_capacity", None)
+    fraction = getattr(model_config, "moe_eval_capacity_token_fraction", None)
+    if fraction is None:
+        return capacity
+    if fraction > 0:
+        return None if fraction >= 1 else 1
+    return capacity or 1
 
 
 def _check(search: Search, progress: Progress, candidates: Candidates) -> tuple[int, bool]:

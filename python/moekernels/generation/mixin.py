@@ -212,7 +212,7 @@ class GenerationMixin:
         if custom_generate is not None:
             return call_custom_generate(custom_generate, self, search, synced=synced_step is not None)
         if candidates is not None:
-            assisted_decode(search, candidates, getattr(self.config, "original_max_position_embeddings", None))
+            assisted_decode(search, candidates, self.config)
         elif config.num_beams > 1:
             beams = beam_search(search)
         else:
