@@ -93,6 +93,21 @@ def test_top_p_at_its_ends() -> None:
         assert torch.equal(ours.TopPLogitsWarper(top_p)(None, scores), oracle.TopPLogitsWarper(top_p)(None, scores))
 
 
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_top_p_of_a_long_vocabulary(top_p: float, keep: int) -> None:
+    """Sharp and flat rows, alone and together: where the best tokens do not suffice, all are sorted."""
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randn(4, 9000, generator=generator) * torch.tensor([[9.0], [3.0], [1.0], [0.0]])
+    scores[1, 60:] = float("-inf")
+    for rows in (scores[:2], scores[1:2], scores[:3], scores[:3] + 1000):
+        got = ours.TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, rows)
+        assert torch.equal(got, oracle.TopPLogitsWarper(top_p, min_tokens_to_keep=keep)(None, rows))
+    # Which of equal tokens are kept is open, but not how many.
+    flat = ours.TopPLogitsWarper(0.25)(None, scores[3:])
+    assert abs(int((flat > float("-inf")).sum()) - 2250) <= 1
+
+
 def test_ties_at_the_boundary() -> None:
     scores = torch.tensor([[4.0, 4.0, 1.0, 4.0]])
     assert torch.equal(ours.MinPLogitsWarper(1.0)(None, scores), oracle.MinPLogitsWarper(1.0)(None, scores))
