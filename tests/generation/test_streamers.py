@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from functools import cache
 from queue import Empty
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moekernels.generation import TextIteratorStreamer, TextStreamer
+from moekernels.generation import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
 from tests.generation.adapter import Adapted, prompts, tiny_olmoe
 
 TEXT = "One two, three!\nTabs\tand   spaces. 日本語の文章です。 你好世界 Привет, мир 👩\u200d🚀🌍 done"
@@ -140,3 +142,35 @@ def test_iterating_in_another_thread() -> None:
     thread.join()
     with pytest.raises(Empty):
         next(iter(TextIteratorStreamer(tokenizer(), timeout=0.01)))
+
+
+def test_iterating_asynchronously() -> None:
+    model, ids = Adapted(tiny_olmoe()), prompts(1, 4)
+    expected = tokenizer().decode(model.generate(ids, max_new_tokens=20)[0].tolist())
+
+    async def read() -> list[str]:
+        streamer = AsyncTextIteratorStreamer(tokenizer(), timeout=60)
+        generation = asyncio.to_thread(model.generate, ids, max_new_tokens=20, streamer=streamer)
+        task = asyncio.create_task(generation)
+        pieces = [piece async for piece in streamer]
+        await task
+        return pieces
+
+    assert "".join(asyncio.run(read())) == expected
+
+    async def wait() -> str:
+        return await anext(aiter(AsyncTextIteratorStreamer(tokenizer(), timeout=0.01)))
+
+    with pytest.raises(TimeoutError, match=r"for 0.01 seconds"):
+        asyncio.run(wait())
+
+
+def test_the_text_is_that_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    ids = tokenizer().encode("Some words, printed <end>as they come\nin lines of \u4f60\u597d text.").ids
+    for kwargs in ({}, {"skip_prompt": True}, {"skip_special_tokens": True}):
+        theirs = transformers.TextStreamer(tokenizer(), **kwargs)
+        theirs.put(torch.tensor([ids[:4]]))
+        for token in ids[4:]:
+            theirs.put(torch.tensor([token]))
+        theirs.end()
+        assert "".join(stream(ids, prompt=4, **kwargs).pieces) + "\n" == capsys.readouterr().out

@@ -38,7 +38,12 @@ from moekernels.generation.stopping import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from moekernels.generation.streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
+from moekernels.generation.streamers import (
+    AsyncTextIteratorStreamer,
+    BaseStreamer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from moekernels.generation.warpers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -51,6 +56,7 @@ from moekernels.generation.warpers import (
 )
 
 __all__ = [
+    "AsyncTextIteratorStreamer",
     "BaseStreamer",
     "DecodeState",
     "EncoderNoRepeatNGramLogitsProcessor",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from queue import Queue
 from typing import Any
 
@@ -149,4 +150,37 @@ class TextIteratorStreamer(TextStreamer):
         text = self._queue.get(timeout=self.timeout)
         if text is None:
             raise StopIteration
+        return text
+
+
+class AsyncTextIteratorStreamer(TextStreamer):
+    """An asynchronous iterator over the text, made in the event loop that reads it, for generation in another thread.
+
+    Args:
+        timeout: seconds to wait for the next piece before `TimeoutError` is raised; None to wait for ever.
+    """
+
+    def __init__(
+        self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None, **decode_kwargs: Any
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt, **decode_kwargs)
+        self.timeout = timeout
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Queues `text`, from any thread."""
+        for piece in (text, None) if stream_end else (text,):
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            text = await asyncio.wait_for(self._pieces.get(), self.timeout)
+        except asyncio.TimeoutError:  # not the built-in one before Python 3.11
+            raise TimeoutError(f"no text came for {self.timeout} seconds") from None
+        if text is None:
+            raise StopAsyncIteration
         return text
