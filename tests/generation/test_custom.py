@@ -125,7 +125,9 @@ def test_directories_without_a_function(directory: Path, tmp_path: Path) -> None
         model.generate(ids, custom_generate=directory, trust_remote_code=True)
 
 
-def test_the_rest_of_the_arguments_is_checked_first() -> None:
+def test_the_arguments_are_checked_first() -> None:
+    with pytest.raises(ValueError, match="a callable or a local directory, got int"):
+        Adapted(tiny_olmoe()).generate(prompts(1, 5), custom_generate=3)
     with pytest.raises(ValueError, match="neither generation parameters nor keywords"):
         Picky(tiny_olmoe()).generate(prompts(1, 5), custom_generate=greedy, nonsense=1)
 

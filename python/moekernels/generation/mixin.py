@@ -17,7 +17,7 @@ from moekernels.generation.config import GenerationConfig
 from moekernels.generation.custom import call_custom_generate, load_custom_generate
 from moekernels.generation.encoder_decoder import encode_prompt
 from moekernels.generation.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from moekernels.generation.loop import Record, Search, decode
+from moekernels.generation.loop import Record, Search, Step, decode
 from moekernels.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
     GenerateBeamEncoderDecoderOutput,
@@ -25,6 +25,7 @@ from moekernels.generation.outputs import (
     GenerateEncoderDecoderOutput,
 )
 from moekernels.generation.pipeline import build_logits_processors
+from moekernels.generation.processors import LogitsProcessor
 from moekernels.generation.prompt import Prompt, decoder_prompt, set_lengths
 from moekernels.generation.resolve import keywords, refuse_unsupported, resolve_generation_config
 from moekernels.generation.state import DecodeState
@@ -145,6 +146,9 @@ class GenerationMixin:
                 **{name: value for name, value in given.items() if value is not None},
                 **kwargs,
             )
+        if custom_generate is not None and not callable(custom_generate):
+            got = type(custom_generate).__name__
+            raise ValueError(f"generate: custom_generate must be a callable or a local directory, got {got}")
         config, model_kwargs = resolve_generation_config(self, generation_config, use_model_defaults, kwargs)
         if custom_generate is None:
             refuse_unsupported(config)
@@ -171,20 +175,6 @@ class GenerationMixin:
         synced_step = SyncedStep(self._step, self.device) if is_synced(synced_gpus, self) else None
         step = self._step if synced_step is None else synced_step
         state = self._first_state(config, prompt, past)
-        guidance = None
-        if config.guidance_scale is not None and config.guidance_scale != 1:
-            guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
-                config.guidance_scale,
-                self,
-                negative_prompt_ids,
-                negative_prompt_attention_mask,
-                config.use_cache,
-                decoder_attention_mask=state.attention_mask,
-                config=config,
-                step=step,
-            )
-        elif negative_prompt_ids is not None:
-            warnings.warn("generate: negative_prompt_ids has no effect without guidance_scale", stacklevel=3)
         search = Search(
             step,
             state,
@@ -195,7 +185,7 @@ class GenerationMixin:
                 custom=logits_processor or (),
                 encoder_input_ids=prompt.encoder_input_ids,
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                guidance=guidance,
+                guidance=self._guidance(config, state, step, negative_prompt_ids, negative_prompt_attention_mask),
             ),
             build_stopping_criteria(
                 config, custom=stopping_criteria or (), tokenizer=tokenizer, max_position_embeddings=longest
@@ -308,6 +298,25 @@ class GenerationMixin:
                 "must be the whole prompt, with at least one token that is not cached"
             )
         return state
+
+    def _guidance(
+        self, config: GenerationConfig, state: DecodeState, step: Step, ids: Tensor | None, mask: Tensor | None
+    ) -> LogitsProcessor | None:
+        """What leads away from the negative prompt `ids`, if `guidance_scale` asks for it."""
+        if config.guidance_scale is None or config.guidance_scale == 1:
+            if ids is not None:
+                warnings.warn("generate: negative_prompt_ids has no effect without guidance_scale", stacklevel=4)
+            return None
+        return UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            config.guidance_scale,
+            self,
+            ids,
+            mask,
+            config.use_cache,
+            decoder_attention_mask=state.attention_mask,
+            config=config,
+            step=step,
+        )
 
     def _side_state(self, prompt: Prompt, use_cache: bool) -> DecodeState:
         """A state beside that of the search, with a row for every row of the prompt."""
