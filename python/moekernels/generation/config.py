@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import uuid
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
-
-from moekernels.checkpoint.writer import replace_files
 
 CONFIG_NAME = "generation_config.json"
 
@@ -213,8 +212,14 @@ class GenerationConfig(GenerationParameters):
         An older file stays whole until the new one takes its place.
         """
         text = self.to_json_string()
-        with replace_files(directory) as stage:
-            (stage / config_file_name).write_text(text, encoding="utf-8")
+        target = Path(directory) / config_file_name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def to_dict(self) -> dict[str, Any]:
         """All parameters and other attributes, as a deep copy."""
