@@ -126,3 +126,30 @@ def test_a_prompt_of_embeddings_is_read_again(models: tuple[Any, Any], kwargs: d
     expected = ours.generate(ids, **options)
     assert torch.equal(ours.generate(inputs_embeds=embeds, **options), expected[:, TRAINED - 3 :])
     assert torch.equal(ours.generate(ids, inputs_embeds=embeds, **options), expected)
+
+
+@pytest.mark.parametrize("length", [1, TRAINED - 3, TRAINED, TRAINED + 1])
+def test_assisted(models: tuple[Any, Any], length: int) -> None:
+    """No run has candidates on both sides of the switch, which would turn all keys by long factors too early."""
+    ours, _ = models
+    assistant = copy.deepcopy(ours)
+    del assistant.model.layers[1:]
+    ids, options = prompt(1, length), {"max_new_tokens": 24 - length, "eos_token_id": None}
+    expected = ours.generate(ids, **options)
+    confident = {"assistant_confidence_threshold": 0.0, "num_assistant_tokens": 5}
+    for helper in ({"assistant_model": ours}, {"assistant_model": assistant}, {"prompt_lookup_num_tokens": 4}):
+        assert torch.equal(ours.generate(ids, **options, **confident, **helper), expected)
+    embeds = ours.get_input_embeddings()(ids).detach()
+    got = ours.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(got, expected[:, length:])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_guided(models: tuple[Any, Any], num_beams: int) -> None:
+    """The second run switches at a length of its own."""
+    ours, _ = models
+    options = {"max_new_tokens": 10, "eos_token_id": None, "num_beams": num_beams, "guidance_scale": 1.5}
+    negative = {"negative_prompt_ids": prompt(2, TRAINED - 5)}
+    got = ours.generate(prompt(2, TRAINED - 2), **options, **negative)
+    assert torch.equal(got, ours.generate(prompt(2, TRAINED - 2), use_cache=False, **options, **negative))
+    assert not torch.equal(got, ours.generate(prompt(2, TRAINED - 2), **{**options, "guidance_scale": 1.0}))

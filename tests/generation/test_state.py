@@ -86,3 +86,41 @@ def test_steps_do_not_copy_what_is_there() -> None:
     for _ in range(800):
         state.append(torch.tensor([1]))
     assert state.input_ids.data_ptr() == address and state.input_ids.shape == (1, 805)
+
+
+def test_tokens_taken_back() -> None:
+    state = DecodeState(torch.tensor([[5, 6]]), torch.tensor([[0, 1]]), make_cache=Cache)
+    state.extend(torch.tensor([[7, 8, 9]]))  # they do not fit and make the buffers grow, twice
+    assert state.next_input_ids.tolist() == [[5, 6, 7, 8, 9]] and state.position_ids.tolist() == [[1, 0, 1, 2, 3]]
+    state.seen(state.cache)
+    state.rewind(3)
+    assert state.input_ids.tolist() == [[5, 6, 7]] and state.cached == 5
+    state.crop()
+    assert state.cached == state.cache.length == 2
+    assert state.next_input_ids.tolist() == [[7]] and state.position_ids.tolist() == [[1]]
+
+
+def test_following_other_tokens() -> None:
+    state = DecodeState(torch.tensor([[5, 6, 7], [5, 6, 8]]), make_cache=Cache)
+    state.seen(state.cache)
+    state.cache.length = 3
+    state.follow(torch.tensor([[5, 6, 7, 1], [5, 6, 8, 2]]))
+    assert state.next_input_ids.tolist() == [[1], [2]] and state.cache.length == 3
+    state.seen(state.cache)
+    state.cache.length = 4
+    state.follow(torch.tensor([[5, 6, 7, 1, 3], [5, 9, 8, 2, 4]]))  # the second row differs early on
+    assert state.next_input_ids.tolist() == [[6, 7, 1, 3], [9, 8, 2, 4]] and state.cache.length == 1
+    state.seen(state.cache)
+    state.cache.length = 5
+    for tokens in ([[5, 6, 7, 1, 3], [5, 9, 8, 2, 4]], [[5, 6, 7], [5, 9, 8]]):  # the same, and fewer of them
+        state.follow(torch.tensor(tokens))
+        assert state.input_ids.tolist() == tokens
+        assert state.cached == state.cache.length == len(tokens[0]) - 1
+
+
+def test_embeddings_of_tokens_taken_back() -> None:
+    state = DecodeState(torch.zeros(1, 0, dtype=torch.long), inputs_embeds=torch.ones(1, 3, 2), make_cache=Cache)
+    state.extend(torch.tensor([[8, 9]]))
+    state.forget(lambda ids: ids[..., None].expand(-1, -1, 2).float())
+    state.rewind(1)
+    assert state.next_inputs_embeds.shape == (1, 4, 2) and state.next_inputs_embeds[0, 3, 0] == 8

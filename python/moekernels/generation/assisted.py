@@ -34,8 +34,8 @@ def assisted_decode(search: Search, source: CandidateSource, model_config: Any) 
     done = False
     while not done:
         most = max_length - 1 - state.length
-        if turning_point is not None and state.length <= turning_point:
-            most = min(most, turning_point - state.length)
+        if turning_point is not None and state.target <= turning_point:
+            most = min(most, turning_point - state.target)
         if at_once is not None:
             most = min(most, at_once - (state.target - state.cached))
         candidates = source.propose(state.input_ids, max(most, 0))

@@ -131,6 +131,9 @@ class DecodeState:
         """Takes back all but the first `length` tokens of every row, but nothing from the cache."""
         self.length = length
         self.target = self.offset + length
+        if self.inputs_embeds is not None:
+            # Those of generated tokens, which `forget` adds.
+            self.inputs_embeds = self.inputs_embeds[:, : self.target]
 
     def crop(self) -> None:
         """Takes from the cache what it holds of the last token of every row, and of tokens that were taken back."""
