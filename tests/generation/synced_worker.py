@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.generation.adapter import Adapted, prompts, tiny_olmoe
+from moekernels.generation import GenerationConfig, GenerationMixin
+
+VOCAB = 11
 
 
-class Spread(Adapted):
-    """Every run is one of all processes, as with parameters that each has a part of."""
+class Counting(GenerationMixin):
+    """Says the number after the last one. Every run is one of all processes, as with parameters spread over them."""
 
-    def forward(self, **kwargs: Any) -> Any:
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.generation_config = GenerationConfig()
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.runs = 0
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, logits_to_keep: int = 1) -> Any:
         dist.all_reduce(torch.ones(()), op=dist.ReduceOp.MAX)
-        return super().forward(**kwargs)
+        self.runs += 1
+        following = (input_ids[:, -logits_to_keep:] + 1) % VOCAB
+        logits = torch.nn.functional.one_hot(following, VOCAB).float()
+        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
 
     __call__ = forward
 
@@ -30,9 +42,10 @@ class Spread(Adapted):
 def main() -> None:
     rank, world_size, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    model = Spread(tiny_olmoe())
-    tokens = model.generate(prompts(1, 5), eos_token_id=None, synced_gpus=True, **json.loads(sys.argv[4])[rank])
-    print(json.dumps({"tokens": tokens.tolist(), "runs": len(model.calls)}))
+    model = Counting()
+    prompt = torch.arange(5)[None]
+    tokens = model.generate(prompt, synced_gpus=True, **json.loads(sys.argv[4])[rank])
+    print(json.dumps({"tokens": tokens.tolist(), "runs": model.runs}))
     dist.destroy_process_group()
 
 

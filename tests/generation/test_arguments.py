@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_generation_config_and_model_defaults(
     more = {"use_model_defaults": use_model_defaults, "no_repeat_ngram_size": 3}
     ours, expected = both(with_defaults, prompts(3, 5), {**mine, **more}, {**theirs, **more})
     assert torch.equal(ours, expected)
+
+
+def test_the_arguments_are_those_of_transformers() -> None:
+    """By position too; what is ours alone follows by keyword."""
+    mine, theirs = (
+        inspect.signature(where.GenerationMixin.generate).parameters for where in (generation, transformers)
+    )
+    positional = [name for name, parameter in mine.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == [name for name in theirs if name != "kwargs"]
 
 
 def test_names_are_those_of_transformers() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from moekernels.generation import synced
 from tests.generation.adapter import Adapted, prompts, tiny_olmoe
+from tests.generation.synced_worker import VOCAB
 
 
 def test_the_first_to_finish_goes_on(tmp_path: Path) -> None:
@@ -38,8 +39,7 @@ def test_the_first_to_finish_goes_on(tmp_path: Path) -> None:
     # The prompt in three pieces, eight more tokens, and as many runs without the prompt as there are tokens.
     assert [result["runs"] for result in results] == [3 + 8 + 9] * 2
     for result, kwargs in zip(results, options, strict=True):
-        expected = Adapted(tiny_olmoe()).generate(prompts(1, 5), eos_token_id=None, **kwargs)
-        assert result["tokens"] == expected.tolist()
+        assert result["tokens"] == [[number % VOCAB for number in range(5 + kwargs["max_new_tokens"])]]
 
 
 class Group:
