@@ -136,13 +136,17 @@ def test_the_processor_alone() -> None:
     ],
 )
 def test_errors(kwargs: dict[str, Any], message: str) -> None:
+    model = Adapted(tiny_olmoe())
     with pytest.raises(ValueError, match=message):
-        Adapted(tiny_olmoe()).generate(**{"input_ids": prompts(3, 6), "guidance_scale": 2.0, **kwargs})
+        model.generate(**{"input_ids": prompts(3, 6), "guidance_scale": 2.0, **kwargs})
+    assert not model.calls
 
 
 def test_an_encoder_decoder_needs_a_negative_source() -> None:
+    model = AdaptedSeq2Seq(tiny_m2m100())
     with pytest.raises(ValueError, match="needs negative_prompt_ids: a source"):
-        AdaptedSeq2Seq(tiny_m2m100()).generate(sources(2, 6), guidance_scale=2.0)
+        model.generate(sources(2, 6), guidance_scale=2.0)
+    assert not model.calls
 
 
 def test_a_negative_prompt_alone_has_no_effect() -> None:

@@ -72,22 +72,21 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         self._step = model._step if step is None else step
         self._state: DecodeState | None = None
         self._prompt_length = 0
+        self._in_place_of_prompt: Tensor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.log_softmax(dim=-1)
         if self.guidance_scale == 1:
             return scores
-        if self._state is None:
-            self._state = self._first_state(input_ids)
-        state = self._state
+        state = self.start(input_ids) if self._state is None else self._state
         state.follow(torch.cat([self._in_place_of_prompt, input_ids[:, self._prompt_length :]], dim=1))
         outputs = self._step(state, {})
         state.seen(outputs.past_key_values if state.use_cache else None)
         without = outputs.logits[:, -1].to(torch.float32).log_softmax(dim=-1)
         return self.guidance_scale * (scores - without) + without
 
-    def _first_state(self, input_ids: Tensor) -> DecodeState:
-        """The second run's state at the first step, when `input_ids` `[R, n]` are the prompts themselves."""
+    def start(self, input_ids: Tensor) -> DecodeState:
+        """Makes the state of the second run from the prompts `input_ids` `[R, n]`, at the latest at the first step."""
         num_rows, self._prompt_length = input_ids.shape
         ids, mask = self._ids, self._mask
         times = 1 if ids is None else num_rows // len(ids)
@@ -105,4 +104,5 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
             mask = mask if mask is None or bool((mask != 0).all()) else (mask != 0).long()
             prompt = Prompt(ids.long(), attention_mask=None if mask is None else mask.repeat_interleave(times, dim=0))
         self._in_place_of_prompt = prompt.input_ids
-        return self._model._side_state(prompt, self._use_cache)
+        self._state = self._model._side_state(prompt, self._use_cache)
+        return self._state

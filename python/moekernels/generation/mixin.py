@@ -307,7 +307,7 @@ class GenerationMixin:
             if ids is not None:
                 warnings.warn("generate: negative_prompt_ids has no effect without guidance_scale", stacklevel=4)
             return None
-        return UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
             config.guidance_scale,
             self,
             ids,
@@ -317,6 +317,8 @@ class GenerationMixin:
             config=config,
             step=step,
         )
+        guidance.start(state.input_ids)
+        return guidance
 
     def _side_state(self, prompt: Prompt, use_cache: bool) -> DecodeState:
         """A state beside that of the search, with a row for every row of the prompt."""
