@@ -3,59 +3,18 @@
 //   plain: out[row, c] = round(scale[row] * act(sum[c] + bias[c]))
 //   gated: out[row, c] = round(scale[row] * (act(sum[c] + bias[c]) * (sum[F + c] + bias[F + c])))     F: output width
 //
-// All of it in float32, rounded once. The functions are accurate to a few units in the last place of float32.
+// All of it in float32, rounded once.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
+#include "activations.cuh"
 #include "dtype.cuh"
 #include "moekernels/params.h"
 
 namespace moekernels {
-
-// ---- activations ----
-
-// x / (1 + e^-y). Where e^-y overflows the result is 0 (NaN for x = -inf), as x * sigmoid(y) would be.
-__device__ __forceinline__ float times_sigmoid(float x, float y) {
-  return __fdividef(x, 1.0f + expf(-y));
-}
-
-template <Activation kActivation>
-__device__ __forceinline__ float activate(float x) {
-  if constexpr (kActivation == Activation::kRelu) {
-    return x < 0.0f ? 0.0f : x;  // keeps NaN
-  } else if constexpr (kActivation == Activation::kGelu) {
-    return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-  } else if constexpr (kActivation == Activation::kGeluTanh) {
-    // (1 + tanh(u)) / 2 = sigmoid(2 u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
-    return times_sigmoid(x, 1.5957691216057308f * (x + 0.044715f * x * x * x));
-  } else if constexpr (kActivation == Activation::kSilu) {
-    return times_sigmoid(x, x);
-  } else {
-    static_assert(kActivation == Activation::kNone);
-    return x;
-  }
-}
-
-// Calls body(std::integral_constant<Activation, ...>): one branch for a whole tile rather than one per element.
-template <class Body>
-__device__ __forceinline__ void dispatch_activation(Activation activation, Body&& body) {
-  switch (activation) {
-    case Activation::kNone:
-      return body(std::integral_constant<Activation, Activation::kNone>{});
-    case Activation::kRelu:
-      return body(std::integral_constant<Activation, Activation::kRelu>{});
-    case Activation::kGelu:
-      return body(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return body(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kSilu:
-      return body(std::integral_constant<Activation, Activation::kSilu>{});
-  }
-}
 
 // ---- operands ----
 

@@ -9,71 +9,11 @@
 // an expert, so in row order these K come far apart. Hence the rows are worked on as kStreams runs side by side: where
 // every expert has about as many rows, as many experts as there are runs (or a multiple or a fraction of them) pass
 // over the tokens together, and a token read for one is still in the L2 cache for the others.
-#include "dtype.cuh"
-#include "launch.cuh"
 #include "moekernels/cuda.h"
-#include "overlap.cuh"
-#include "ptx.cuh"
+#include "rows.cuh"
 
 namespace moekernels {
 namespace {
-
-constexpr int kWarpSize = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-
-// Output of this size does not stay in the L2 cache until someone reads it: it is written past what else is there.
-constexpr int64_t kStreamedBytes = 32 << 20;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// One warp for each of `num_pieces`; beyond what a grid can hold, warps take several.
-template <auto kKernel, class Params>
-cudaError_t launch_warps(int64_t num_pieces, const Params& params, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(num_pieces, kWarps);
-  const unsigned grid = blocks < INT32_MAX ? static_cast<unsigned>(blocks) : INT32_MAX;
-  LaunchConfig config{dim3(grid), dim3(kThreads), 0, stream};
-  config.overlap_previous = can_overlap_previous<kKernel>();
-  return launch<kKernel>(config, params);
-}
-
-__device__ __forceinline__ int64_t first_piece() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-}
-
-__device__ __forceinline__ int64_t piece_stride() {
-  return static_cast<int64_t>(gridDim.x) * kWarps;
-}
-
-// ---- loads and stores; Word and Vec are 16 bytes where everything is aligned to them ----
-
-// Zeros where `condition` does not hold; nothing is read there.
-template <class Word>
-__device__ __forceinline__ Word load_if(const void* pointer, bool condition) {
-  Word word{};
-  if constexpr (sizeof(Word) == 16) {
-    *reinterpret_cast<uint4*>(&word) = ptx::ld_global_nc_v4_if(pointer, condition);
-  } else if (condition) {
-    word = *static_cast<const Word*>(pointer);
-  }
-  return word;
-}
-
-template <class Word>
-__device__ __forceinline__ void store(void* pointer, const Word& word, bool streamed) {
-  if constexpr (sizeof(Word) == 16) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(&word);
-    if (streamed) {
-      ptx::st_global_cs_v4(pointer, bits);
-    } else {
-      ptx::st_global_v4(pointer, bits);
-    }
-  } else {
-    *static_cast<Word*>(pointer) = word;
-  }
-}
 
 // ---- permute ----
 // The dtype does not matter: rows are runs of words.
@@ -156,10 +96,7 @@ struct UnpermuteTraits {
   static constexpr int kSlots = kSlots_;
   static constexpr int kVectors = kVectors_;
 
-  struct alignas(kVecSize * sizeof(T)) Vec {
-    T values[kVecSize];
-  };
-  static_assert(sizeof(Vec) == 16 || kVecSize == 1);
+  using Vec = RowVec<T, kVecSize>;
 };
 
 template <class Traits>

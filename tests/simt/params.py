@@ -134,10 +134,115 @@ class UnpermuteParams(ctypes.Structure):
     ]
 
 
+class ActivationParams(ctypes.Structure):
+    _fields_ = [
+        ("linear", InputPointer),
+        ("out", OutputPointer),
+        ("num_rows", c_int64),
+        ("width", c_int64),
+        ("activation", c_int32),
+        ("gated", c_bool),
+        ("dtype", c_int32),
+    ]
+
+
+class ActivationGradParams(ctypes.Structure):
+    _fields_ = [
+        ("grad_out", InputPointer),
+        ("linear", InputPointer),
+        ("row_scale", InputPointer),
+        ("expert_offsets", InputPointer),
+        ("grad_linear", OutputPointer),
+        ("scaled", OutputPointer),
+        ("grad_scale", OutputPointer),
+        ("num_rows", c_int64),
+        ("width", c_int64),
+        ("num_experts", c_int32),
+        ("activation", c_int32),
+        ("gated", c_bool),
+        ("dtype", c_int32),
+    ]
+
+
+class UnpermuteGradParams(ctypes.Structure):
+    _fields_ = [
+        ("grad_out", InputPointer),
+        ("rows", InputPointer),
+        ("row_of_slot", InputPointer),
+        ("token_of_row", InputPointer),
+        ("weights", InputPointer),
+        ("grad_rows", OutputPointer),
+        ("grad_weights", OutputPointer),
+        ("num_tokens", c_int64),
+        ("num_rows", c_int64),
+        ("hidden_size", c_int64),
+        ("grad_stride", c_int64),
+        ("row_stride", c_int64),
+        ("top_k", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class RouteGradParams(ctypes.Structure):
+    _fields_ = [
+        ("logits", InputPointer),
+        ("expert_ids", InputPointer),
+        ("grad_weights", InputPointer),
+        ("grad_logits", OutputPointer),
+        ("num_tokens", c_int64),
+        ("logits_stride", c_int64),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("scoring", c_int32),
+        ("logits_dtype", c_int32),
+        ("probs_dtype", c_int32),
+        ("renormalize", c_bool),
+        ("epsilon", c_float),
+    ]
+
+
+class RouterStatsParams(ctypes.Structure):
+    _fields_ = [
+        ("logits", InputPointer),
+        ("mask", InputPointer),
+        ("counts", OutputPointer),
+        ("prob_sums", OutputPointer),
+        ("z_sums", OutputPointer),
+        ("workspace", OutputPointer),
+        ("num_groups", c_int64),
+        ("group_size", c_int64),
+        ("logits_stride", c_int64),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("logits_dtype", c_int32),
+    ]
+
+
+class RouterStatsGradParams(ctypes.Structure):
+    _fields_ = [
+        ("logits", InputPointer),
+        ("mask", InputPointer),
+        ("grad_prob_sums", InputPointer),
+        ("grad_z_sums", InputPointer),
+        ("grad_logits", OutputPointer),
+        ("num_groups", c_int64),
+        ("group_size", c_int64),
+        ("logits_stride", c_int64),
+        ("num_experts", c_int32),
+        ("logits_dtype", c_int32),
+    ]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "route": RouteParams,
     "plan": PlanParams,
     "permute": PermuteParams,
     "grouped_gemm": GroupedGemmParams,
     "unpermute": UnpermuteParams,
+    "activation": ActivationParams,
+    "activation_grad": ActivationGradParams,
+    "unpermute_grad": UnpermuteGradParams,
+    "route_grad": RouteGradParams,
+    "router_stats": RouterStatsParams,
+    "router_stats_grad": RouterStatsGradParams,
 }

@@ -87,6 +87,87 @@ std::string layout() {
   FIELD(UnpermuteParams, row_stride);
   FIELD(UnpermuteParams, top_k);
   FIELD(UnpermuteParams, dtype);
+
+  STRUCT(ActivationParams);
+  FIELD(ActivationParams, linear);
+  FIELD(ActivationParams, out);
+  FIELD(ActivationParams, num_rows);
+  FIELD(ActivationParams, width);
+  FIELD(ActivationParams, activation);
+  FIELD(ActivationParams, gated);
+  FIELD(ActivationParams, dtype);
+
+  STRUCT(ActivationGradParams);
+  FIELD(ActivationGradParams, grad_out);
+  FIELD(ActivationGradParams, linear);
+  FIELD(ActivationGradParams, row_scale);
+  FIELD(ActivationGradParams, expert_offsets);
+  FIELD(ActivationGradParams, grad_linear);
+  FIELD(ActivationGradParams, scaled);
+  FIELD(ActivationGradParams, grad_scale);
+  FIELD(ActivationGradParams, num_rows);
+  FIELD(ActivationGradParams, width);
+  FIELD(ActivationGradParams, num_experts);
+  FIELD(ActivationGradParams, activation);
+  FIELD(ActivationGradParams, gated);
+  FIELD(ActivationGradParams, dtype);
+
+  STRUCT(UnpermuteGradParams);
+  FIELD(UnpermuteGradParams, grad_out);
+  FIELD(UnpermuteGradParams, rows);
+  FIELD(UnpermuteGradParams, row_of_slot);
+  FIELD(UnpermuteGradParams, token_of_row);
+  FIELD(UnpermuteGradParams, weights);
+  FIELD(UnpermuteGradParams, grad_rows);
+  FIELD(UnpermuteGradParams, grad_weights);
+  FIELD(UnpermuteGradParams, num_tokens);
+  FIELD(UnpermuteGradParams, num_rows);
+  FIELD(UnpermuteGradParams, hidden_size);
+  FIELD(UnpermuteGradParams, grad_stride);
+  FIELD(UnpermuteGradParams, row_stride);
+  FIELD(UnpermuteGradParams, top_k);
+  FIELD(UnpermuteGradParams, dtype);
+
+  STRUCT(RouteGradParams);
+  FIELD(RouteGradParams, logits);
+  FIELD(RouteGradParams, expert_ids);
+  FIELD(RouteGradParams, grad_weights);
+  FIELD(RouteGradParams, grad_logits);
+  FIELD(RouteGradParams, num_tokens);
+  FIELD(RouteGradParams, logits_stride);
+  FIELD(RouteGradParams, num_experts);
+  FIELD(RouteGradParams, top_k);
+  FIELD(RouteGradParams, scoring);
+  FIELD(RouteGradParams, logits_dtype);
+  FIELD(RouteGradParams, probs_dtype);
+  FIELD(RouteGradParams, renormalize);
+  FIELD(RouteGradParams, epsilon);
+
+  STRUCT(RouterStatsParams);
+  FIELD(RouterStatsParams, logits);
+  FIELD(RouterStatsParams, mask);
+  FIELD(RouterStatsParams, counts);
+  FIELD(RouterStatsParams, prob_sums);
+  FIELD(RouterStatsParams, z_sums);
+  FIELD(RouterStatsParams, workspace);
+  FIELD(RouterStatsParams, num_groups);
+  FIELD(RouterStatsParams, group_size);
+  FIELD(RouterStatsParams, logits_stride);
+  FIELD(RouterStatsParams, num_experts);
+  FIELD(RouterStatsParams, top_k);
+  FIELD(RouterStatsParams, logits_dtype);
+
+  STRUCT(RouterStatsGradParams);
+  FIELD(RouterStatsGradParams, logits);
+  FIELD(RouterStatsGradParams, mask);
+  FIELD(RouterStatsGradParams, grad_prob_sums);
+  FIELD(RouterStatsGradParams, grad_z_sums);
+  FIELD(RouterStatsGradParams, grad_logits);
+  FIELD(RouterStatsGradParams, num_groups);
+  FIELD(RouterStatsGradParams, group_size);
+  FIELD(RouterStatsGradParams, logits_stride);
+  FIELD(RouterStatsGradParams, num_experts);
+  FIELD(RouterStatsGradParams, logits_dtype);
 #undef FIELD
 #undef STRUCT
   return text;
