@@ -2,8 +2,7 @@
 // activation_grad: grad_out [N, F], linear -> grad_linear, scaled [N, F], grad_scale [N]
 //
 // Forward, a warp makes a piece of an output row, as in permute. Backward, a warp or a block takes a whole row, which
-// it has to sum. Both have several vectors a thread under way before they use the first, compute in float32 and round
-// once.
+// it has to sum: few loads a thread under way, but many threads. Both compute in float32 and round once.
 #include "activations.cuh"
 #include "moekernels/cuda.h"
 #include "rows.cuh"
@@ -147,7 +146,7 @@ __device__ __forceinline__ void zero_row(const ActivationGradParams& params, int
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kRowBlock, 8) activation_grad_kernel(ActivationGradParams params) {
+__global__ void __launch_bounds__(kRowBlock, 6) activation_grad_kernel(ActivationGradParams params) {
   using Threads = typename Traits::Threads;
   begin_overlapped();
   const int64_t used =
