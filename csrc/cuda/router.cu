@@ -10,6 +10,7 @@
 //
 // The rules are those of ops/reference.py; which one is a run-time value too.
 #include "moekernels/cuda.h"
+#include "router_probabilities.cuh"
 #include "router_rows.cuh"
 
 namespace moekernels {

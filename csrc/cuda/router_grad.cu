@@ -8,6 +8,7 @@
 // again; what all experts need of the choices is a few sums. An expert then asks each choice whether it is the one:
 // the ids and gradients of a token are a cache line that every lane reads at once.
 #include "moekernels/cuda.h"
+#include "router_probabilities.cuh"
 #include "router_rows.cuh"
 
 namespace moekernels {

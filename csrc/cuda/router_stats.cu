@@ -5,6 +5,7 @@
 // and then their sums are added in order. A piece leaves a line of 2 E + 1 floats in the workspace: counts, prob_sums,
 // z_sum. The second kernel adds the pieces of each G, again in a fixed order. The gradient has nothing to add up.
 #include "moekernels/cuda.h"
+#include "router_probabilities.cuh"
 #include "router_rows.cuh"
 
 namespace moekernels {

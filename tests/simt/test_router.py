@@ -171,20 +171,6 @@ def test_noise_moves_only_the_second_choice(router: SimtLibrary, num_experts: in
     assert not torch.equal(actual[1][:, 1], plain[1][:, 1])
 
 
-def noisy_sparsemixer(scores: Tensor, noise: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Every operation in the dtype of the scores: the near-ties with noise give the expert, without it the weight."""
-    candidates, weights, expert_ids = scores, [], []
-    for k in range(2):
-        maximum = candidates.max(dim=-1, keepdim=True).values
-        far = ((maximum - scores) / torch.maximum(scores.abs(), maximum)) > 2 * epsilon
-        masked = candidates.masked_fill(far, float("-inf"))
-        noisy = (masked.float() + noise[k]).to(scores.dtype)
-        expert_ids.append(torch.sort(noisy, dim=-1, descending=True, stable=True).indices[:, :1])
-        weights.append(torch.softmax(masked, dim=-1).gather(-1, expert_ids[k]))
-        candidates = candidates.scatter(-1, expert_ids[k], float("-inf"))
-    return torch.cat(weights, dim=-1), torch.cat(expert_ids, dim=-1).int()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_experts", [8, 17, 128, 300, 1100])
 def test_noise_draws_among_the_near_ties(router: SimtLibrary, num_experts: int, dtype: torch.dtype) -> None:
@@ -196,7 +182,7 @@ def test_noise_draws_among_the_near_ties(router: SimtLibrary, num_experts: int, 
     for seed in range(2):
         settings = Settings(seed=seed)
         actual = run_route(router, logits, 2, scoring="sparsemixer", epsilon=0.04, noise=noise, settings=settings)
-        expected = noisy_sparsemixer(logits, noise, 0.04)
+        expected = reference.route(logits, 2, scoring="sparsemixer", epsilon=0.04, noise=noise)
         assert_same_routing(actual, expected, tolerance(dtype, {"scoring": "sparsemixer"}))
     for k in range(2):
         assert not torch.equal(actual[1][:, k], plain[1][:, k])

@@ -53,12 +53,6 @@ def run(
     return out
 
 
-def near_ties(logits: Tensor, candidates: Tensor, epsilon: float) -> Tensor:
-    """Which logits are not far from the largest candidate, decided in the dtype of the logits."""
-    maximum = candidates.max(dim=-1, keepdim=True).values
-    return ~(((maximum - logits) / torch.maximum(logits.abs(), maximum)) > 2 * epsilon)
-
-
 def definition(
     grad_weights: Tensor,
     logits: Tensor,
@@ -76,7 +70,7 @@ def definition(
     if scoring == "sparsemixer":
         probs_dtype, candidates, columns = logits.dtype, logits, []
         for k in range(2):
-            kept = near_ties(logits, candidates, epsilon) & ~candidates.isneginf()
+            kept = reference.near_ties(logits, candidates, epsilon) > float("-inf")  # in the dtype of the logits
             columns.append(torch.softmax(leaf.masked_fill(~kept, float("-inf")), -1).gather(-1, ids[:, k, None]))
             removed = candidates.scatter(-1, ids[:, k, None], float("-inf"))
             candidates = torch.where(chosen[:, k, None], removed, candidates)
