@@ -109,16 +109,17 @@ __device__ __forceinline__ void sparsemixer(const RouteParams& params, int64_t t
   int32_t removed = -1;
 #pragma unroll 1
   for (int k = 0; k < 2; ++k) {
-    auto keys = row.keys([&](int expert, float logit) { return key_of(NearTies::candidate(removed, expert, logit)); });
-    const Choice largest = keys.pick();
+    const Choice largest =
+        pick_largest(row, [&](int expert, float logit) { return key_of(NearTies::candidate(removed, expert, logit)); });
     const NearTies ties(row, removed, score_of(largest.key), params.epsilon, dtype);
     int32_t chosen = largest.expert_id;
     float score = ties.maximum;
     if (params.noise != nullptr) {
       const float* noise = params.noise + (k * params.num_tokens + token) * params.num_experts;
-      auto noisy_keys = row.keys(
-          [&](int expert, float logit) { return key_of(round_to(dtype, ties.masked(expert, logit) + noise[expert])); });
-      chosen = noisy_keys.pick().expert_id;
+      const Choice drawn = pick_largest(row, [&](int expert, float logit) {
+        return key_of(round_to(dtype, ties.masked(expert, logit) + noise[expert]));
+      });
+      chosen = drawn.expert_id;
       uint32_t found = kNoKey;
       row.for_each([&](int expert, float logit) {
         if (expert == chosen) found = key_of(ties.masked(expert, logit));
@@ -133,7 +134,7 @@ __device__ __forceinline__ void sparsemixer(const RouteParams& params, int64_t t
 // ---- kernel ----
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) route_kernel(RouteParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, 4) route_kernel(RouteParams params) {
   using Row = typename Traits::Row;
   begin_overlapped();
   const int64_t token = token_of_group<Traits>();

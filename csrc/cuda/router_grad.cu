@@ -111,12 +111,9 @@ __device__ __forceinline__ void softmax_grad(const RouteGradParams& params, int6
 
 template <class Row>
 __device__ __forceinline__ NearTies near_ties(const RouteGradParams& params, const Row& row, int32_t removed) {
-  uint32_t largest = kNoKey;
-  row.for_each([&](int expert, float logit) {
-    const uint32_t key = key_of(NearTies::candidate(removed, expert, logit));
-    largest = key > largest ? key : largest;
-  });
-  return NearTies(row, removed, score_of(Row::Lanes::max(largest)), params.epsilon, params.logits_dtype);
+  const Choice largest =
+      pick_largest(row, [&](int expert, float logit) { return key_of(NearTies::candidate(removed, expert, logit)); });
+  return NearTies(row, removed, score_of(largest.key), params.epsilon, params.logits_dtype);
 }
 
 template <class Row>

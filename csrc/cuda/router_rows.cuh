@@ -348,6 +348,22 @@ class StreamedRow {
   int64_t first_;
 };
 
+// The expert of the largest key, the lowest on ties: what keys(key_at).pick() gives first, without the keys.
+template <class Row, class KeyAt>
+__device__ __forceinline__ Choice pick_largest(const Row& row, KeyAt key_at) {
+  uint32_t best = kNoKey;
+  uint32_t chosen = ~0u;
+  row.for_each([&](int expert, float logit) {
+    const uint32_t key = key_at(expert, logit);
+    if (key > best) {
+      best = key;
+      chosen = static_cast<uint32_t>(expert);
+    }
+  });
+  const uint32_t key = Row::Lanes::max(best);
+  return {key, static_cast<int32_t>(Row::Lanes::min(best == key ? chosen : ~0u))};
+}
+
 // ---- launching ----
 
 template <class Row_>
