@@ -145,7 +145,7 @@ __device__ __forceinline__ void sparsemixer_grad(const RouteGradParams& params, 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) route_grad_kernel(RouteGradParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, 4) route_grad_kernel(RouteGradParams params) {
   using Row = typename Traits::Row;
   begin_overlapped();
   const int64_t token = token_of_group<Traits>();
