@@ -134,6 +134,13 @@ def test_every_routing(library: SimtLibrary, num_experts: int, top_k: int, routi
         assert_grads(actual, p[0], p[1].nan_to_num(), p[2], p[4])
 
 
+def test_blocks_that_take_a_token_several_times(library: SimtLibrary) -> None:
+    """More choices than at a time, in rows of a block: its sums meet in the same place twice."""
+    for seed in range(3):
+        p = problem(3, 12, 11, 2056, torch.bfloat16, seed=seed)
+        assert_grads(run(library, *p, seed=seed), p[0], p[1], p[2], p[4])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [24, 25])
 def test_any_stride_and_alignment(library: SimtLibrary, hidden_size: int, dtype: torch.dtype) -> None:
