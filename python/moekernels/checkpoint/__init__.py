@@ -1,7 +1,8 @@
 """Checkpoints in the Hugging Face format: directories of safetensors (or older pickles), read and written."""
 
-from moekernels.checkpoint.errors import CheckpointError
+from moekernels.checkpoint.errors import CheckpointError, CheckpointNotFoundError
 from moekernels.checkpoint.files import read_json
+from moekernels.checkpoint.hub import TOKENIZER_FILES, HubOptions, resolve, resolve_weights, take_hub_options
 from moekernels.checkpoint.keymap import KEY_MAPS, KeyMap, Rule
 from moekernels.checkpoint.loader import checkpoint_tensors, load_checkpoint
 from moekernels.checkpoint.reader import CheckpointReader, TensorInfo
@@ -10,8 +11,11 @@ from moekernels.checkpoint.writer import OBSOLETE_WEIGHTS, replace_files, write_
 __all__ = [
     "KEY_MAPS",
     "OBSOLETE_WEIGHTS",
+    "TOKENIZER_FILES",
     "CheckpointError",
+    "CheckpointNotFoundError",
     "CheckpointReader",
+    "HubOptions",
     "KeyMap",
     "Rule",
     "TensorInfo",
@@ -19,5 +23,8 @@ __all__ = [
     "load_checkpoint",
     "read_json",
     "replace_files",
+    "resolve",
+    "resolve_weights",
+    "take_hub_options",
     "write_weights",
 ]
