@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -51,9 +55,7 @@ def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert resolve(name, CONFIG_FILES, cache_dir=cache) == Path(name)
         assert resolve_weights(name, cache_dir=cache) == Path(name)
         assert resolve(name, CONFIG_FILES, subfolder="inner") == Path(name) / "inner"
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"'owner/some-model' has no folder 'outer': no owner/some-model/ou"
-    ):
+    with pytest.raises(CheckpointNotFoundError, match="has no folder 'outer': no owner/some-model/outer"):
         resolve(NAME, CONFIG_FILES, subfolder="outer")
 
 
@@ -82,14 +84,14 @@ def test_not_in_the_cache(tmp_path: Path) -> None:
         resolve("other/model", CONFIG_FILES, cache_dir=tmp_path, local_files_only=True)
 
 
-@pytest.mark.parametrize("name", ["no/such/place", "./place", "/no/such", "", "~/place", "place/", "../place", "a b"])
+@pytest.mark.parametrize("name", ["no/such/place", "./place", "/no/such", "~/place", "place/", "../place", "a b"])
 def test_no_name_of_the_hub(name: str) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="no such checkpoint directory.*nor is it a name on the Hugging"):
-        resolve(name or "nowhere/", CONFIG_FILES)
+    with pytest.raises(CheckpointNotFoundError, match=r"no such checkpoint directory.*nor is it a name on the Hugging"):
+        resolve(name, CONFIG_FILES)
 
 
 def test_names_the_hub_forbids() -> None:
-    with pytest.raises(CheckpointNotFoundError, match="'a--b/c'.*does not allow such names"):
+    with pytest.raises(CheckpointNotFoundError, match=r"'a--b/c'.*does not allow such names"):
         resolve("a--b/c", CONFIG_FILES)
 
 
@@ -103,3 +105,116 @@ def test_options() -> None:
     kwargs = {"revision": "v2", "token": "t", "num_experts": 3}
     assert take_hub_options(kwargs) == {"revision": "v2", "token": "t"}
     assert kwargs == {"num_experts": 3}
+
+
+# Over the network: a server beside the test, asked by another process, as huggingface_hub reads its settings once.
+
+WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+PICKLES = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+TOKENIZER = ["added_tokens.json", "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+OTHERS = ["README.md", "modeling_some.py", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "consolidated.pt"]
+REPOSITORIES = {
+    "owner/both": [*WEIGHTS, *PICKLES, *TOKENIZER, *OTHERS, "config.json", "generation_config.json"],
+    "owner/pickled": [*PICKLES, *OTHERS, "config.json"],
+}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as huggingface_hub needs to fetch a repository; a file holds its own name."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        status, body, headers = 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+        for name, files in REPOSITORIES.items():
+            file = path.removeprefix(f"/{name}/resolve/{COMMIT}/")
+            if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
+                siblings = [{"rfilename": file} for file in files]
+                status, body, headers = 200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), {}
+            elif path.startswith(f"/api/models/{name}"):
+                headers = {"X-Error-Code": "RevisionNotFound"}
+            elif file in files:
+                etag = hashlib.sha256(file.encode()).hexdigest()
+                status, body, headers = 200, file.encode(), {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+        if "gated" in path:
+            headers = {"X-Error-Code": "GatedRepo"}
+        self.send_response(status)
+        for header, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+_ASK = """
+import json, sys
+from pathlib import Path
+from moekernels import checkpoint
+for function, *arguments, options in json.load(sys.stdin):
+    try:
+        found = getattr(checkpoint, function)(*arguments, **options)
+        files = sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file())
+        assert all((found / file).read_text() == file for file in files)
+        print(json.dumps(files))
+    except checkpoint.CheckpointError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def _ask(endpoint: str, *calls: tuple[Any, ...]) -> list[Any]:
+    """What the functions of `moekernels.checkpoint` return in another process: names of files, or a message."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    arguments = {"input": json.dumps(calls), "capture_output": True, "text": True, "env": environment}
+    result = subprocess.run([sys.executable, "-c", _ASK], check=True, timeout=120, **arguments)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_only_what_is_needed_is_fetched(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    first, second, third = ({"cache_dir": str(tmp_path / name)} for name in ("first", "second", "third"))
+    try:
+        found = _ask(
+            f"http://127.0.0.1:{server.server_address[1]}",
+            ("resolve", "owner/both", TOKENIZER_FILES, first),
+            ("resolve_weights", "owner/both", second),
+            ("resolve_weights", "owner/both", False, third),
+            ("resolve_weights", "owner/pickled", True, first),
+            ("resolve_weights", "owner/pickled", first),
+            ("resolve", "owner/nothing", CONFIG_FILES, first),
+            ("resolve", "owner/gated", CONFIG_FILES, first),
+            ("resolve", "owner/both", CONFIG_FILES, {"revision": "v3", **first}),
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert found[0] == sorted([*TOKENIZER, "config.json"])
+    assert found[1] == sorted([*WEIGHTS, "config.json", "generation_config.json"])
+    assert found[2] == sorted([*PICKLES, "config.json", "generation_config.json"])
+    assert found[3] == ["config.json"]
+    assert found[4] == sorted([*PICKLES, "config.json"])
+    assert re.search(r"http://127.0.0.1:\d+ has no such repository, or it is private", found[5])
+    assert re.search(r"access has to be asked for at http.*/owner/gated", found[6])
+    assert re.search(r"/owner/both has no revision 'v3'", found[7])
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    cached(tmp_path, {"config.json": "config.json"})
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        cache = {"cache_dir": str(tmp_path)}
+        found = _ask(
+            f"http://127.0.0.1:{unused.getsockname()[1]}",
+            ("resolve", NAME, CONFIG_FILES, cache),
+            ("resolve", NAME, CONFIG_FILES, {"revision": "v2", **cache}),
+        )
+    assert found[0] == ["config.json"]
+    assert re.search(r"no revision 'v2' of it .* could not be asked: .*refused", found[1])

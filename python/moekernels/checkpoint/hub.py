@@ -90,9 +90,7 @@ def resolve(
     if subfolder:
         path = path / subfolder
         if not path.is_dir():
-            raise CheckpointNotFoundError(
-                f"{os.fspath(name_or_path)!r} has no folder {subfolder!r} (looked for {path})"
-            )
+            raise CheckpointNotFoundError(f"{os.fspath(name_or_path)!r} has no folder {subfolder!r}: no {path}")
     return path
 
 
