@@ -46,6 +46,7 @@ from moekernels.models import (
     SwitchTransformersModel,
     SwitchTransformersSparseMLP,
     SwitchTransformersTop1Router,
+    infer_device,
 )
 from moekernels.tokenizers import (
     AutoTokenizer,
@@ -112,6 +113,7 @@ __all__ = [
     "cmake_dir",
     "cpu_isa",
     "include_dir",
+    "infer_device",
     "is_batch_invariant",
     "nn",
     "ops",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moekernels.checkpoint import CheckpointError
 from moekernels.generation import GenerationConfig
-from moekernels.models import AutoConfig, AutoModel, AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, OlmoeModel
+from moekernels.models import AutoConfig, AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 from tests.models.conftest import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:transformers")
@@ -64,8 +64,10 @@ def test_device(directory: Path) -> None:
         assert load(directory, **arguments).device == torch.device("cpu")
     with pytest.raises(ValueError, match="pass device or device_map, not both"):
         load(directory, device="cpu", device_map="auto")
-    with pytest.raises(ValueError, match="device_map must put the whole model on one device"):
-        load(directory, device_map={"model": 0, "lm_head": "cpu"})
+    with pytest.raises(ValueError, match="device_map: no device for lm_head"):
+        load(directory, device_map={"model": "cpu"})
+    with pytest.raises(ValueError, match="no such device: 'cuda:99'; this machine has"):
+        load(directory, device_map={"": 99})
     with pytest.raises(ValueError, match="not a device: 'nowhere'"):
         load(directory, device="nowhere")
 
@@ -107,28 +109,10 @@ def test_loaded_models_are_in_evaluation_mode(directory: Path) -> None:
 
 def test_not_a_directory() -> None:
     for load in (OlmoeForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained, AutoConfig.from_pretrained):
-        with pytest.raises(CheckpointError, match="'allenai/OLMoE-1B-7B-0924' is not a directory"):
+        with pytest.raises(
+            CheckpointError, match=r"no such checkpoint directory: 'allenai/OLMoE-1B-7B-0924'.*looked in"
+        ):
             load("allenai/OLMoE-1B-7B-0924")
-
-
-def test_auto_classes(directory: Path, token_ids: Tensor) -> None:
-    assert type(AutoConfig.from_pretrained(directory)) is OlmoeConfig
-    assert AutoConfig.from_pretrained(directory, num_experts_per_tok=1).num_experts_per_tok == 1
-    assert AutoConfig.for_model("olmoe", hidden_size=64, num_attention_heads=2).hidden_size == 64
-    assert type(AutoModel.from_pretrained(directory)) is OlmoeModel
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    assert type(model) is OlmoeForCausalLM
-    same = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
-    assert same.dtype == torch.bfloat16 and same(token_ids).logits.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="unknown architecture 'gpt2'"):
-        AutoConfig.for_model("gpt2")
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", None])
-def test_unknown_architecture(tmp_path: Path, model_type: str | None) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(CheckpointError, match=r"config.json: unknown architecture: model_type must be one of 'olmoe'"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_other_architecture(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from moekernels.checkpoint.errors import CheckpointError, CheckpointNotFoundErro
 from moekernels.checkpoint.files import read_json
 from moekernels.checkpoint.hub import TOKENIZER_FILES, HubOptions, resolve, resolve_weights, take_hub_options
 from moekernels.checkpoint.keymap import KEY_MAPS, KeyMap, Rule
-from moekernels.checkpoint.loader import checkpoint_tensors, load_checkpoint
-from moekernels.checkpoint.reader import CheckpointReader, TensorInfo
-from moekernels.checkpoint.writer import OBSOLETE_WEIGHTS, replace_files, write_weights
+from moekernels.checkpoint.loader import LoadReport, checkpoint_tensors, load_checkpoint
+from moekernels.checkpoint.reader import CheckpointReader, StateDictReader, TensorInfo
+from moekernels.checkpoint.writer import OBSOLETE_WEIGHTS, parse_size, replace_files, write_weights
 
 __all__ = [
     "KEY_MAPS",
@@ -17,10 +17,13 @@ __all__ = [
     "CheckpointReader",
     "HubOptions",
     "KeyMap",
+    "LoadReport",
     "Rule",
+    "StateDictReader",
     "TensorInfo",
     "checkpoint_tensors",
     "load_checkpoint",
+    "parse_size",
     "read_json",
     "replace_files",
     "resolve",

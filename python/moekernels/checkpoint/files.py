@@ -15,6 +15,14 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 
+def with_variant(name: str, variant: str | None) -> str:
+    """The name of a file in a variant: ``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``."""
+    if variant is None:
+        return name
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

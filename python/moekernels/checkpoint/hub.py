@@ -11,16 +11,17 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from moekernels._version import __version__
 from moekernels.checkpoint.errors import CheckpointNotFoundError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 #: What each part of a checkpoint consists of, as patterns of file names.
 CONFIG_FILES = ("config.json",)
 GENERATION_CONFIG_FILES = ("generation_config.json",)
-SAFETENSORS_FILES = ("model*.safetensors", "model.safetensors.index*.json")
-PICKLE_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index*.json")
 TOKENIZER_FILES = (
     *CONFIG_FILES,  # names the kind of tokenizer where nothing else does
     "tokenizer.json",
@@ -94,20 +95,31 @@ def resolve(
     return path
 
 
-def resolve_weights(name_or_path: str | os.PathLike[str], use_safetensors: bool | None = None, **options: Any) -> Path:
+def resolve_weights(
+    name_or_path: str | os.PathLike[str],
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    **options: Unpack[HubOptions],
+) -> Path:
     """:func:`resolve` with the files a model needs: configurations and weights, pickles only without safetensors.
 
     Args:
         name_or_path: as for :func:`resolve`.
         use_safetensors: True or False fetch that format only.
-        **options: :class:`HubOptions`.
+        variant: an infix in the names of the weight files; without it none that have one are fetched.
+        **options: see :func:`resolve`.
     """
+    if Path(name_or_path).exists():
+        return resolve(name_or_path, (), **options)
+    infix = "" if variant is None else f".{variant}"
     configs = (*CONFIG_FILES, *GENERATION_CONFIG_FILES)
     if use_safetensors is not False:
-        path = resolve(name_or_path, (*configs, *SAFETENSORS_FILES), **options)
-        if use_safetensors or Path(name_or_path).exists() or any(path.glob(SAFETENSORS_FILES[0])):
+        weights = (f"model{infix}.safetensors", f"model{infix}-*.safetensors", f"model.safetensors.index{infix}.json")
+        path = resolve(name_or_path, (*configs, *weights), **options)
+        if use_safetensors or any(next(path.glob(pattern), None) for pattern in weights):
             return path
-    return resolve(name_or_path, (*configs, *PICKLE_FILES), **options)
+    weights = (f"pytorch_model{infix}.bin", f"pytorch_model{infix}-*.bin", f"pytorch_model.bin.index{infix}.json")
+    return resolve(name_or_path, (*configs, *weights), **options)
 
 
 def _within(subfolder: str, files: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from moekernels.checkpoint.files import (
     SAFETENSORS_INDEX,
     checked_shard,
     read_json,
+    with_variant,
 )
 
 _DTYPES = {
@@ -63,6 +64,7 @@ class CheckpointReader:
     Args:
         directory: the checkpoint.
         use_safetensors: True or False look for one of the formats only.
+        variant: an infix in the names of the files ("fp16": ``model.fp16.safetensors``).
 
     Attributes:
         tensors: name -> :class:`TensorInfo` of everything in the checkpoint.
@@ -72,9 +74,11 @@ class CheckpointReader:
             missing or truncated, two shards hold the same tensor, or a pickle holds anything but tensors.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], use_safetensors: bool | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], use_safetensors: bool | None = None, variant: str | None = None
+    ) -> None:
         self.directory = Path(directory)
-        self.files, weight_map, index = self._find(use_safetensors)
+        self.files, weight_map, index = self._find(use_safetensors, variant)
         self.tensors: dict[str, TensorInfo] = {}
         for path in self.files:
             with _open_shard(path) as (infos, _):
@@ -88,13 +92,14 @@ class CheckpointReader:
                 where = "nowhere" if found is None else f"in {found.file.name}"
                 raise CheckpointError(f"{index}: {name!r} should be in {file}, but is {where}")
 
-    def _find(self, use_safetensors: bool | None) -> tuple[list[Path], Mapping[str, str], Path]:
+    def _find(self, use_safetensors: bool | None, variant: str | None) -> tuple[list[Path], Mapping[str, str], Path]:
         """The files with weights, and the index that lists what they hold."""
         candidates = []
         if use_safetensors is not False:
             candidates += [(SAFETENSORS, SAFETENSORS_INDEX)]
         if use_safetensors is not True:
             candidates += [(PICKLE, PICKLE_INDEX)]
+        candidates = [(with_variant(single, variant), with_variant(index, variant)) for single, index in candidates]
         for single, sharded in candidates:
             if (self.directory / single).exists():
                 return [self.directory / single], {}, self.directory / single
@@ -115,6 +120,25 @@ class CheckpointReader:
         for path in self.files:
             with _open_shard(path) as (infos, get):
                 yield ((name, get(name)) for name in infos)
+
+
+class StateDictReader:
+    """Weights in memory, with the interface of :class:`CheckpointReader`.
+
+    Args:
+        state_dict: name -> tensor; names and shapes as in a file.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self.directory = Path("state_dict")
+        self._tensors = state_dict
+        self.tensors = {
+            name: TensorInfo(self.directory, tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()
+        }
+
+    def shards(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """All of them, as one shard."""
+        yield iter(self._tensors.items())
 
 
 @contextmanager

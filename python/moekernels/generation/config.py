@@ -11,6 +11,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
+from moekernels.checkpoint import resolve, take_hub_options
+
 CONFIG_NAME = "generation_config.json"
 
 _CACHE_IMPLEMENTATIONS = ("dynamic", "dynamic_full", "static")
@@ -179,13 +181,18 @@ class GenerationConfig(GenerationParameters):
     def from_pretrained(
         cls, directory: str | os.PathLike[str], config_file_name: str = CONFIG_NAME, **kwargs: Any
     ) -> GenerationConfig:
-        """Reads `generation_config.json` from a checkpoint directory; keywords take precedence.
+        """Reads `generation_config.json` from a checkpoint directory or the Hugging Face Hub.
+
+        Args:
+            directory: the checkpoint, or its name on the Hub.
+            config_file_name: another name of the file.
+            **kwargs: parameters, which take precedence; and those of :func:`moekernels.checkpoint.resolve`.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not a JSON object, or holds an unusable value.
         """
-        path = Path(directory) / config_file_name
+        path = resolve(directory, (config_file_name,), **take_hub_options(kwargs)) / config_file_name
         if not path.is_file():
             raise FileNotFoundError(f"no {config_file_name} in {os.fspath(directory)!r}")
         try:

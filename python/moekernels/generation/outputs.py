@@ -7,10 +7,23 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Output:
-    """A dataclass that can also be read as a mapping and as a tuple; fields that are None are left out of both."""
+    """A dataclass that can also be read as a mapping and as a tuple; fields that are None are left out of both.
+
+    PyTorch knows subclasses as containers of tensors (torch.compile, DistributedDataParallel, torch.func).
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (output.values(), output.keys()),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
 
     def keys(self) -> list[str]:
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
@@ -33,6 +46,11 @@ class Output:
                 raise KeyError(key)
             return getattr(self, key)
         return self.to_tuple()[key]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in (field.name for field in fields(self)):  # type: ignore[arg-type]
+            raise KeyError(name)
+        setattr(self, name, value)
 
     def __contains__(self, name: object) -> bool:
         return name in self.keys()

@@ -24,6 +24,7 @@ from moekernels.models.phimoe import (
     PhimoeForSequenceClassification,
     PhimoeModel,
 )
+from moekernels.models.placement import infer_device
 from moekernels.models.switch_transformers import (
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
@@ -62,4 +63,5 @@ __all__ = [
     "SwitchTransformersModel",
     "SwitchTransformersSparseMLP",
     "SwitchTransformersTop1Router",
+    "infer_device",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar, NamedTuple
 
-from moekernels.checkpoint import CheckpointError, read_json
+from moekernels.checkpoint import CheckpointError, read_json, take_hub_options
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.configuration import PretrainedConfig, config_path
 from moekernels.models.m2m_100 import M2M100Config, M2M100ForConditionalGeneration, M2M100Model
@@ -52,9 +52,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def _spelling(model_type: Any) -> Any:
-    """The name of an architecture as it stands in the table; files also write "nllb_moe"."""
-    return {name.replace("-", "_"): name for name in ARCHITECTURES}.get(str(model_type).replace("-", "_"), model_type)
+def _architecture(model_type: Any) -> Architecture | None:
+    """The architecture of that name; files also write "nllb_moe"."""
+    return {name.replace("-", "_"): found for name, found in ARCHITECTURES.items()}.get(
+        str(model_type).replace("-", "_")
+    )
+
+
+def _known() -> str:
+    return ", ".join(repr(name) for name in ARCHITECTURES)
 
 
 class AutoConfig:
@@ -62,31 +68,36 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PretrainedConfig:
-        """Read ``config.json``; keywords take precedence.
+        """Read ``config.json``; see :meth:`PretrainedConfig.from_pretrained`.
 
         Raises:
             CheckpointError: there is none, it cannot be used, or the architecture is not known.
         """
-        path = config_path(directory)
-        model_type = _spelling(read_json(path).get("model_type"))
-        if model_type not in ARCHITECTURES:
-            known = ", ".join(repr(name) for name in ARCHITECTURES)
+        path = config_path(directory, **take_hub_options(dict(kwargs)))
+        model_type = read_json(path).get("model_type")
+        found = _architecture(model_type)
+        if found is None:
             raise CheckpointError(
-                f"{path}: unknown architecture: model_type must be one of {known}, got {model_type!r}"
+                f"{path}: unknown architecture: model_type must be one of {_known()}, got {model_type!r}"
             )
-        return ARCHITECTURES[model_type].config.from_pretrained(directory, **kwargs)
+        return found.config.from_pretrained(directory, **kwargs)
 
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:
         """A configuration of the named architecture."""
-        model_type = _spelling(model_type)
-        if model_type not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {model_type!r}, expected one of {', '.join(ARCHITECTURES)}")
-        return ARCHITECTURES[model_type].config(**kwargs)
+        found = _architecture(model_type)
+        if found is None:
+            raise ValueError(f"unknown architecture: model_type must be one of {_known()}, got {model_type!r}")
+        return found.config(**kwargs)
 
 
 class _AutoModel:
+    """Not a model itself: the class methods return one."""
+
     _role: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise TypeError(f"use {type(self).__name__}.from_pretrained(...) or {type(self).__name__}.from_config(...)")
 
     @classmethod
     def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -103,10 +114,18 @@ class _AutoModel:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], *, config: PretrainedConfig | None = None, **kwargs: Any
+        cls,
+        directory: str | os.PathLike[str] | None,
+        *,
+        config: PretrainedConfig | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint; see :meth:`PreTrainedModel.from_pretrained`."""
-        config = AutoConfig.from_pretrained(directory) if config is None else config
+        """Load a checkpoint into the class for its architecture; see :meth:`PreTrainedModel.from_pretrained`."""
+        if not isinstance(config, PretrainedConfig):
+            source = directory if config is None else config
+            if source is None:
+                raise ValueError(f"{cls.__name__}.from_pretrained: without a checkpoint there must be a config")
+            config = AutoConfig.from_pretrained(source, **take_hub_options(dict(kwargs)))
         return cls._class_for(config).from_pretrained(directory, config=config, **kwargs)
 
 

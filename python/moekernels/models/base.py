@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,37 +17,38 @@ from moekernels.checkpoint import (
     KEY_MAPS,
     OBSOLETE_WEIGHTS,
     CheckpointError,
-    CheckpointReader,
+    HubOptions,
     KeyMap,
     checkpoint_tensors,
     load_checkpoint,
     replace_files,
+    resolve,
+    resolve_weights,
+    take_hub_options,
     write_weights,
 )
+from moekernels.checkpoint.hub import GENERATION_CONFIG_FILES
 from moekernels.generation import GenerationConfig, GenerationMixin
 from moekernels.models.configuration import PretrainedConfig, parse_dtype
+from moekernels.models.embeddings import TokenEmbeddingsMixin
+from moekernels.models.loading import WITHOUT_EFFECT, chosen_dtype, open_weights, overridden, warn_of_new_weights
 from moekernels.models.outputs import ModelOutput
+from moekernels.models.placement import Device, DeviceMap, Unit, follow, plan_placement, units
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
 from moekernels.nn.attention import FLASH_ATTENTION, require_flash_attention
 
 _GENERATION_CONFIG = "generation_config.json"
-#: Keywords of other libraries' `from_pretrained` that have nothing to say about a local directory.
-_WITHOUT_EFFECT = frozenset(
-    ("cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "revision", "token", "trust_remote_code")
-)
 
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(TokenEmbeddingsMixin):
     """The base of all models.
 
     A subclass sets the class attributes, builds its modules in ``__init__`` and ends that with :meth:`post_init`.
     """
 
     config_class: ClassVar[type[PretrainedConfig]]
-    #: The attribute that holds the base model in a model with a head.
-    base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
     supports_gradient_checkpointing: ClassVar[bool] = True
     #: Names in :data:`moekernels.nn.ATTENTION_FUNCTIONS`; the first is the default.
@@ -73,6 +73,10 @@ class PreTrainedModel(nn.Module):
         )
 
     def post_init(self) -> None:
+        """The end of every constructor."""
+        self.init_weights()
+
+    def init_weights(self) -> None:
         """Initialise the weights and tie those that are shared."""
         if not any(parameter.is_meta for parameter in self.parameters()):
             self.apply(self._init_weights)
@@ -138,99 +142,146 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[_Model],
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None,
         *,
-        config: PretrainedConfig | None = None,
+        config: PretrainedConfig | str | os.PathLike[str] | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        device_map: torch.device | str | int | dict[str, Any] | None = None,
+        device: Device | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         attn_implementation: str | None = None,
         use_safetensors: bool | None = None,
+        variant: str | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        generation_config: GenerationConfig | None = None,
         progress: bool | None = None,
         **kwargs: Any,
     ) -> _Model:
-        """Load a model from a checkpoint directory, in evaluation mode.
+        """Load a model in evaluation mode from a checkpoint directory, or by its name on the Hugging Face Hub.
 
-        The weights are read shard by shard from memory-mapped files, each straight to its final place.
+        The weights are read shard by shard from memory-mapped files, each straight to its final place. Nothing of a
+        checkpoint is executed.
 
         Args:
-            directory: holds ``config.json`` and safetensors or PyTorch weights, sharded or not.
-            config: used instead of ``config.json``.
+            directory: holds ``config.json`` and safetensors or PyTorch weights, sharded or not; or the name of a
+                repository, see :func:`moekernels.checkpoint.resolve`.
+            config: used instead of ``config.json``; or where to read it.
             dtype: a torch dtype or its name; "auto" (or None) takes the configuration's, else that of the checkpoint.
             torch_dtype: the older name of `dtype`.
             device: where the model goes; the CPU by default.
-            device_map: "auto" is the GPU if there is one; otherwise the same as `device`. A model is on one device.
+            device_map: the same; or "auto", the GPUs there are; or module names and their devices. See
+                :func:`moekernels.models.placement.plan_placement`.
+            max_memory: for ``device_map="auto"``, what the weights may take of each device.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
             use_safetensors: True or False look for that format only.
+            variant: an infix in the names of the weight files, such as "fp16".
+            state_dict: weights to use instead of those in `directory`, which may be None if there is a `config`.
+            ignore_mismatched_sizes: initialise weights whose shape in the checkpoint is another, and warn; otherwise
+                that is an error.
+            output_loading_info: also return a dictionary of the names that were missing, left out or mismatched.
+            generation_config: used instead of ``generation_config.json``.
             progress: show a progress bar; None does so on a terminal.
-            **kwargs: fields of the configuration to override.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` and `subfolder` for
+                :func:`moekernels.checkpoint.resolve`; fields of the configuration to override; and arguments of
+                transformers that change nothing here, such as `trust_remote_code` and `low_cpu_mem_usage`.
 
         Raises:
-            CheckpointError: the checkpoint is incomplete, damaged, or of another architecture. Nothing is half-loaded.
+            CheckpointError: there is no such checkpoint, or it is incomplete, damaged, or of another architecture.
+                Nothing is half-loaded.
             ValueError: an argument is unknown or unusable.
         """
-        kwargs = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
-        config = cls._override(config or cls.config_class.from_pretrained(directory), kwargs)
-        reader = CheckpointReader(directory, use_safetensors)
-        final = parse_dtype(dtype if torch_dtype is None else torch_dtype) or config.dtype or _stored_dtype(reader)
-        placed = _device(device, device_map)
+        hub = take_hub_options(kwargs)
+        fields = {name: value for name, value in kwargs.items() if name not in WITHOUT_EFFECT}
+        config = overridden(cls._config_from(directory if config is None else config, hub), fields)
+        local = None if directory is None else _local(directory, use_safetensors, variant, state_dict, hub)
+        reader = open_weights(local, state_dict, use_safetensors, variant)
+        final = chosen_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+        if device is not None and device_map is not None:
+            raise ValueError("from_pretrained: pass device or device_map, not both")
 
         model = cls._build(config, attn_implementation, "meta")
-        absent = load_checkpoint(
+        placement = plan_placement(model._units(final), device if device_map is None else device_map, max_memory)
+        report = load_checkpoint(
             model,
             reader,
             model.key_map,
             dtype=final,
-            device=placed,
+            device=placement.device_of,
             keep_float32=model._keeps_float32,
             may_be_absent=lambda name: any(part in name for part in cls.new_heads),
+            ignore_mismatched=ignore_mismatched_sizes,
             progress=progress,
         )
-        if absent:
-            for module_name, module in model.named_modules():
-                if any(name.rpartition(".")[0] == module_name for name in absent):
-                    model._init_weights(module)
-            warnings.warn(
-                f"{cls.__name__}: the checkpoint has no {', '.join(absent)}; initialised, to be trained", stacklevel=2
-            )
+        new = {name.rpartition(".")[0] for name in (*report.absent, *(name for name, *_ in report.mismatched))}
+        for module_name, module in model.named_modules():
+            if module_name in new:
+                model._init_weights(module)
+        warn_of_new_weights(cls.__name__, report.absent, report.mismatched)
+        if placement.is_split:
+            follow(model, _CONTAINERS, placement)
         model.config.dtype = final
-        if isinstance(model, GenerationMixin) and (Path(directory) / _GENERATION_CONFIG).is_file():
-            try:
-                model.generation_config = GenerationConfig.from_pretrained(directory)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from error
-        return model.eval()
+        if isinstance(model, GenerationMixin):
+            model.generation_config = generation_config or _stored_generation_config(local) or model.generation_config
+        model.eval()
+        if output_loading_info:
+            return model, report.as_loading_info()  # type: ignore[return-value]
+        return model
 
-    @staticmethod
-    def _override(config: PretrainedConfig, fields: dict[str, Any]) -> PretrainedConfig:
-        unknown = sorted(name for name, value in fields.items() if value is not None and not hasattr(config, name))
-        if unknown:
-            raise ValueError(
-                f"from_pretrained: neither arguments nor fields of the configuration: {', '.join(unknown)}"
-            )
-        config = copy.deepcopy(config)
-        for name, value in fields.items():
-            if hasattr(config, name):
-                setattr(config, name, value)
-        config.validate()
-        return config
+    @classmethod
+    def _config_from(
+        cls, source: PretrainedConfig | str | os.PathLike[str] | None, hub: HubOptions
+    ) -> PretrainedConfig:
+        if source is None:
+            raise ValueError("from_pretrained: without a checkpoint there must be a config")
+        if isinstance(source, PretrainedConfig):
+            return source
+        return cls.config_class.from_pretrained(source, **hub)
 
     # Saving.
 
-    def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
+    ) -> None:
         """Write configuration and weights, as safetensors in the layout of the hub, which transformers reads.
 
         All files take their place together once they are on disk; until then a checkpoint that is already there stays.
 
         Args:
             directory: created if need be; other files in it stay.
+            is_main_process: False writes nothing; of many processes that hold the same model, one is to write.
+            state_dict: weights to write instead of the model's own, under the names the model has for them (such as
+                those gathered from many processes).
             max_shard_size: bytes, or a string such as "5GB".
+            safe_serialization: True. Pickles are read, but not written.
+
+        Raises:
+            ValueError: `safe_serialization` is False, or `state_dict` lacks a weight of the model.
         """
+        if not safe_serialization:
+            raise ValueError(
+                "save_pretrained: safe_serialization must be True, as weights are only written as safetensors"
+            )
+        own = [name for name, _ in self.named_parameters()]
+        weights = dict(self.named_parameters()) if state_dict is None else state_dict
+        missing = [name for name in own if name not in weights]
+        if missing:
+            raise ValueError(f"save_pretrained: state_dict lacks {', '.join(missing[:8])}")
+        if not is_main_process:
+            return
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
+        tensors = checkpoint_tensors({name: weights[name] for name in own}, self.key_map)
         with replace_files(directory, OBSOLETE_WEIGHTS) as stage:
-            write_weights(stage, checkpoint_tensors(self, self.key_map), max_shard_size)
+            write_weights(stage, tensors, max_shard_size)
             if self.generation_config is not None:
                 self.generation_config.save_pretrained(stage)
             self.config.save_pretrained(stage)
@@ -241,6 +292,21 @@ class PreTrainedModel(nn.Module):
         return KEY_MAPS[type(self.config).model_type]
 
     # Where the weights are, and what they are.
+
+    def _units(self, dtype: torch.dtype) -> list[Unit]:
+        """The parts that lie on one device each, with their size in a dtype."""
+
+        def size(name: str, parameter: Tensor) -> int:
+            return parameter.numel() * (torch.float32 if self._keeps_float32(name) else dtype).itemsize
+
+        return units(self, _CONTAINERS, size)
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """The parts of the model and where they are; those without weights are where their inputs are."""
+        modules = {unit.names[0]: self.get_submodule(unit.names[0]) for unit in self._units(self.dtype)}
+        weights = {name: next(module.parameters(), None) for name, module in modules.items()}
+        return {name: weight.device for name, weight in weights.items() if weight is not None}
 
     @property
     def device(self) -> torch.device:
@@ -268,6 +334,39 @@ class PreTrainedModel(nn.Module):
             if (parameter.requires_grad or not only_trainable) and id(parameter) not in embeddings
         )
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes that the weights take, tied ones counted once, with the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def get_parameter_or_buffer(self, target: str) -> Tensor:
+        """The parameter or buffer of that name. Raises AttributeError if there is neither."""
+        try:
+            return self.get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was loaded from, as it was called then."""
+        return self.config.name_or_path
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether there is a `generate`."""
+        return issubclass(cls, GenerationMixin)
+
+    def get_decoder(self) -> Any:
+        """The decoder of a model with two stacks; otherwise the model without its head."""
+        return self.base_model
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Some tokens to run the model with."""
+        input_ids = torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)
+        names = ("input_ids", "decoder_input_ids") if self.config.is_encoder_decoder else ("input_ids",)
+        return dict.fromkeys(names, input_ids)
+
     def set_attn_implementation(self, name: str) -> None:
         """Choose the attention function: "sdpa", "eager" or "flash_attention_2".
 
@@ -288,79 +387,6 @@ class PreTrainedModel(nn.Module):
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
         """What `forward` returns: the output, or its tuple if the call or else the configuration asks for that."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    # Embeddings.
-
-    @property
-    def base_model(self) -> PreTrainedModel:
-        """The model without its head."""
-        return getattr(self, self.base_model_prefix, self)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        embeddings: Any = self.base_model.embed_tokens
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.base_model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear | None:
-        return getattr(self, "lm_head", None)
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
-
-    def tie_weights(self) -> None:
-        """Make the head share the input embedding, if the configuration says so."""
-        head = self.get_output_embeddings()
-        if head is not None and self.config.tie_word_embeddings:
-            head.weight = self.get_input_embeddings().weight
-
-    @torch.no_grad()
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
-    ) -> nn.Embedding:
-        """Change the size of the vocabulary. Rows both have stay; new rows get the initialisation of new weights.
-
-        Returns:
-            The input embedding.
-        """
-        old = self.get_input_embeddings()
-        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        if size < 1:
-            raise ValueError(f"resize_token_embeddings: the vocabulary must have at least one token, got {size}")
-        if size == old.num_embeddings:
-            return old
-        padding_idx = old.padding_idx if old.padding_idx is not None and old.padding_idx < size else None
-        new = nn.Embedding(size, old.embedding_dim, padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-        new.weight = self._resized(old.weight, size)
-        self.set_input_embeddings(new)
-        head = self.get_output_embeddings()
-        if head is not None and not self.config.tie_word_embeddings:
-            head.weight = self._resized(head.weight, size)
-            if head.bias is not None:
-                bias = head.bias.new_zeros(size)
-                kept = min(size, head.bias.shape[0])
-                bias[:kept] = head.bias[:kept]
-                head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
-        if head is not None:
-            head.out_features = size
-        self.config.vocab_size = size
-        self.tie_weights()
-        return self.get_input_embeddings()
-
-    @property
-    def _new_token_std(self) -> float:
-        """Standard deviation of the embeddings of tokens that are added."""
-        return self.config.initializer_range
-
-    def _resized(self, weight: Tensor, size: int) -> nn.Parameter:
-        resized = weight.new_empty(size, weight.shape[1])
-        kept = min(size, weight.shape[0])
-        resized[:kept] = weight[:kept]
-        resized[kept:].normal_(std=self._new_token_std)
-        return nn.Parameter(resized, requires_grad=weight.requires_grad)
 
     # Training.
 
@@ -389,27 +415,26 @@ class PreTrainedModel(nn.Module):
         return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, PreTrainedModel))
 
 
-def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
-    """The dtype of the first floating-point tensor."""
-    for info in reader.tensors.values():
-        if info.dtype is not None and info.dtype.is_floating_point:
-            return info.dtype
-    return torch.get_default_dtype()
+_CONTAINERS: tuple[type[nn.Module], ...] = (PreTrainedModel, nn.ModuleList)
 
 
-def _device(
-    device: torch.device | str | None, device_map: torch.device | str | int | dict[str, Any] | None
-) -> torch.device:
-    if device is not None and device_map is not None:
-        raise ValueError("from_pretrained: pass device or device_map, not both")
-    place: Any = device_map if device is None else device
-    if isinstance(place, dict):
-        if set(place) != {""}:
-            raise ValueError(f'device_map must put the whole model on one device ({{"": device}}), got {place!r}')
-        place = place[""]
-    if place == "auto":
-        place = "cuda" if torch.cuda.is_available() else "cpu"
+def _local(
+    directory: str | os.PathLike[str],
+    use_safetensors: bool | None,
+    variant: str | None,
+    state_dict: Mapping[str, Tensor] | None,
+    hub: HubOptions,
+) -> Path:
+    """The checkpoint on this machine; of one on the hub only the small files, if there are other weights."""
+    if state_dict is not None:
+        return resolve(directory, GENERATION_CONFIG_FILES, **hub)
+    return resolve_weights(directory, use_safetensors, variant, **hub)
+
+
+def _stored_generation_config(directory: Path | None) -> GenerationConfig | None:
+    if directory is None or not (directory / _GENERATION_CONFIG).is_file():
+        return None
     try:
-        return torch.device("cpu" if place is None else place)
-    except RuntimeError as error:
-        raise ValueError(f"from_pretrained: not a device: {place!r}") from error
+        return GenerationConfig.from_pretrained(directory)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

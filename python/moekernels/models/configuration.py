@@ -8,11 +8,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from moekernels.checkpoint import CheckpointError, read_json
+from moekernels.checkpoint import CheckpointError, HubOptions, read_json, replace_files, resolve, take_hub_options
+from moekernels.checkpoint.hub import CONFIG_FILES
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CONFIG_NAME = "config.json"
 
@@ -129,13 +133,18 @@ class PretrainedConfig:
 
     @classmethod
     def from_pretrained(cls: type[_Config], directory: str | os.PathLike[str], **kwargs: Any) -> _Config:
-        """Read ``config.json`` from a checkpoint directory (or a JSON file given by name); keywords take precedence.
+        """Read ``config.json`` from a checkpoint directory, a JSON file, or the Hugging Face Hub.
+
+        Args:
+            directory: the checkpoint, or its name on the Hub.
+            **kwargs: fields, which take precedence over the file; and those of :func:`moekernels.checkpoint.resolve`.
 
         Raises:
             CheckpointError: there is no such file, it is not a JSON object, it describes another architecture, or it
                 holds an unusable value.
         """
-        path = config_path(directory)
+        path = config_path(directory, **take_hub_options(kwargs))
+        kwargs.pop("trust_remote_code", None)  # nothing of a checkpoint is executed
         values = read_json(path)
         found = str(values.get("model_type", cls.model_type))
         if cls.model_type and found.replace("_", "-") != cls.model_type.replace("_", "-"):
@@ -145,10 +154,35 @@ class PretrainedConfig:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
+    @classmethod
+    def from_json_file(cls: type[_Config], json_file: str | os.PathLike[str]) -> _Config:
+        """The configuration in a JSON file."""
+        return cls.from_dict(read_json(Path(json_file)))
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``config.json`` into `directory`, which is created if need be."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+        with replace_files(directory) as stage:
+            self.to_json_file(stage / CONFIG_NAME)
+
+    def to_json_file(self, json_file: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write :meth:`to_json_string` to a file."""
+        Path(json_file).write_text(self.to_json_string(use_diff), encoding="utf-8")
+
+    def update(self, fields: dict[str, Any]) -> None:
+        """Set several fields.
+
+        Raises:
+            ValueError: a value is none the field can have; nothing is changed then.
+        """
+        changed = copy.deepcopy(self)
+        for name, value in fields.items():
+            setattr(changed, name, value)
+        changed.validate()
+        self.__dict__.update(changed.__dict__)
+
+    def get_text_config(self, decoder: bool = False) -> PretrainedConfig:
+        """The configuration of the language model, which is all there is."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as values that JSON knows, as a deep copy."""
@@ -227,21 +261,14 @@ class PretrainedConfig:
             )
 
 
-def config_path(directory: str | os.PathLike[str]) -> Path:
-    """The ``config.json`` of a checkpoint directory; a path to a JSON file stands for itself.
+def config_path(directory: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Path:
+    """The ``config.json`` of a checkpoint, fetched if need be; a path to a JSON file stands for itself.
 
     Raises:
-        CheckpointError: there is no such directory.
+        CheckpointError: there is no such checkpoint.
     """
-    path = Path(directory)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{os.fspath(directory)!r} is not a directory. Models are loaded from local checkpoint directories; "
-            "fetch one from the Hugging Face hub with `hf download <name> --local-dir <directory>`"
-        )
-    return path / CONFIG_NAME
+    path = resolve(directory, CONFIG_FILES, **hub)
+    return path if path.is_file() else path / CONFIG_NAME
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -510,7 +510,7 @@ class NllbMoeForConditionalGeneration(TranslationForConditionalGeneration, NllbM
         }
         for aux_loss in losses.values():
             if loss is not None and aux_loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return loss, losses
 
 

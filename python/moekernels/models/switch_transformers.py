@@ -370,7 +370,9 @@ class SwitchTransformersAttention(EncoderDecoderAttention):
         buckets = relative_position_buckets(
             distance, bidirectional=bidirectional, num_buckets=self.num_buckets, max_distance=self.max_distance
         )
-        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        # This block may be on another device than the rest of the stack.
+        bias = self.relative_attention_bias(buckets.to(self.relative_attention_bias.weight.device))
+        return bias.permute(2, 0, 1)[None].to(positions.device)
 
     def project_query(self, hidden: Tensor) -> Tensor:
         return self.q(hidden)
@@ -646,7 +648,8 @@ class SwitchTransformersForConditionalGeneration(  # type: ignore[override]
             z_loss, aux_loss = router_z_loss(logits), load_balancing_loss_by_row(logits)
             fields |= {f"{stack}_z_loss": z_loss, f"{stack}_aux_loss": aux_loss}
             if loss is not None:
-                loss = loss + self.config.router_z_loss_coef * z_loss + self.config.router_aux_loss_coef * aux_loss
+                added = self.config.router_z_loss_coef * z_loss + self.config.router_aux_loss_coef * aux_loss
+                loss = loss + added.to(loss.device)
         return loss, fields
 
 

@@ -93,10 +93,11 @@ class _GrowingTensor:
 
     def select(self, rows: Tensor) -> None:
         """The given rows take the place of all."""
-        self._data, self._owned = self.used.index_select(0, rows), False
+        self._data, self._owned = self.used.index_select(0, rows.to(self._data.device)), False
 
     def move(self, source: Tensor, target: Tensor, start: int) -> None:
         """From `start` on, what the rows `source` hold is written into the rows `target`."""
+        source, target = source.to(self._data.device), target.to(self._data.device)
         if torch.is_grad_enabled() and self._data.requires_grad:
             rows = torch.arange(self._data.shape[0], device=source.device)
             return self.select(rows.index_copy(0, target, source))
@@ -145,7 +146,7 @@ class DynamicCache(Cache):
         first = self._layers[0][0].used
         if beam_idx.shape[0] != first.shape[0]:
             for stored in self._stored():
-                stored.select(beam_idx.to(first.device))
+                stored.select(beam_idx)
             return
         # Rows that stay are not touched. The host must know which: give it the indices, and it need not wait for them.
         target = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().squeeze(1)
@@ -301,8 +302,8 @@ class StaticCache(Cache):
         head_dim = _first(config, "head_dim", "d_kv") or config.hidden_size // query_heads
         shape = (num_layers, max_batch_size, num_heads, max_cache_len, head_dim)
         # Zeros and not garbage: a hidden NaN times the weight 0 would still be NaN.
-        self._keys = torch.zeros(shape, device=device, dtype=dtype).unbind(0)
-        self._values = torch.zeros(shape, device=device, dtype=dtype).unbind(0)
+        self._keys = list(torch.zeros(shape, device=device, dtype=dtype).unbind(0))
+        self._values = list(torch.zeros(shape, device=device, dtype=dtype).unbind(0))
         self.length = torch.zeros((), device=device, dtype=torch.int64)
         self.max_batch_size = max_batch_size
         self.max_cache_len = max_cache_len
@@ -310,6 +311,9 @@ class StaticCache(Cache):
     def update(
         self, key: Tensor, value: Tensor, layer: int, cache_position: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        if self._keys[layer].device != key.device:
+            # The model is split over devices: buffers go to where their layer is.
+            self._keys[layer], self._values[layer] = (b[layer].to(key.device) for b in (self._keys, self._values))
         keys, values = self._keys[layer], self._values[layer]
         if key.shape[0] != self.max_batch_size or key.shape[2] > self.max_cache_len or key.dtype != keys.dtype:
             raise ValueError(
@@ -332,7 +336,7 @@ class StaticCache(Cache):
         return self.max_cache_len
 
     def next_positions(self, num_new_tokens: int, device: torch.device) -> Tensor:
-        return torch.arange(num_new_tokens, device=device) + self.length
+        return torch.arange(num_new_tokens, device=device) + self.length.to(device)
 
     def reorder(self, beam_idx: Tensor, start: int = 0) -> None:
         for buffer in (*self._keys, *self._values):

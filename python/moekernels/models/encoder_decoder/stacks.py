@@ -22,7 +22,7 @@ class EncoderDecoderPreTrainedModel(PreTrainedModel):
     """The stacks, and the embedding that they share."""
 
     def get_input_embeddings(self) -> nn.Embedding:
-        embeddings: nn.Embedding = self.base_model.shared  # type: ignore[assignment]
+        embeddings: nn.Embedding = self.base_model.shared
         return embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -32,11 +32,11 @@ class EncoderDecoderPreTrainedModel(PreTrainedModel):
         shared.num_embeddings, shared.padding_idx = value.num_embeddings, value.padding_idx
 
     def get_encoder(self) -> EncoderStack:
-        encoder: EncoderStack = self.base_model.encoder  # type: ignore[assignment]
+        encoder: EncoderStack = self.base_model.encoder
         return encoder
 
     def get_decoder(self) -> DecoderStack:
-        decoder: DecoderStack = self.base_model.decoder  # type: ignore[assignment]
+        decoder: DecoderStack = self.base_model.decoder
         return decoder
 
     def _shift_right(self, input_ids: Tensor) -> Tensor:
