@@ -61,8 +61,8 @@ def head_class(name: str) -> Any:
 
 
 def inputs(name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Two rows, the second one padded on the right."""
-    ids = torch.tensor([[5, 9, 12, 33, 4], [6, 40, 8, 17, 2]], device=device)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device)
+    """Two rows, the second one padded on the left."""
+    ids = torch.tensor([[5, 9, 12, 33, 4], [1, 1, 8, 17, 40]]).to(device)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).to(device)
     given = {"input_ids": ids, "attention_mask": mask}
     return {**given, "decoder_input_ids": ids[:, :3]} if CONFIGS[name].is_encoder_decoder else given
