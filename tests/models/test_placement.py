@@ -171,9 +171,10 @@ def test_units_hold_every_weight_once(name: str) -> None:
 
 
 def _split(model: nn.Module) -> set[torch.device]:
-    """Put every other part of a model of fake tensors on another device, the first one on "meta"."""
+    """Put every other part of a model of fake tensors on the CPU, and its head; the first part on "meta"."""
     parts = model._units(torch.float32)  # type: ignore[operator]
     placement = Placement({part.names[0]: (META, CPU)[i % 2] for i, part in enumerate(parts)})
+    placement.devices["lm_head"] = CPU
     for part in parts:
         for module in model.get_submodule(part.names[0]).modules():
             device = placement.device_of(part.names[0])
@@ -203,9 +204,11 @@ def _devices(value: Any) -> set[torch.device]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_split_model_runs(name: str, attention: str, fake: None) -> None:
-    model = head_class(name)(CONFIGS[name]).eval()
+@pytest.mark.parametrize(("attention", "tied"), [("sdpa", True), ("eager", False)])
+def test_a_split_model_runs(name: str, attention: str, tied: bool, fake: None) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    config.tie_word_embeddings = tied
+    model = head_class(name)(config).eval()
     model.set_attn_implementation(attention)
     assert _split(model) == {META, CPU}
     every = {"output_hidden_states": True, "output_attentions": attention == "eager", "output_router_logits": True}

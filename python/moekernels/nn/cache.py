@@ -336,7 +336,7 @@ class StaticCache(Cache):
         return self.max_cache_len
 
     def next_positions(self, num_new_tokens: int, device: torch.device) -> Tensor:
-        return torch.arange(num_new_tokens, device=device) + self.length.to(device)
+        return torch.arange(num_new_tokens, device=device) + self.length
 
     def reorder(self, beam_idx: Tensor, start: int = 0) -> None:
         for buffer in (*self._keys, *self._values):
