@@ -136,6 +136,9 @@ class _Hub(BaseHTTPRequestHandler):
             if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
                 siblings = [{"rfilename": file} for file in files]
                 status, body, headers = 200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), {}
+            elif path == f"/api/models/{name}/tree/{COMMIT}":
+                entries = [{"type": "file", "path": file, "size": len(file), "oid": file} for file in files]
+                status, body, headers = 200, json.dumps(entries).encode(), {}
             elif path.startswith(f"/api/models/{name}"):
                 headers = {"X-Error-Code": "RevisionNotFound"}
             elif file in files:
@@ -217,4 +220,4 @@ def test_nobody_answers(tmp_path: Path) -> None:
             ("resolve", NAME, CONFIG_FILES, {"revision": "v2", **cache}),
         )
     assert found[0] == ["config.json"]
-    assert re.search(r"no revision 'v2' of it .* could not be asked: .*refused", found[1])
+    assert re.search(r"no complete revision 'v2' of it .* could not be asked: .*refused", found[1])

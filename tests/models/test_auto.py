@@ -108,7 +108,7 @@ def test_by_name_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # The usual place, without any argument.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert type(mk.AutoModel.from_pretrained(name)) is mk.OlmoeModel
-    with pytest.raises(CheckpointError, match="no revision 'v2'"):
+    with pytest.raises(CheckpointError, match="no complete revision 'v2'"):
         mk.AutoModel.from_pretrained(name, revision="v2")
 
 

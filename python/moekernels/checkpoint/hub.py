@@ -158,7 +158,7 @@ def _fetch(
     except errors.RepositoryNotFoundError:
         reason = f"{constants.ENDPOINT} has no such repository, or it is private and needs a token"
     except errors.RevisionNotFoundError:
-        reason = f"{constants.ENDPOINT}/{name} has no revision {revision!r}"
+        reason = f"{constants.ENDPOINT}/{name} has no revision {revision or 'main'!r}"
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
         if options["local_files_only"] or constants.HF_HUB_OFFLINE:
@@ -167,5 +167,5 @@ def _fetch(
         else:
             asked = f"{constants.ENDPOINT} could not be asked" + (f": {cause}" if cause else "")
         cache = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-        reason = f"the cache has no revision {revision or 'main'!r} of it (looked in {cache}), and {asked}"
+        reason = f"the cache has no complete revision {revision or 'main'!r} of it (looked in {cache}), and {asked}"
     raise CheckpointNotFoundError(f"{missing}; {reason}")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moekernels.checkpoint import (
     KEY_MAPS,
@@ -31,7 +29,8 @@ from moekernels.checkpoint.hub import GENERATION_CONFIG_FILES
 from moekernels.generation import GenerationConfig, GenerationMixin
 from moekernels.models.configuration import PretrainedConfig, parse_dtype
 from moekernels.models.embeddings import TokenEmbeddingsMixin
-from moekernels.models.loading import WITHOUT_EFFECT, chosen_dtype, open_weights, overridden, warn_of_new_weights
+from moekernels.models.gradient_checkpointing import GradientCheckpointingMixin
+from moekernels.models.loading import WITHOUT_EFFECT, open_weights, overridden, stored_dtype, warn_of_new_weights
 from moekernels.models.outputs import ModelOutput
 from moekernels.models.placement import Device, DeviceMap, Unit, follow, plan_placement, units
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
@@ -42,7 +41,7 @@ _GENERATION_CONFIG = "generation_config.json"
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(TokenEmbeddingsMixin):
+class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
     """The base of all models.
 
     A subclass sets the class attributes, builds its modules in ``__init__`` and ends that with :meth:`post_init`.
@@ -50,7 +49,6 @@ class PreTrainedModel(TokenEmbeddingsMixin):
 
     config_class: ClassVar[type[PretrainedConfig]]
     main_input_name: ClassVar[str] = "input_ids"
-    supports_gradient_checkpointing: ClassVar[bool] = True
     #: Names in :data:`moekernels.nn.ATTENTION_FUNCTIONS`; the first is the default.
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager", FLASH_ATTENTION)
     #: Parts of the names of parameters that stay float32 whatever the dtype of the model.
@@ -65,8 +63,6 @@ class PreTrainedModel(TokenEmbeddingsMixin):
                 f"{type(self).__name__}: config must be a {self.config_class.__name__}, got {type(config).__name__}"
             )
         self.config: Any = config
-        self.gradient_checkpointing = False
-        self._checkpoint_call: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.set_attn_implementation(config._attn_implementation or self.attention_implementations[0])
         self.generation_config = (
             GenerationConfig.from_model_config(config) if isinstance(self, GenerationMixin) else None
@@ -110,6 +106,7 @@ class PreTrainedModel(TokenEmbeddingsMixin):
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         attn_implementation: str | None = None,
+        trust_remote_code: bool | None = None,
     ) -> _Model:
         """A model with new weights.
 
@@ -119,6 +116,7 @@ class PreTrainedModel(TokenEmbeddingsMixin):
             torch_dtype: the older name of `dtype`.
             device: where the weights are made.
             attn_implementation: "sdpa", "eager" or "flash_attention_2".
+            trust_remote_code: changes nothing; no code of a checkpoint is executed.
         """
         dtype = torch_dtype if dtype is None else dtype
         final = (config.dtype if dtype == "auto" else parse_dtype(dtype)) or torch.get_default_dtype()
@@ -196,14 +194,17 @@ class PreTrainedModel(TokenEmbeddingsMixin):
         hub = take_hub_options(kwargs)
         fields = {name: value for name, value in kwargs.items() if name not in WITHOUT_EFFECT}
         config = overridden(cls._config_from(directory if config is None else config, hub), fields)
-        local = None if directory is None else _local(directory, use_safetensors, variant, state_dict, hub)
-        reader = open_weights(local, state_dict, use_safetensors, variant)
-        final = chosen_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+        asked = parse_dtype(dtype if torch_dtype is None else torch_dtype) or config.dtype
         if device is not None and device_map is not None:
             raise ValueError("from_pretrained: pass device or device_map, not both")
-
+        # Whatever can be wrong without the weights is said before they are fetched.
         model = cls._build(config, attn_implementation, "meta")
-        placement = plan_placement(model._units(final), device if device_map is None else device_map, max_memory)
+        parts = model._units(asked or torch.float32)
+        placement = plan_placement(parts, device if device_map is None else device_map, max_memory)
+
+        local = None if directory is None else _local(directory, use_safetensors, variant, state_dict, hub)
+        reader = open_weights(local, state_dict, use_safetensors, variant)
+        final = asked or stored_dtype(reader)
         report = load_checkpoint(
             model,
             reader,
@@ -387,32 +388,6 @@ class PreTrainedModel(TokenEmbeddingsMixin):
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> Any:
         """What `forward` returns: the output, or its tuple if the call or else the configuration asks for that."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    # Training.
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the layers' activations in the backward pass instead of keeping them.
-
-        Args:
-            gradient_checkpointing_kwargs: passed to :func:`torch.utils.checkpoint.checkpoint`.
-        """
-        if not self.supports_gradient_checkpointing:
-            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
-        call = partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                module.gradient_checkpointing = True
-                module._checkpoint_call = call
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                module.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, PreTrainedModel))
 
 
 _CONTAINERS: tuple[type[nn.Module], ...] = (PreTrainedModel, nn.ModuleList)

@@ -1,4 +1,4 @@
-"""What `from_pretrained` does step by step: arguments, dtype, weights, new heads."""
+"""Steps of `from_pretrained`: arguments, weights, dtype, new weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekernels.checkpoint import CheckpointReader, StateDictReader
-from moekernels.models.configuration import PretrainedConfig, parse_dtype
+from moekernels.models.configuration import PretrainedConfig
 
 #: Keywords that change nothing here: no code of a checkpoint is ever run, and no weight is ever in memory twice.
 WITHOUT_EFFECT = frozenset(
@@ -60,12 +60,12 @@ def open_weights(
     return CheckpointReader(directory, use_safetensors, variant)
 
 
-def chosen_dtype(
-    dtype: torch.dtype | str | None, config: PretrainedConfig, reader: CheckpointReader | StateDictReader
-) -> torch.dtype:
-    """The dtype asked for; else that of the configuration; else that of the first floating-point weight."""
-    stored = (info.dtype for info in reader.tensors.values() if info.dtype is not None and info.dtype.is_floating_point)
-    return parse_dtype(dtype) or config.dtype or next(stored, torch.get_default_dtype())
+def stored_dtype(reader: CheckpointReader | StateDictReader) -> torch.dtype:
+    """The dtype of the first floating-point weight."""
+    for info in reader.tensors.values():
+        if info.dtype is not None and info.dtype.is_floating_point:
+            return info.dtype
+    return torch.get_default_dtype()
 
 
 def warn_of_new_weights(model: str, absent: list[str], mismatched: list[tuple[str, Any, Any]]) -> None:

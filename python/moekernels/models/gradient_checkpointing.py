@@ -1,0 +1,43 @@
+"""Trading time for memory in training: activations of layers that are computed again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class GradientCheckpointingMixin(nn.Module):
+    """The switch. A model's `forward` calls its layers by `_checkpoint_call` while it is on and the model trains."""
+
+    supports_gradient_checkpointing: ClassVar[bool] = True
+
+    gradient_checkpointing: bool = False
+    _checkpoint_call: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the layers' activations in the backward pass instead of keeping them.
+
+        Args:
+            gradient_checkpointing_kwargs: passed to :func:`torch.utils.checkpoint.checkpoint`.
+        """
+        if not self.supports_gradient_checkpointing:
+            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
+        call = partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingMixin):
+                module.gradient_checkpointing = True
+                module._checkpoint_call = call
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingMixin):
+                module.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, GradientCheckpointingMixin))
