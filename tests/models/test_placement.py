@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import moekernels as mk
 from moekernels.generation.outputs import GenerateDecoderOnlyOutput
 from moekernels.models.base import _CONTAINERS
 from moekernels.models.outputs import BaseModelOutput
@@ -170,11 +171,11 @@ def test_units_hold_every_weight_once(name: str) -> None:
 # Following.
 
 
-def _split(model: nn.Module) -> set[torch.device]:
+def _split(model: nn.Module, head: str = "lm_head") -> set[torch.device]:
     """Put every other part of a model of fake tensors on the CPU, and its head; the first part on "meta"."""
     parts = model._units(torch.float32)  # type: ignore[operator]
     placement = Placement({part.names[0]: (META, CPU)[i % 2] for i, part in enumerate(parts)})
-    placement.devices["lm_head"] = CPU
+    placement.devices[head] = CPU
     for part in parts:
         for module in model.get_submodule(part.names[0]).modules():
             device = placement.device_of(part.names[0])
@@ -220,7 +221,7 @@ def test_a_split_model_runs(name: str, attention: str, tied: bool, fake: None) -
         assert output.loss.shape == () and output.logits.shape[-1] == 61
     # One step with the cache, which stays where the layers are.
     cache = output.past_key_values
-    stored = cache if name == "olmoe" else cache.self_attention_cache
+    stored = cache.self_attention_cache if CONFIGS[name].is_encoder_decoder else cache
     assert {stored[layer][0].device for layer in range(len(stored))} == {META, CPU}
     step = {"decoder_input_ids": labels[:, -1:]} if CONFIGS[name].is_encoder_decoder else {"input_ids": labels[:, -1:]}
     if CONFIGS[name].is_encoder_decoder:
@@ -228,6 +229,14 @@ def test_a_split_model_runs(name: str, attention: str, tied: bool, fake: None) -
     assert model(**step, past_key_values=cache).logits.shape[1] == 1
     stored.reorder(torch.tensor([1, 0, 1]).to(META))
     assert stored[1][0].shape[0] == 3
+
+
+def test_a_split_classifier_runs(fake: None) -> None:
+    model = mk.PhimoeForSequenceClassification(CONFIGS["phimoe"]).eval()
+    _split(model, "score")
+    for device in (CPU, META):
+        output = model(**inputs("phimoe", device))
+        assert _devices(dict(output)) == {META} and output.logits.shape == (2, 2)
 
 
 def test_without_following_it_does_not(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:

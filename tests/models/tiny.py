@@ -32,6 +32,17 @@ CONFIGS: dict[str, mk.PretrainedConfig] = {
         num_experts_per_tok=2,
         eos_token_id=2,
     ),
+    "phimoe": mk.PhimoeConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        pad_token_id=1,
+    ),
     "m2m_100": mk.M2M100Config(**_TRANSLATION),
     "nllb-moe": mk.NllbMoeConfig(**_TRANSLATION, num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2),
     "switch_transformers": mk.SwitchTransformersConfig(

@@ -54,9 +54,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def _architecture(model_type: Any) -> Architecture | None:
     """The architecture of that name; files also write "nllb_moe"."""
-    return {name.replace("-", "_"): found for name, found in ARCHITECTURES.items()}.get(
-        str(model_type).replace("-", "_")
-    )
+    by_spelling = {name.replace("-", "_"): found for name, found in ARCHITECTURES.items()}
+    return by_spelling.get(str(model_type).replace("-", "_"))
 
 
 def _known() -> str:
