@@ -97,6 +97,19 @@ def test_mismatched_sizes(saved: Path) -> None:
     assert logits(model).shape[-1] == 70 and logits(model).isfinite().all()
 
 
+def test_another_number_of_labels(tmp_path: Path) -> None:
+    mk.PhimoeForSequenceClassification(CONFIGS["phimoe"]).save_pretrained(tmp_path)
+    load = mk.AutoModelForSequenceClassification.from_pretrained
+    assert load(tmp_path).config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    with pytest.raises(CheckpointError, match=r"'score.weight' must have shape \[3, 16\], got \[2, 16\] \(ignore_mism"):
+        load(tmp_path, num_labels=3)
+    with pytest.warns(UserWarning, match=r"does not fit score.weight \[3, 16\]"):
+        model = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert logits(model, "phimoe").shape == (2, 3) and model.config.num_labels == 3
+    labels = {0: "no", 1: "yes"}
+    assert load(tmp_path, id2label=labels, label2id={"no": 0, "yes": 1}).config.id2label == labels
+
+
 def test_one_wrong_expert_replaces_the_stack(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
     weights["model.layers.0.mlp.experts.2.up_proj.weight"] = torch.zeros(3, 16)

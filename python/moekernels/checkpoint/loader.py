@@ -167,6 +167,8 @@ def _plan(
         for name, (_, found_shape, expected) in plan.mismatched.items():
             where = f"{reader.tensors[name].file.name}: {name!r}"
             plan.problems.append(f"{where} must have shape {list(expected)}, got {list(found_shape)}")
+        if plan.mismatched:
+            plan.problems[-1] += " (ignore_mismatched_sizes=True initialises such weights anew)"
     left_out = [id(target) for target, *_ in plan.mismatched.values()]
     for target in targets.values():
         if id(target) in left_out:
