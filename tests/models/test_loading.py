@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,48 @@ def test_mismatched_sizes(saved: Path) -> None:
         weight = model.get_parameter(name)
         assert 0.01 < weight.std() < 0.03 and weight.isfinite().all(), name
     assert logits(model).shape[-1] == 70 and logits(model).isfinite().all()
+
+
+@pytest.fixture
+def _garbage_in_new_memory() -> Iterator[None]:
+    """Memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("olmoe", {"num_key_value_heads": 1, "intermediate_size": 20, "num_experts": 6}),
+        ("phimoe", {"num_key_value_heads": 2, "intermediate_size": 20}),
+        ("m2m_100", {"encoder_ffn_dim": 20, "vocab_size": 70}),
+        ("nllb-moe", {"decoder_ffn_dim": 20, "encoder_ffn_dim": 20}),
+        ("switch_transformers", {"relative_attention_num_buckets": 16}),
+        ("switch_transformers", {"d_kv": 4, "d_ff": 20, "num_experts": 6, "relative_attention_num_buckets": 16}),
+    ],
+)
+def test_new_weights_are_those_of_a_new_model(
+    name: str, other: dict[str, Any], tmp_path: Path, _garbage_in_new_memory: None
+) -> None:
+    """Whichever module initialises them; and the rest is the checkpoint's."""
+    whole = head_class(name)(CONFIGS[name])
+    whole.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="does not fit"):
+        model, info = head_class(name).from_pretrained(
+            tmp_path, **other, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    torch.manual_seed(1)
+    fresh = dict(head_class(name)(model.config).named_parameters())
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    assert len(mismatched) >= 2
+    for key, parameter in model.named_parameters():
+        assert parameter.isfinite().all() and not parameter.is_meta, key
+        if key not in mismatched:
+            assert torch.equal(parameter, whole.get_parameter(key)), key
+        elif fresh[key].numel() > 1:
+            found, expected = parameter.std().item(), fresh[key].std().item()
+            assert found == expected == 0 or 0.5 < found / expected < 2, key
 
 
 def test_another_number_of_labels(tmp_path: Path) -> None:

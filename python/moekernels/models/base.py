@@ -30,7 +30,14 @@ from moekernels.generation import GenerationConfig, GenerationMixin
 from moekernels.models.configuration import PretrainedConfig, parse_dtype
 from moekernels.models.embeddings import TokenEmbeddingsMixin
 from moekernels.models.gradient_checkpointing import GradientCheckpointingMixin
-from moekernels.models.loading import WITHOUT_EFFECT, open_weights, overridden, stored_dtype, warn_of_new_weights
+from moekernels.models.loading import (
+    WITHOUT_EFFECT,
+    initialise,
+    open_weights,
+    overridden,
+    stored_dtype,
+    warn_of_new_weights,
+)
 from moekernels.models.outputs import ModelOutput
 from moekernels.models.placement import Device, DeviceMap, Unit, follow, plan_placement, units
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
@@ -216,10 +223,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
             ignore_mismatched=ignore_mismatched_sizes,
             progress=progress,
         )
-        new = {name.rpartition(".")[0] for name in (*report.absent, *(name for name, *_ in report.mismatched))}
-        for module_name, module in model.named_modules():
-            if module_name in new:
-                model._init_weights(module)
+        initialise(model, [*report.absent, *(name for name, *_ in report.mismatched)], model._init_weights)
         warn_of_new_weights(cls.__name__, report.absent, report.mismatched)
         if placement.is_split:
             follow(model, _CONTAINERS, placement)

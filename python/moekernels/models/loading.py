@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekernels.checkpoint import CheckpointReader, StateDictReader
 from moekernels.models.configuration import PretrainedConfig
@@ -66,6 +66,30 @@ def stored_dtype(reader: CheckpointReader | StateDictReader) -> torch.dtype:
         if info.dtype is not None and info.dtype.is_floating_point:
             return info.dtype
     return torch.get_default_dtype()
+
+
+def initialise(model: nn.Module, names: Sequence[str], init_weights: Callable[[nn.Module], None]) -> None:
+    """Initialise the parameters of these names, and no others.
+
+    Args:
+        model: has the parameters.
+        names: of parameters.
+        init_weights: initialises what a module has itself, and maybe what its children have.
+    """
+    new = {id(model.get_parameter(name)) for name in names}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    parents = dict.fromkeys(owner.rpartition(".")[0] for owner in owners)
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in [model.get_submodule(name) for name in (*owners, *parents)]:
+        # While the others are on the meta device, writing to them does nothing.
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and id(parameter) not in new and not parameter.is_meta:
+                    held.append((part, name, parameter))
+                    part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+        init_weights(module)
+    for part, name, parameter in held:
+        part._parameters[name] = parameter
 
 
 def warn_of_new_weights(model: str, absent: list[str], mismatched: list[tuple[str, Any, Any]]) -> None:
