@@ -35,7 +35,7 @@ _ROUTED_STACKS = f"{_STACKS} decoder_router_logits encoder_router_logits"
 _DECODER = "input_ids attention_mask position_ids past_key_values inputs_embeds"
 _GENERATE = (
     "inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus assistant_model "
-    "streamer negative_prompt_ids negative_prompt_attention_mask use_model_defaults"
+    "streamer negative_prompt_ids negative_prompt_attention_mask use_model_defaults custom_generate"
 )
 _TRANSLATION: dict[str, Any] = {
     "vocab_size": 128112,
