@@ -78,3 +78,13 @@ def test_the_name_that_transformers_5_gives_additional_tokens(tmp_path: Path) ->
     path.write_text(json.dumps({**config, "extra_special_tokens": codes, "src_lang": codes[0]}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.additional_special_tokens == codes == list(tokenizer.lang_code_to_id)  # type: ignore[attr-defined]
+
+
+def test_where_a_tokenizer_comes_from_is_no_setting_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    t5(tmp_path / "a", fast=False)
+    options = {"revision": "main", "token": None, "local_files_only": True, "trust_remote_code": True}
+    for made in (AutoTokenizer, T5Tokenizer):
+        tokenizer = made.from_pretrained(tmp_path, subfolder="a", **options)
+        assert not {*options, "subfolder"} & set(tokenizer.init_kwargs)
+        assert tokenizer(TEXTS).input_ids == T5Tokenizer.from_pretrained(tmp_path / "a")(TEXTS).input_ids

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moekernels.checkpoint import TOKENIZER_FILES, resolve, take_hub_options
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.bos_eos import GPTNeoXTokenizerFast, LlamaTokenizerFast
 from moekernels.tokenizers.fast import PreTrainedTokenizerFast
-from moekernels.tokenizers.files import existing_directory, read_settings
+from moekernels.tokenizers.files import read_settings
 from moekernels.tokenizers.m2m_100 import M2M100Tokenizer
 from moekernels.tokenizers.nllb import NllbTokenizer, NllbTokenizerFast
 from moekernels.tokenizers.t5 import T5Tokenizer, T5TokenizerFast
@@ -61,19 +62,20 @@ class AutoTokenizer:
     def from_pretrained(
         directory: str | os.PathLike[str], use_fast: bool = True, **kwargs: Any
     ) -> PreTrainedTokenizerBase:
-        """Reads the tokenizer of a checkpoint directory; keywords override its settings.
+        """Reads the tokenizer of a checkpoint; keywords override its settings.
 
         The kind is the one whose class `tokenizer_config.json` names, else the one that belongs to `config.json`'s
         model type, else one whose files there are.
 
         Args:
-            directory: a checkpoint directory.
+            directory: a checkpoint directory, or the name of a repository on the Hugging Face Hub.
             use_fast: prefer `tokenizer.json` where there is a sentencepiece model too.
+            **kwargs: settings, and those of :func:`moekernels.checkpoint.resolve`, such as `revision`.
 
         Raises:
-            FileNotFoundError: there is no such directory, or no tokenizer in it.
+            FileNotFoundError: there is no such checkpoint, or no tokenizer in it.
         """
-        path = existing_directory(directory)
+        path = resolve(directory, TOKENIZER_FILES, **take_hub_options(kwargs))
         name = kwargs.pop("tokenizer_class", None) or read_settings(path).get("tokenizer_class") or ""
         kind = _BY_CLASS.get(name.removesuffix("Fast"))
         if kind is None and not name:

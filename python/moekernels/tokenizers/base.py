@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from moekernels.checkpoint import TOKENIZER_FILES, resolve, take_hub_options
 from moekernels.tokenizers import chat
 from moekernels.tokenizers.encoding import BatchEncoding
 from moekernels.tokenizers.files import (
     CHAT_TEMPLATE_NAME,
     CONFIG_NAME,
     SPECIAL_TOKENS_MAP_NAME,
-    existing_directory,
     read_settings,
 )
 from moekernels.tokenizers.options import (
@@ -438,12 +438,15 @@ class PreTrainedTokenizerBase(SpecialTokens):
 
     @classmethod
     def from_pretrained(cls: type[_Self], directory: str | os.PathLike[str], **kwargs: Any) -> _Self:
-        """Reads a tokenizer from a checkpoint directory; keywords override what its files say.
+        """Reads a tokenizer from a checkpoint directory, or by name; keywords override what its files say.
 
         Raises:
-            FileNotFoundError: there is no such directory, or no tokenizer in it.
+            FileNotFoundError: there is no such checkpoint, or no tokenizer in it.
         """
-        return cls._load(existing_directory(directory), {**read_settings(Path(directory)), **kwargs})
+        path = resolve(directory, TOKENIZER_FILES, **take_hub_options(kwargs))
+        # Nothing that comes with a checkpoint is ever run.
+        kwargs.pop("trust_remote_code", None)
+        return cls._load(path, {**read_settings(path), **kwargs})
 
     @classmethod
     def _load(cls: type[_Self], directory: Path, settings: dict[str, Any]) -> _Self:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ SPECIAL_TOKENS_MAP_NAME = "special_tokens_map.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 ADDED_TOKENS_NAME = "added_tokens.json"
 TOKENIZER_NAME = "tokenizer.json"
-
-
-def existing_directory(directory: str | os.PathLike[str]) -> Path:
-    """`directory` as a path. Raises FileNotFoundError if there is none."""
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(
-            f"no such checkpoint directory: {os.fspath(directory)!r} (models are read from disk; download them first)"
-        )
-    return Path(directory)
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
