@@ -281,37 +281,6 @@ def test_targets_become_labels(pair: tuple) -> None:
     assert dict(ours(text_target="the target")) == dict(theirs(text_target="the target"))
 
 
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% generation %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}{% endgeneration %}"
-    "{% if tools %}{{ tools | tojson }}{% endif %}"
-)
-MESSAGES = [{"role": "user", "content": "2 < 3?"}, {"role": "assistant", "content": "Yes & no"}]
-
-
-def test_chat_template(tmp_path: Path) -> None:
-    ours, theirs = both(olmoe(tmp_path, chat_template=TEMPLATE))
-    for kwargs in ({"tokenize": False}, {"add_generation_prompt": True}, {"tools": [{"a": "<b>"}], "tokenize": False}):
-        assert ours.apply_chat_template(MESSAGES, **kwargs) == theirs.apply_chat_template(MESSAGES, **kwargs)
-    batch = [MESSAGES, MESSAGES[:1]]
-    got = ours.apply_chat_template(batch, padding=True, return_tensors="pt", return_dict=True)
-    expected = theirs.apply_chat_template(batch, padding=True, return_tensors="pt", return_dict=True)
-    assert torch.equal(got.input_ids, expected.input_ids) and torch.equal(got.attention_mask, expected.attention_mask)
-    ours.chat_template = {"default": "d", "other": "o"}
-    assert ours.apply_chat_template(MESSAGES, tokenize=False) == "d"
-    assert ours.apply_chat_template(MESSAGES, "other", tokenize=False) == "o"
-    assert ours.apply_chat_template(MESSAGES, "{{ 1 + 1 }}", tokenize=False) == "2"
-    ours.chat_template = None
-    with pytest.raises(ValueError, match="no chat_template"):
-        ours.apply_chat_template(MESSAGES)
-
-
-def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(olmoe(tmp_path))
-    with pytest.raises(Exception, match=r"unsafe|undefined"):
-        tokenizer.apply_chat_template(MESSAGES, "{{ ''.__class__.__mro__ }}", tokenize=False)
-
-
 def test_a_text_too_long_for_the_model(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(olmoe(tmp_path, model_max_length=8))
     with pytest.warns(UserWarning, match="more than the 8 the model can take"):

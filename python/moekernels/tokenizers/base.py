@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from moekernels.checkpoint import TOKENIZER_FILES, resolve, take_hub_options
-from moekernels.tokenizers import chat
+from moekernels.tokenizers.chat import ChatTemplates
 from moekernels.tokenizers.encoding import BatchEncoding
 from moekernels.tokenizers.files import (
     CHAT_TEMPLATE_NAME,
@@ -42,7 +42,7 @@ _CLEAN_UP = (
 )  # fmt: skip
 
 
-class PreTrainedTokenizerBase(SpecialTokens):
+class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
     """Base of all tokenizers. One defines how to encode and decode, its table of tokens, how to load and to save it.
 
     Args:
@@ -379,60 +379,6 @@ class PreTrainedTokenizerBase(SpecialTokens):
     @property
     def vocab(self) -> dict[str, int]:
         return self.get_vocab()
-
-    # Chats.
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        return_tensors: str | None = None,
-        return_dict: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Formats messages, or a batch of conversations, the way a chat model expects them.
-
-        Args:
-            conversation: dictionaries with `role` and `content`.
-            chat_template: source, or name, instead of the tokenizer's default.
-            add_generation_prompt: end with the beginning of the model's answer.
-            tokenize: return ids (a `BatchEncoding` with `return_dict`), not text.
-            **kwargs: `padding`, `truncation`, `max_length` go to the tokenizer, everything else to the template.
-
-        Raises:
-            ValueError: there is no chat template.
-            ImportError: jinja2 is not installed.
-        """
-        source = self.get_chat_template(chat_template)
-        options = {name: kwargs.pop(name) for name in ("padding", "truncation", "max_length") if name in kwargs}
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations: list[Any] = list(conversation) if batched else [conversation]
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self.special_tokens_map, **kwargs}
-        texts = [
-            chat.render(source, messages, add_generation_prompt=add_generation_prompt, **variables)
-            for messages in conversations
-        ]
-        if not tokenize:
-            return texts if batched else texts[0]
-        encoding = self(
-            texts if batched else texts[0], add_special_tokens=False, return_tensors=return_tensors, **options
-        )
-        return encoding if return_dict else encoding["input_ids"]
-
-    def get_chat_template(self, chat_template: str | None = None) -> str:
-        """The template's source: the one given, the one of that name, or the default."""
-        if isinstance(self.chat_template, dict):
-            name = chat_template or "default"
-            if name in self.chat_template:
-                return self.chat_template[name]
-            if chat_template is None:
-                raise ValueError(f"no default chat template; pass one of {', '.join(sorted(self.chat_template))}")
-            return chat_template
-        if chat_template or self.chat_template:
-            return chat_template or str(self.chat_template)
-        raise ValueError("the tokenizer has no chat_template; set it, or pass one")
 
     # Files.
 

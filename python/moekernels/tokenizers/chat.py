@@ -2,57 +2,111 @@
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
+from moekernels.tokenizers import templates
+from moekernels.tokenizers.encoding import BatchEncoding
 
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    try:
-        from jinja2 import nodes
-        from jinja2.exceptions import TemplateError
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ImportError("chat templates need jinja2: pip install jinja2") from error
-
-    class GenerationBlock(Extension):
-        """Renders what stands between `{% generation %}` and `{% endgeneration %}`, which mark the model's words."""
-
-        tags = {"generation"}  # noqa: RUF012 (the base class says how it is declared)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **kwargs: Any) -> str:
-        # Jinja's own filter escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(template)
+#: The templates that apply where no name is given: without tools, and with them.
+_DEFAULT, _TOOL_USE = "default", "tool_use"
 
 
-def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """Renders a chat template (Jinja, sandboxed) with the names that published templates use.
+class ChatTemplates:
+    """Gives a tokenizer `apply_chat_template`. It has one template as `chat_template`, or several by name."""
 
-    Args:
-        template: the template's source.
-        messages: dictionaries with `role` and `content`.
-        **variables: such as `add_generation_prompt`, `bos_token`, `tools`.
+    chat_template: str | dict[str, str] | None
+    special_tokens_map: Any
+    __call__: Callable[..., BatchEncoding]
 
-    Raises:
-        ImportError: jinja2 is not installed.
-    """
-    return _compiled(template).render(messages=messages, **variables)
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Formats messages, or a batch of conversations, the way a chat model expects them.
+
+        Args:
+            conversation: dictionaries with `role` and `content`.
+            tools: JSON schemas of functions that the model may call.
+            documents: texts that the model may refer to, as dictionaries.
+            chat_template: source, or name, instead of the tokenizer's default.
+            add_generation_prompt: end with the beginning of the model's answer.
+            continue_final_message: end with the last message, for the model to go on with it.
+            tokenize: return ids (a `BatchEncoding` with `return_dict`), not text.
+            padding, truncation, max_length, return_tensors: as for calling the tokenizer.
+            return_assistant_tokens_mask: not supported.
+            tokenizer_kwargs: further keywords for calling the tokenizer.
+            **kwargs: further variables of the template.
+
+        Raises:
+            ValueError: there is no chat template, or no such messages in it, or the arguments exclude each other.
+            TypeError: a tool or a document is no dictionary.
+            ImportError: jinja2 is not installed.
+        """
+        if return_assistant_tokens_mask:
+            raise NotImplementedError("apply_chat_template: return_assistant_tokens_mask is not supported yet")
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "apply_chat_template: add_generation_prompt begins a new message and continue_final_message goes on "
+                "with the last one; pass one of them"
+            )
+        for name, listed in (("tools", tools), ("documents", documents)):
+            for item in listed or []:
+                if not isinstance(item, dict):
+                    raise TypeError(f"apply_chat_template: {name} must be dictionaries, got {type(item).__name__}")
+        source = self.get_chat_template(chat_template, tools)
+        if not conversation:
+            raise ValueError("apply_chat_template: there are no messages")
+        batched = isinstance(conversation[0], (list, tuple))
+        conversations: list[Any] = list(conversation) if batched else [conversation]
+        texts = []
+        for messages in conversations:
+            text = templates.render(
+                source,
+                messages,
+                **{**self.special_tokens_map, **kwargs},
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+            )
+            texts.append(templates.continued(text, messages[-1]) if continue_final_message else text)
+        if not tokenize:
+            return texts if batched else texts[0]
+        encoding = self(
+            texts if batched else texts[0],
+            add_special_tokens=False,  # the template has them
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
+        )
+        return encoding if return_dict else encoding["input_ids"]
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
+        """The template's source: the one given, the one of that name, or the default, which may differ with tools."""
+        if isinstance(self.chat_template, dict):
+            if chat_template is not None:
+                return self.chat_template.get(chat_template, chat_template)
+            for name in (_TOOL_USE, _DEFAULT) if tools is not None else (_DEFAULT,):
+                if name in self.chat_template:
+                    return self.chat_template[name]
+            raise ValueError(f"no default chat template; pass one of {', '.join(sorted(self.chat_template))}")
+        source = chat_template or self.chat_template
+        if not source:
+            raise ValueError("the tokenizer has no chat_template; set it, or pass one")
+        return source

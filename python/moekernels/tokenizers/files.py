@@ -13,6 +13,7 @@ from moekernels.tokenizers.special_tokens import ADDITIONAL, NAMES
 CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP_NAME = "special_tokens_map.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+MORE_CHAT_TEMPLATES_NAME = "additional_chat_templates"
 ADDED_TOKENS_NAME = "added_tokens.json"
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -44,9 +45,18 @@ def read_settings(directory: Path) -> dict[str, Any]:
         settings[ADDITIONAL] = settings.pop("extra_special_tokens")
     if settings.get(ADDITIONAL):
         settings[ADDITIONAL] = [as_token(token) for token in settings[ADDITIONAL]]
-    if (directory / CHAT_TEMPLATE_NAME).is_file():
-        settings["chat_template"] = (directory / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8")
+    templates = _chat_templates(directory)
+    if templates:
+        settings["chat_template"] = templates["default"] if list(templates) == ["default"] else templates
     return settings
+
+
+def _chat_templates(directory: Path) -> dict[str, str]:
+    """The chat templates that are files of their own, by name."""
+    paths = {path.stem: path for path in sorted((directory / MORE_CHAT_TEMPLATES_NAME).glob("*.jinja"))}
+    if (directory / CHAT_TEMPLATE_NAME).is_file():
+        paths = {"default": directory / CHAT_TEMPLATE_NAME, **paths}
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
 
 def as_token(value: Any) -> Any:
