@@ -28,6 +28,7 @@ PROBES = (
     "Life __fr__ is __en____de__ like fra_Latn a eng_Latndeu_Latn river",
     "The <extra_id_0> opens <extra_id_1><extra_id_10>at<extra_id_99>",
     "a <mask> b<mask>c",
+    "<|user|>\n What is <|end|>  \n<|assistant|> it?<|endoftext|> ",
     "\u13a3\u13b3 unseen \u13a3 in the middle \u16a0\u16b1",
     "\u2581already\u2581 marked \u2581",
     "ﬁne ½ \uff21\uff22\uff23 e\u0301 naïve 👩\u200d🚀",
@@ -45,6 +46,13 @@ def bpe_model() -> bytes:
 def unigram_model() -> bytes:
     """As T5 and Switch have it."""
     return _train(model_type="unigram", vocab_size=700, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+@cache
+def byte_model() -> bytes:
+    """As Llama 2 and PhiMoE have it: bytes for what has no piece, and white space as it is."""
+    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return _train(model_type="bpe", vocab_size=1000, unk_id=0, bos_id=1, eos_id=2, character_coverage=0.995, **options)
 
 
 def _train(**options: Any) -> bytes:
@@ -93,6 +101,23 @@ def t5(directory: Path, fast: bool = True, **config: Any) -> Path:
     if fast:
         _converted("t5").save_pretrained(directory)
     _update_json(directory / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **config})
+    return directory
+
+
+def llama(directory: Path, **config: Any) -> Path:
+    """PhiMoE's files without its `tokenizer.json`: added tokens that claim the white space after them."""
+    (directory / "tokenizer.model").write_bytes(byte_model())
+    flags = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    names = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>")
+    added = {
+        str(1000 + index): {"content": name, "rstrip": name != "<|endoftext|>", **flags}
+        for index, name in enumerate(names)
+    }
+    for index, name in enumerate(("<unk>", "<s>", "</s>")):
+        added[str(index)] = {"content": name, "rstrip": name == "</s>", **flags}
+    settings = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"}
+    settings.update(tokenizer_class="LlamaTokenizer", added_tokens_decoder=added, legacy=False)
+    _write_json(directory / "tokenizer_config.json", {**settings, **config})
     return directory
 
 

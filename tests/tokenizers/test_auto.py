@@ -12,13 +12,21 @@ import transformers
 
 from moekernels.tokenizers import (
     AutoTokenizer,
+    LlamaTokenizer,
+    LlamaTokenizerFast,
     M2M100Tokenizer,
     NllbTokenizer,
     NllbTokenizerFast,
     T5Tokenizer,
     T5TokenizerFast,
 )
-from tests.tokenizers.sentencepiece_builders import TEXTS, m2m_100, nllb, t5
+from tests.tokenizers.builders import phimoe
+from tests.tokenizers.sentencepiece_builders import TEXTS, llama, m2m_100, nllb, t5
+
+
+def phimoe_files(directory: Path) -> Path:
+    """Both a `tokenizer.json` and a sentencepiece model."""
+    return phimoe(llama(directory))
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,7 @@ from tests.tokenizers.sentencepiece_builders import TEXTS, m2m_100, nllb, t5
         (nllb, NllbTokenizerFast, NllbTokenizer, "nllb-moe"),
         (nllb, NllbTokenizerFast, NllbTokenizer, "nllb_moe"),
         (t5, T5TokenizerFast, T5Tokenizer, "switch_transformers"),
+        (phimoe_files, LlamaTokenizerFast, LlamaTokenizer, "phimoe"),
     ],
 )
 def test_classes(write: Callable[..., Path], fast: Any, slow: Any, model_type: str, tmp_path: Path) -> None:
@@ -66,7 +75,7 @@ def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no tokenizer\.json or spiece\.model"):
         AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no tokenizer\.json or vocab\.json with .* or spiece\.model"):
+    with pytest.raises(FileNotFoundError, match=r"there is no tokenizer\.json or vocab\.json .*spiece\.model or tokenizer\.model"):
         AutoTokenizer.from_pretrained(tmp_path)
 
 

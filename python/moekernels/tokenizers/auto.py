@@ -12,6 +12,7 @@ from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.bos_eos import GPTNeoXTokenizerFast, LlamaTokenizerFast
 from moekernels.tokenizers.fast import PreTrainedTokenizerFast
 from moekernels.tokenizers.files import read_settings
+from moekernels.tokenizers.llama import LlamaTokenizer
 from moekernels.tokenizers.m2m_100 import M2M100Tokenizer
 from moekernels.tokenizers.nllb import NllbTokenizer, NllbTokenizerFast
 from moekernels.tokenizers.t5 import T5Tokenizer, T5TokenizerFast
@@ -28,6 +29,7 @@ class _Kind(NamedTuple):
         return [found for found in ordered if found is not None]
 
 
+_LLAMA = _Kind(LlamaTokenizerFast, LlamaTokenizer)
 _M2M100 = _Kind(None, M2M100Tokenizer)
 _NLLB = _Kind(NllbTokenizerFast, NllbTokenizer)
 _T5 = _Kind(T5TokenizerFast, T5Tokenizer)
@@ -35,7 +37,7 @@ _ANY_FAST = _Kind(PreTrainedTokenizerFast)
 # By the class name in tokenizer_config.json, without "Fast".
 _BY_CLASS = {
     "GPTNeoXTokenizer": _Kind(GPTNeoXTokenizerFast),
-    "LlamaTokenizer": _Kind(LlamaTokenizerFast),
+    "LlamaTokenizer": _LLAMA,
     "M2M100Tokenizer": _M2M100,
     "NllbTokenizer": _NLLB,
     "PreTrainedTokenizer": _ANY_FAST,
@@ -44,7 +46,7 @@ _BY_CLASS = {
 # By the model type in config.json, where there is no class name.
 _BY_MODEL_TYPE = {
     "olmoe": _BY_CLASS["GPTNeoXTokenizer"],
-    "phimoe": _BY_CLASS["LlamaTokenizer"],
+    "phimoe": _LLAMA,
     "m2m_100": _M2M100,
     "nllb-moe": _NLLB,
     "nllb_moe": _NLLB,
@@ -81,7 +83,8 @@ class AutoTokenizer:
         if kind is None and not name:
             kind = _BY_MODEL_TYPE.get(_model_type(path))
         # Several kinds share file names, so those with more files come first.
-        kinds = [kind] if kind is not None else [_ANY_FAST] if name else [_ANY_FAST, _M2M100, _NLLB, _T5]
+        any_kind = [_ANY_FAST] if name else [_ANY_FAST, _M2M100, _NLLB, _T5, _LLAMA]
+        kinds = any_kind if kind is None else [kind]
         classes = [found for kind in kinds for found in kind.classes(use_fast)]
         for found in classes:
             if all((path / file).is_file() for file in found.vocab_files_names.values()):

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import sentencepiece
 from tokenizers import AddedToken
 
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.fast import PreTrainedTokenizerFast
-from moekernels.tokenizers.sentencepiece_base import SPACE, SentencePieceTokenizer
+from moekernels.tokenizers.sentencepiece_base import SPACE
+from moekernels.tokenizers.space_prefix import SpacePrefixTokenizer
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
-# A model's field `normalizer_spec { add_dummy_prefix: false }`: at the end of the file it has the last word.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class _Sentinels(PreTrainedTokenizerBase):
@@ -32,7 +30,7 @@ class _Sentinels(PreTrainedTokenizerBase):
         return self.convert_tokens_to_ids(self.get_sentinel_tokens())
 
 
-class T5Tokenizer(_Sentinels, SentencePieceTokenizer):
+class T5Tokenizer(_Sentinels, SpacePrefixTokenizer):
     """sentencepiece with sentinel tokens, which number downwards from the end of the vocabulary.
 
     A text becomes `X [eos]`, a pair `A [eos] B [eos]`.
@@ -67,8 +65,6 @@ class T5Tokenizer(_Sentinels, SentencePieceTokenizer):
         add_prefix_space: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.legacy = legacy is not False
-        self.add_prefix_space = add_prefix_space
         self.extra_ids = extra_ids
         super().__init__(
             spm_file=vocab_file,
@@ -77,16 +73,10 @@ class T5Tokenizer(_Sentinels, SentencePieceTokenizer):
             unk_token=unk_token,
             pad_token=pad_token,
             additional_special_tokens=_with_sentinels(additional_special_tokens, extra_ids),
+            legacy=legacy,
+            add_prefix_space=add_prefix_space,
             **kwargs,
         )
-        self._unk_length = len(self.sp_model.encode(str(self.unk_token), out_type=str))
-
-    def _load_sp_model(self) -> sentencepiece.SentencePieceProcessor:
-        if self.legacy:
-            return super()._load_sp_model()
-        processor = sentencepiece.SentencePieceProcessor(**self.sp_model_kwargs)
-        processor.LoadFromSerializedProto(self._model_proto + _NO_DUMMY_PREFIX)
-        return processor
 
     def _default_tokens(self) -> dict[int, AddedToken]:
         last = self.vocab_size + self.extra_ids - 1
@@ -94,33 +84,6 @@ class T5Tokenizer(_Sentinels, SentencePieceTokenizer):
             last - number: AddedToken(f"<extra_id_{number}>", lstrip=True, rstrip=True, normalized=False, special=True)
             for number in range(self.extra_ids)
         }
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces; sentinels and added tokens come on top."""
-        return self.sp_model.get_piece_size()
-
-    def _piece_to_id(self, piece: str) -> int:
-        return self.sp_model.piece_to_id(piece)
-
-    def _id_to_piece(self, index: int) -> str | None:
-        return self.sp_model.id_to_piece(index) if 0 <= index < self.vocab_size else None
-
-    def _tokens(self, text: str, split_special_tokens: bool) -> list[str]:
-        if self.legacy or not text:
-            return super()._tokens(text, split_special_tokens)
-        text = text.replace(SPACE, " ")
-        tokens = super()._tokens(SPACE + text if self.add_prefix_space else text, split_special_tokens)
-        # A special token needs no space before it.
-        begins = len(tokens) > 1 and tokens[0] == SPACE and tokens[1] in self.all_special_tokens
-        return tokens[1:] if begins else tokens
-
-    def _pieces(self, text: str) -> list[str]:
-        if self.legacy or not text.startswith((SPACE, " ")):
-            return super()._pieces(text)
-        # sentencepiece removes a leading space, unless something stands before it.
-        pieces = super()._pieces(f"{self.unk_token}{text}")
-        return pieces[self._unk_length :] if len(pieces) >= self._unk_length else pieces
 
     def _end(self, token_ids: list[int]) -> list[int]:
         """The end of text, unless the ids have it."""
@@ -159,12 +122,7 @@ class T5Tokenizer(_Sentinels, SentencePieceTokenizer):
         return (text + self.sp_model.decode(run)).strip()
 
     def _saved_settings(self) -> dict[str, Any]:
-        return {
-            **super()._saved_settings(),
-            "extra_ids": self.extra_ids,
-            "legacy": self.legacy,
-            "add_prefix_space": self.add_prefix_space,
-        }
+        return {**super()._saved_settings(), "extra_ids": self.extra_ids}
 
 
 class T5TokenizerFast(_Sentinels, PreTrainedTokenizerFast):
