@@ -48,6 +48,7 @@ from moekernels.models import (
     SwitchTransformersTop1Router,
     infer_device,
 )
+from moekernels.pipelines import pipeline
 from moekernels.tokenizers import (
     AutoTokenizer,
     BatchEncoding,
@@ -119,4 +120,5 @@ __all__ = [
     "is_batch_invariant",
     "nn",
     "ops",
+    "pipeline",
 ]

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from moekernels.cli import main
-from moekernels.cli.translate import windows
 from moekernels.models import AutoModelForSeq2SeqLM
 from moekernels.tokenizers import AutoTokenizer
 from tests.tokenizers.sentencepiece_builders import TEXTS, nllb, t5
@@ -103,11 +102,6 @@ def test_a_progress_bar_on_a_terminal(
     assert translate(directory, str(tmp_path / "in.txt")) == 0
     captured = capsys.readouterr()
     assert "Translating: 100%" in captured.err and "3/3" in captured.err and "Translating" not in captured.out
-
-
-def test_windows() -> None:
-    assert list(windows("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
-    assert list(windows("abcd", 2)) == [["a", "b"], ["c", "d"]] and list(windows("", 2)) == []
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ from tqdm import tqdm
 
 from moekernels.cli.device import add_device_argument, resolve_device
 from moekernels.models import AutoModelForSeq2SeqLM
+from moekernels.pipelines.batching import BATCHES_PER_WINDOW, batches_by_length, windows
 from moekernels.tokenizers import AutoTokenizer
-
-# Batches that are sorted by length together; their translations appear together too.
-_BATCHES_PER_WINDOW = 16
 
 
 def add_parser(commands: Any) -> None:
@@ -85,23 +81,15 @@ class Translator:
         """The translations of lines, in order; blank ones stay blank. The longest sentences come first."""
         texts = [line.strip() for line in lines]
         filled = [i for i, text in enumerate(texts) if text]
-        lengths = {i: len(self.tokenizer(texts[i])["input_ids"]) for i in filled}
-        filled.sort(key=lambda i: -lengths[i])
+        lengths = [len(self.tokenizer(texts[i])["input_ids"]) for i in filled]
         translations = [""] * len(lines)
         progress.update(len(lines) - len(filled))
-        for start in range(0, len(filled), batch_size):
-            chosen = filled[start : start + batch_size]
+        for batch in batches_by_length(lengths, batch_size):
+            chosen = [filled[position] for position in batch]
             for i, translation in zip(chosen, self.batch([texts[i] for i in chosen]), strict=True):
                 translations[i] = translation
             progress.update(len(chosen))
         return translations
-
-
-def windows(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The lines in lists of `size`; the last one may be shorter."""
-    iterator = iter(lines)
-    while window := list(islice(iterator, size)):
-        yield window
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             output = stack.enter_context(open(args.output, "w", encoding="utf-8"))
         hidden = not sys.stderr.isatty()
         progress = stack.enter_context(tqdm(total=total, desc="Translating", unit="line", disable=hidden))
-        for window in windows(lines, args.batch_size * _BATCHES_PER_WINDOW):
+        for window in windows(lines, args.batch_size * BATCHES_PER_WINDOW):
             for translation in translator.lines(window, args.batch_size, progress):
                 print(translation, file=output)
             output.flush()
