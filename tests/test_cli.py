@@ -130,10 +130,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().out
 
     top = text("--help")
-    for word in ("info", "generate", "translate", "demo", "--version", "examples:"):
+    for word in ("info", "generate", "chat", "translate", "run", "demo", "--version", "examples:"):
         assert word in top
     assert text("--version") == f"moekernels {__version__}\n"
-    for command in ("info", "generate", "translate", "demo"):
+    for command in ("info", "generate", "chat", "translate", "run", "demo"):
         assert f"usage: moekernels {command}" in text(command, "--help")
 
 

@@ -39,11 +39,11 @@ def test_devices(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert devices.resolve_device(1) == torch.device("cuda", 1) and devices.default_device() == torch.device("cuda")
     monkeypatch.setattr(devices, "build_info", lambda: {"cuda_archs": [], "cuda_reason": "no nvcc"})
-    with pytest.warns(UserWarning, match=r"device=0 is a GPU, but this build has no CUDA kernels \(no nvcc\)"):
+    with pytest.warns(UserWarning, match=r"device 0 is a GPU, but this build has no CUDA kernels \(no nvcc\)"):
         assert devices.resolve_device(0) == torch.device("cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert devices.default_device() == torch.device("cpu")
-    with pytest.warns(UserWarning, match="device=0 is a GPU, but PyTorch .* sees none; running on the CPU") as caught:
+    with pytest.warns(UserWarning, match="device 0 is a GPU, but PyTorch .* sees none; running on the CPU") as caught:
         assert pipeline("text-generation", olmoe, device=0).device == torch.device("cpu")
     assert caught[0].filename.endswith("test_factory.py")
 

@@ -8,16 +8,17 @@ import time
 import torch
 
 from moekernels import build_info
+from moekernels.pipelines.device import numbered_device
 
 
 def add_device_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)"
+        "--device", default="auto", help="cpu, cuda, cuda:1 or 1, ...; auto takes a GPU if there is one (default: auto)"
     )
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name.
+    """The device of that name; a number is a GPU, or the CPU where there is none, with a warning, or if it is -1.
 
     Raises:
         ValueError: there is no such device, or this build has no kernels for it.
@@ -25,6 +26,8 @@ def resolve_device(name: str) -> torch.device:
     built_for_cuda = bool(build_info()["cuda_archs"])
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and built_for_cuda else "cpu")
+    if name.removeprefix("-").isdigit():
+        return numbered_device(int(name))
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moekernels._version import __version__
-from moekernels.cli import demo, generate, info, translate
+from moekernels.cli import chat, demo, generate, info, run, translate
 
 _EPILOG = """\
 examples:
   moekernels demo                                        try everything on a small model, without a download
   moekernels generate --model DIR --prompt "Once upon"   continue a text with a checkpoint on disk
+  moekernels chat --model DIR --system "Be brief."       talk to a model
+  moekernels run --task summarization --model DIR FILE   run a task on lines of text
   moekernels translate --model DIR --src-lang eng_Latn --tgt-lang fra_Latn FILE
                                                          translate one sentence per line
   moekernels info --json                                 what to put into a bug report
@@ -38,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moekernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, generate, translate, demo):
+    for command in (info, generate, chat, translate, run, demo):
         command.add_parser(commands)
     return parser
 

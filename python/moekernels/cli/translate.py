@@ -6,13 +6,13 @@ import argparse
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from moekernels.cli.device import add_device_argument, resolve_device
+from moekernels.cli.files import read_lines
 from moekernels.models import AutoModelForSeq2SeqLM
 from moekernels.pipelines.batching import BATCHES_PER_WINDOW, batches_by_length, windows
 from moekernels.tokenizers import AutoTokenizer
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be a positive integer, got {args.batch_size}")
     device = resolve_device(args.device)
     # A file is read before the output is opened, which may be the same one.
-    lines = sys.stdin if args.file in (None, "-") else _read(args.file)
+    lines = sys.stdin if args.file in (None, "-") else read_lines(args.file)
     given = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     translator = Translator(
         args.model,
@@ -126,12 +126,3 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def _read(name: str) -> list[str]:
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name!r} is not UTF-8: {error}") from error
-    # Not splitlines, which also breaks at characters that may stand within a line.
-    return text.removesuffix("\n").split("\n") if text else []

@@ -10,9 +10,7 @@ from moekernels._library import build_info
 
 
 def resolve_device(device: int | str | torch.device | None) -> torch.device | None:
-    """The device that is meant: an integer is the GPU of that number, and -1 the CPU.
-
-    Where there is no GPU to use, integers from 0 mean the CPU too, with a warning.
+    """The device that is meant; for an integer see :func:`numbered_device`.
 
     Raises:
         ValueError: there is no such device.
@@ -20,17 +18,21 @@ def resolve_device(device: int | str | torch.device | None) -> torch.device | No
     if device is None:
         return None
     if isinstance(device, int):
-        missing = _missing_gpu()
-        if device >= 0 and missing is None:
-            device = f"cuda:{device}"
-        else:
-            if device >= 0:
-                warnings.warn(f"device={device} is a GPU, but {missing}; running on the CPU", stacklevel=3)
-            device = "cpu"
+        return numbered_device(device, stacklevel=4)
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a number, a name such as 'cuda:0', or 'cpu', got {device!r}") from error
+
+
+def numbered_device(number: int, stacklevel: int = 2) -> torch.device:
+    """The GPU of that number, or the CPU: if it is -1, or, with a warning, where there is no GPU to use."""
+    missing = _missing_gpu()
+    if number >= 0 and missing is None:
+        return torch.device("cuda", number)
+    if number >= 0:
+        warnings.warn(f"device {number} is a GPU, but {missing}; running on the CPU", stacklevel=stacklevel)
+    return torch.device("cpu")
 
 
 def default_device() -> torch.device:

@@ -19,8 +19,7 @@ class _Options:
     tensors: bool = False
     clean_up_tokenization_spaces: bool = False
     truncation: bool | str | None = None
-    src_lang: str | None = None
-    tgt_lang: str | None = None
+    src_lang: str | None = None  # of translation alone
     generation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,7 +59,7 @@ class Text2TextGenerationPipeline(GenerationPipeline):
         stop = given.pop("stop_sequence", None)
         if stop is not None:
             given["stop_strings"] = stop
-        own = ("clean_up_tokenization_spaces", "truncation", "src_lang", "tgt_lang")
+        own = ("clean_up_tokenization_spaces", "truncation")
         taken = {name: given.pop(name) for name in own if name in given}
         return _Options(
             tensors=bool(tensors), generation=given, **{k: value for k, value in taken.items() if value is not None}
@@ -101,19 +100,21 @@ class TranslationPipeline(Text2TextGenerationPipeline):
     returns: ClassVar[str] = "translation"
 
     def _options(self, parameters: dict[str, Any]) -> _Options:
-        options = super()._options(parameters)
+        given = dict(parameters)
+        src_lang, tgt_lang = given.pop("src_lang", None), given.pop("tgt_lang", None)
+        options = super()._options(given)
         if not hasattr(self.tokenizer, "get_lang_id"):
             return options
         named = _TRANSLATION.fullmatch(self.task)
         source, target = named.groups() if named else (self.tokenizer.src_lang, self.tokenizer.tgt_lang)
-        options.src_lang = options.src_lang or source
-        options.tgt_lang = options.tgt_lang or target
-        if options.tgt_lang is None:
+        target = tgt_lang or target
+        if target is None:
             raise ValueError(f"{self.task}: which language to translate to? Pass tgt_lang")
-        options.generation.setdefault("forced_bos_token_id", self.tokenizer.get_lang_id(options.tgt_lang))
+        options.src_lang = src_lang or source
+        options.generation.setdefault("forced_bos_token_id", self.tokenizer.get_lang_id(target))
         return options
 
     def _encode(self, item: Any, options: _Options) -> dict[str, list[int]]:
-        if options.src_lang is not None and hasattr(self.tokenizer, "get_lang_id"):
+        if options.src_lang is not None:
             self.tokenizer.src_lang = options.src_lang
         return super()._encode(item, options)
