@@ -25,8 +25,8 @@ def _saved(made: Any, config: Any, directory: Path, seed: int, **generation: Any
     return directory
 
 
-def olmoe(directory: Path) -> Path:
-    builders.olmoe(directory, chat_template=TEMPLATE)
+def olmoe(directory: Path, texts: tuple[str, ...] = builders.TEXTS) -> Path:
+    builders.olmoe(directory, texts, chat_template=TEMPLATE)
     config = transformers.OlmoeConfig(
         **{"vocab_size": 423, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.3},

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from tests.pipelines.checkpoints import olmoe
 from tests.tokenizers.builders import phimoe
 from tests.tokenizers.sentencepiece_builders import m2m_100, nllb, t5
 
@@ -62,6 +63,16 @@ def random_nllb_moe_2_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _nllb_moe(tmp_path_factory.mktemp("random-nllb-moe-2-experts"), num_experts=2)
 
 
+@pytest.fixture(scope="session")
+def olmoe_1b_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In bfloat16, as released, and with a tokenizer that knows the words of the page."""
+    texts = ("Hey, are you conscious? Can you talk to me?", "Bitcoin is", "Dionysus is the god of")
+    directory = olmoe(tmp_path_factory.mktemp("OLMoE-1B-7B"), texts * 3)
+    model = transformers.OlmoeForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    return directory
+
+
 def _nllb_moe(directory: Path, num_experts: int) -> Path:
     nllb(directory)
     vocab_size = len(transformers.NllbTokenizerFast.from_pretrained(directory)) + 2
@@ -87,6 +98,7 @@ def switch_base_8(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decoder_start_token_id=0,
     )
     model = _random(transformers.SwitchTransformersForConditionalGeneration, config)
+    model.generation_config.max_length = 40
     model.save_pretrained(directory, safe_serialization=False)
     return directory
 

@@ -1,17 +1,64 @@
-"""The examples of the Switch Transformers documentation page. Only what is imported and the checkpoint's path differ.
-
-Left out are the examples that need a `pipeline`, the command line of transformers, or bitsandbytes.
-"""
+"""The examples of the documentation page of Switch Transformers. Only imports and the checkpoint's path differ."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import transformers
 
 #: The page's first GPU, where there is one.
 DEVICE = 0 if torch.cuda.is_available() else "cpu"
+
+
+def expected_warning() -> AbstractContextManager[Any]:
+    """What the page's `device=0` gives on a machine without a GPU."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return pytest.warns(UserWarning, match="device 0 is a GPU, but .*; running on the CPU")
+
+
+def test_pipeline(switch_base_8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moekernels import pipeline
+
+    with expected_warning():
+        pipeline = pipeline(
+            task="text2text-generation",
+            model=switch_base_8,
+            dtype=torch.float16,
+            device=0,
+        )
+    print(pipeline("The capital of France is ."))
+
+    assert [list(record) for record in ast.literal_eval(capsys.readouterr().out)] == [["generated_text"]]
+    assert pipeline.dtype == torch.float16
+    # In float16 rounding decides between beams.
+    theirs = transformers.pipeline("text2text-generation", str(switch_base_8), dtype=torch.float32, device="cpu")
+    pipeline.model.float()
+    assert pipeline("The capital of France is .") == theirs("The capital of France is .")
+
+
+def test_command_line(switch_base_8: Path) -> None:
+    command = (
+        f'echo -e "The capital of France is ." | {shlex.quote(sys.executable)} -m moekernels run '
+        f"--task text2text-generation --model {shlex.quote(str(switch_base_8))} --device 0"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    theirs = transformers.pipeline("text2text-generation", str(switch_base_8), device="cpu")
+    assert ast.literal_eval(result.stdout) == theirs("The capital of France is .")
+    assert torch.cuda.is_available() or result.stderr.startswith("moekernels: warning: device 0 is a GPU, but PyTorch")
 
 
 def test_automodel(switch_base_8: Path) -> None:
@@ -32,6 +79,29 @@ def test_automodel(switch_base_8: Path) -> None:
     expected = theirs.generate(their_tokenizer(input_text, return_tensors="pt").input_ids)
     assert torch.equal(outputs.cpu(), expected)
     assert text == their_tokenizer.decode(expected[0]) and text.startswith("<pad>")
+
+
+def test_quantization(switch_base_8: Path) -> None:
+    """The weights are not quantised, which a warning says; the text is that of the whole model."""
+    from moekernels import AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(switch_base_8)
+    quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.warns(UserWarning, match=r"weights are not quantised to 8 bits.* they stay float32.* 4 times"):
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            switch_base_8, device_map="auto", quantization_config=quantization_config
+        )
+
+    input_text = "The capital of France is ."
+    input_ids = tokenizer(input_text, return_tensors="pt").input_ids.to(DEVICE)
+
+    outputs = model.generate(input_ids)
+    text = tokenizer.decode(outputs[0])
+
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(switch_base_8).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(switch_base_8)
+    expected = theirs.generate(their_tokenizer(input_text, return_tensors="pt").input_ids)
+    assert torch.equal(outputs.cpu(), expected) and text == their_tokenizer.decode(expected[0])
 
 
 def test_switch_transformers_config() -> None:

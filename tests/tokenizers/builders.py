@@ -32,7 +32,7 @@ PROBES = (
 
 
 @cache
-def neox_json() -> str:
+def neox_json(texts: tuple[str, ...] = TEXTS) -> str:
     """Byte-level BPE like OLMoE's: two special tokens first, runs of spaces as added tokens last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -45,7 +45,7 @@ def neox_json() -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
     return tokenizer.to_str()
 
@@ -81,7 +81,7 @@ def write(directory: Path, tokenizer_json: str, config: dict[str, Any] | None, *
     return directory
 
 
-def olmoe(directory: Path, **changes: Any) -> Path:
+def olmoe(directory: Path, texts: tuple[str, ...] = TEXTS, **changes: Any) -> Path:
     """As the OLMoE checkpoints have it."""
     config = {
         "tokenizer_class": "GPTNeoXTokenizer",
@@ -95,12 +95,12 @@ def olmoe(directory: Path, **changes: Any) -> Path:
         "model_max_length": 1000000000000000019884624838656,
         "added_tokens_decoder": {
             str(token["id"]): {name: token[name] for name in token if name != "id"}
-            for token in json.loads(neox_json())["added_tokens"]
+            for token in json.loads(neox_json(texts))["added_tokens"]
         },
         "clean_up_tokenization_spaces": True,
         **changes,
     }
-    return write(directory, neox_json(), config)
+    return write(directory, neox_json(texts), config)
 
 
 def phimoe(directory: Path, **changes: Any) -> Path:

@@ -25,6 +25,7 @@ from moekernels.models.phimoe import (
     PhimoeModel,
 )
 from moekernels.models.placement import infer_device
+from moekernels.models.quantization import BitsAndBytesConfig
 from moekernels.models.switch_transformers import (
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
@@ -40,6 +41,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
+    "BitsAndBytesConfig",
     "M2M100Config",
     "M2M100ForConditionalGeneration",
     "M2M100Model",

@@ -40,6 +40,7 @@ from moekernels.models.loading import (
 )
 from moekernels.models.outputs import ModelOutput
 from moekernels.models.placement import Device, DeviceMap, Unit, follow, plan_placement, units
+from moekernels.models.quantization import BitsAndBytesConfig, requested_bits, warn_of_whole_weights
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
 from moekernels.nn.attention import FLASH_ATTENTION, require_flash_attention
 
@@ -162,6 +163,9 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         generation_config: GenerationConfig | None = None,
+        quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
         progress: bool | None = None,
         **kwargs: Any,
     ) -> _Model:
@@ -188,6 +192,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
                 that is an error.
             output_loading_info: also return a dictionary of the names that were missing, left out or mismatched.
             generation_config: used instead of ``generation_config.json``.
+            quantization_config, load_in_8bit, load_in_4bit: accepted, but weights are not quantised; a warning says so.
             progress: show a progress bar; None does so on a terminal.
             **kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` and `subfolder` for
                 :func:`moekernels.checkpoint.resolve`; fields of the configuration to override; and arguments of
@@ -202,6 +207,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
         fields = {name: value for name, value in kwargs.items() if name not in WITHOUT_EFFECT}
         config = overridden(cls._config_from(directory if config is None else config, hub), fields)
         asked = parse_dtype(dtype if torch_dtype is None else torch_dtype) or config.dtype
+        bits = requested_bits(config, quantization_config, load_in_8bit, load_in_4bit)
         if device is not None and device_map is not None:
             raise ValueError("from_pretrained: pass device or device_map, not both")
         # Whatever can be wrong without the weights is said before they are fetched.
@@ -212,6 +218,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
         local = None if directory is None else _local(directory, use_safetensors, variant, state_dict, hub)
         reader = open_weights(local, state_dict, use_safetensors, variant)
         final = asked or stored_dtype(reader)
+        warn_of_whole_weights(bits, final)
         report = load_checkpoint(
             model,
             reader,

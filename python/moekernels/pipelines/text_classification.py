@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moekernels import models
+from moekernels.models import AutoModelForSequenceClassification
 from moekernels.pipelines.base import Pipeline
 
 _FUNCTIONS = ("sigmoid", "softmax", "none")
@@ -36,7 +36,7 @@ class TextClassificationPipeline(Pipeline):
     has a list of them.
     """
 
-    auto_class: ClassVar[Any] = getattr(models, "AutoModelForSequenceClassification", None)
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     default_task: ClassVar[str] = "text-classification"
     padding_side: ClassVar[str] = "right"
 
