@@ -42,8 +42,8 @@ def test_nothing_asked_for(saved_olmoe: Callable[..., Any]) -> None:
 
 
 def test_fields() -> None:
-    theirs = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
-    ours = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    kwargs = {"load_in_8bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    theirs, ours = transformers.BitsAndBytesConfig(**kwargs), BitsAndBytesConfig(**kwargs)
     for name in ("load_in_8bit", "load_in_4bit", "llm_int8_threshold", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert BitsAndBytesConfig().bnb_4bit_compute_dtype == torch.float32
