@@ -89,6 +89,24 @@ def test_batches(pair: tuple[Any, Any]) -> None:
     assert ours.apply_chat_template(batch, tokenize=False) == theirs.apply_chat_template(batch, tokenize=False)
 
 
+def test_the_words_of_the_model(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    both_ways: dict[str, Any] = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
+    chat = [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
+    got = ours.apply_chat_template(chat, **both_ways)
+    assert dict(got) == dict(theirs.apply_chat_template(chat, **both_ways))
+    words = [index for index, own in zip(got.input_ids, got.assistant_masks, strict=True) if own]
+    assert ours.decode(words).count("Yes & no") == 2 and "2 < 3" not in ours.decode(words)
+    both_ways.update(padding=True, return_tensors="pt", truncation=True, max_length=60)
+    got, expected = (t.apply_chat_template([chat, [USER]], **both_ways) for t in pair)
+    assert torch.equal(got.assistant_masks, expected["assistant_masks"])
+    assert got.assistant_masks.any(dim=1).tolist() == [True, False]
+
+
 def test_parts_of_a_message(pair: tuple[Any, Any]) -> None:
     ours, theirs = pair
     template = "{% for m in messages %}{% for part in m.content %}{{ part.text or '' }}|{% endfor %}{% endfor %}"
@@ -180,7 +198,7 @@ def test_errors(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
             ours.apply_chat_template(messages, tokenize=False, **kwargs)
     with pytest.raises(TypeError, match="tools must be dictionaries, got function"):
         ours.apply_chat_template([USER], tools=[both])
-    with pytest.raises(NotImplementedError, match="return_assistant_tokens_mask"):
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask needs tokenize and return_dict"):
         ours.apply_chat_template([USER], return_assistant_tokens_mask=True)
     ours.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has no chat_template"):

@@ -48,7 +48,8 @@ class ChatTemplates:
             continue_final_message: end with the last message, for the model to go on with it.
             tokenize: return ids (a `BatchEncoding` with `return_dict`), not text.
             padding, truncation, max_length, return_tensors: as for calling the tokenizer.
-            return_assistant_tokens_mask: not supported.
+            return_assistant_tokens_mask: with `return_dict`, also return `assistant_masks`: 1 for the tokens that the
+                template marks as the model's words by `{% generation %}`. Needs a fast tokenizer.
             tokenizer_kwargs: further keywords for calling the tokenizer.
             **kwargs: further variables of the template.
 
@@ -57,8 +58,11 @@ class ChatTemplates:
             TypeError: a tool or a document is no dictionary.
             ImportError: jinja2 is not installed.
         """
-        if return_assistant_tokens_mask:
-            raise NotImplementedError("apply_chat_template: return_assistant_tokens_mask is not supported yet")
+        if return_assistant_tokens_mask and (continue_final_message or not (tokenize and return_dict)):
+            raise ValueError(
+                "apply_chat_template: return_assistant_tokens_mask needs tokenize and return_dict, and no "
+                "continue_final_message"
+            )
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "apply_chat_template: add_generation_prompt begins a new message and continue_final_message goes on "
@@ -73,16 +77,19 @@ class ChatTemplates:
             raise ValueError("apply_chat_template: there are no messages")
         batched = isinstance(conversation[0], (list, tuple))
         conversations: list[Any] = list(conversation) if batched else [conversation]
-        texts = []
+        variables: dict[str, Any] = {
+            **{**self.special_tokens_map, **kwargs},
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        texts, spans = [], []
         for messages in conversations:
-            text = templates.render(
-                source,
-                messages,
-                **{**self.special_tokens_map, **kwargs},
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
-            )
+            if return_assistant_tokens_mask:
+                text, found = templates.render_with_spans(source, messages, **variables)
+                spans.append(found)
+            else:
+                text = templates.render(source, messages, **variables)
             texts.append(templates.continued(text, messages[-1]) if continue_final_message else text)
         if not tokenize:
             return texts if batched else texts[0]
@@ -95,6 +102,10 @@ class ChatTemplates:
             return_tensors=return_tensors,
             **(tokenizer_kwargs or {}),
         )
+        if return_assistant_tokens_mask:
+            masks = [_mask(encoding, row, found) for row, found in enumerate(spans)]
+            encoding["assistant_masks"] = masks if batched or return_tensors else masks[0]
+            encoding.convert_to_tensors(return_tensors)
         return encoding if return_dict else encoding["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
@@ -110,3 +121,16 @@ class ChatTemplates:
         if not source:
             raise ValueError("the tokenizer has no chat_template; set it, or pass one")
         return source
+
+
+def _mask(encoding: BatchEncoding, row: int, spans: list[tuple[int, int]]) -> list[int]:
+    """1 for the tokens of a row that cover one of the spans of its text, 0 for others."""
+    ids = encoding["input_ids"]
+    mask = [0] * len(ids if isinstance(ids[0], int) else ids[row])
+    for begin, end in spans:
+        first, last = encoding.char_to_token(row, begin), encoding.char_to_token(row, end - 1)
+        if first is None:
+            break  # the rest was truncated
+        last = len(mask) - 1 if last is None else last
+        mask[first : last + 1] = [1] * (last + 1 - first)
+    return mask

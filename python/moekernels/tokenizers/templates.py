@@ -9,6 +9,8 @@ from typing import Any
 
 # Characters or items that a template may make by multiplication.
 _LONGEST_REPETITION = 100_000
+# Variables around the model's words, and what they hold where those are looked for: what occurs in no text.
+_MARKS = {"_generation_begins": "\x00[\x00", "_generation_ends": "\x00]\x00"}
 
 
 @lru_cache(maxsize=16)
@@ -37,14 +39,18 @@ def _compiled(template: str) -> Any:
             return super().call_binop(context, operator, left, right)
 
     class GenerationBlock(Extension):
-        """Renders what stands between `{% generation %}` and `{% endgeneration %}`, which mark the model's words."""
+        """Renders the model's words, which stand between `{% generation %}` and `{% endgeneration %}`.
+
+        What the variables of these names hold comes before and after them; as a rule that is nothing.
+        """
 
         tags = {"generation"}  # noqa: RUF012 (the base class says how it is declared)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
+            begin, end = (nodes.Output([nodes.Name(name, "load")]).set_lineno(line) for name in _MARKS)
+            return [begin, nodes.Scope(body).set_lineno(line), end]
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -81,6 +87,22 @@ def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> s
         return compiled.render(messages=messages, **variables)
     except Exception as error:  # a template can raise whatever an expression in Python can
         raise ValueError(f"the chat template failed: {error or type(error).__name__}") from error
+
+
+def render_with_spans(
+    template: str, messages: list[dict[str, Any]], **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """:func:`render`, and where in the text the model's words are: first and one past the last character of each."""
+    marked = render(template, messages, **variables, **_MARKS)
+    begin, end = _MARKS.values()
+    text, *parts = marked.split(begin)
+    spans = []
+    for part in parts:
+        words, _, rest = part.partition(end)
+        if words:
+            spans.append((len(text), len(text) + len(words)))
+        text += words + rest
+    return text, spans
 
 
 def continued(text: str, message: dict[str, Any]) -> str:
