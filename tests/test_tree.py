@@ -25,7 +25,7 @@ def test_inline_ptx_lives_in_one_place() -> None:
 
 
 # Each package may import those before it, and itself.
-LAYERS = ("ops", "nn", "checkpoint", "generation", "tokenizers", "models", "pipelines", "cli")
+LAYERS = ("checkpoint", "ops", "nn", "generation", "tokenizers", "models", "pipelines", "cli")
 
 
 def test_imports_point_one_way() -> None:
