@@ -97,3 +97,14 @@ def test_where_a_tokenizer_comes_from_is_no_setting_of_it(tmp_path: Path) -> Non
         tokenizer = made.from_pretrained(tmp_path, subfolder="a", **options)
         assert not {*options, "subfolder"} & set(tokenizer.init_kwargs)
         assert tokenizer(TEXTS).input_ids == T5Tokenizer.from_pretrained(tmp_path / "a")(TEXTS).input_ids
+
+
+def test_a_name_on_the_hub(tmp_path: Path) -> None:
+    home = tmp_path / "models--owner--model"
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(snapshot.name)
+    expected = T5Tokenizer.from_pretrained(t5(snapshot, fast=False))(TEXTS).input_ids
+    for made in (AutoTokenizer, T5Tokenizer):
+        assert made.from_pretrained("owner/model", cache_dir=tmp_path)(TEXTS).input_ids == expected
