@@ -82,3 +82,25 @@ def test_errors(olmoe: Path) -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             ours(inputs, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
+def test_phimoe(olmoe: Path, tmp_path: Path) -> None:
+    """A checkpoint of the one model here that classifies."""
+    torch.manual_seed(2)
+    config = transformers.PhimoeConfig(
+        **{"vocab_size": 423, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 1},
+        **{"initializer_range": 0.4, "id2label": {0: "bad", 1: "good", 2: "mixed"}, "max_position_embeddings": 128},
+    )
+    transformers.PhimoeForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(olmoe).save_pretrained(tmp_path)
+    ours = pipeline("sentiment-analysis", str(tmp_path), device="cpu")
+    theirs = transformers.pipeline("sentiment-analysis", str(tmp_path), device="cpu")
+    expected = theirs(TEXTS, top_k=None)
+    for batch_size in (1, 3):
+        got = ours(TEXTS, top_k=None, batch_size=batch_size)
+        for mine, their in zip(got, expected, strict=True):
+            scores = {record["label"]: record["score"] for record in their}
+            assert {record["label"]: record["score"] for record in mine} == pytest.approx(scores, rel=1e-4)
+    assert len({records[0]["label"] for records in got}) > 1
