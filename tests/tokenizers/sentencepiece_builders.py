@@ -121,6 +121,13 @@ def llama(directory: Path, **config: Any) -> Path:
     return directory
 
 
+def llama_fast(directory: Path, **config: Any) -> Path:
+    """The same with a `tokenizer.json`, as transformers makes it of the others."""
+    tokenizer = transformers.LlamaTokenizerFast.from_pretrained(llama(directory, **config))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def _mask_after_languages(directory: Path) -> None:
     """The order of the released files. transformers 4.56.2 puts `<mask>` before the languages when it converts."""
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))

@@ -16,7 +16,17 @@ import transformers
 
 from moekernels import tokenizers
 from moekernels.tokenizers import M2M100Tokenizer, NllbTokenizer, T5Tokenizer
-from tests.tokenizers.sentencepiece_builders import PROBES, TEXTS, bpe_model, llama, m2m_100, nllb, t5, unigram_model
+from tests.tokenizers.sentencepiece_builders import (
+    PROBES,
+    TEXTS,
+    bpe_model,
+    llama,
+    llama_fast,
+    m2m_100,
+    nllb,
+    t5,
+    unigram_model,
+)
 
 
 class Kind(NamedTuple):
@@ -38,6 +48,8 @@ KINDS = {
     "t5-fast": Kind("T5TokenizerFast", t5),
     "llama": Kind("LlamaTokenizer", llama),
     "llama-legacy": Kind("LlamaTokenizer", llama, {"legacy": True, "add_eos_token": True}),
+    "llama-fast": Kind("LlamaTokenizerFast", llama_fast),
+    "llama-fast-eos": Kind("LlamaTokenizerFast", llama_fast, {"legacy": True, "add_eos_token": True}),
     "llama-no-prefix": Kind("LlamaTokenizer", llama, {"add_prefix_space": False, "add_bos_token": False}),
 }
 Pair = tuple[Any, Any]

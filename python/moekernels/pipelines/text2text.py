@@ -54,7 +54,7 @@ class Text2TextGenerationPipeline(GenerationPipeline):
 
     def _options(self, parameters: dict[str, Any]) -> _Options:
         given = dict(parameters)
-        tensors = given.pop("return_tensors", None) or given.pop("return_type", None) == "tensors"
+        tensors = given.pop("return_tensors", None)
         given.pop("return_text", None)
         stop = given.pop("stop_sequence", None)
         if stop is not None:

@@ -57,13 +57,12 @@ class TextGenerationPipeline(GenerationPipeline):
     def _options(self, parameters: dict[str, Any]) -> _Options:
         given = dict(parameters)
         full_text, text = given.pop("return_full_text", None), given.pop("return_text", None)
-        tensors, returns = given.pop("return_tensors", None), given.pop("return_type", None)
+        tensors = given.pop("return_tensors", None)
         if tensors and (full_text is not None or text):
             raise ValueError("text-generation: results are ids with return_tensors; return_full_text cannot apply")
         if full_text is not None and text is not None:
             raise ValueError("text-generation: pass return_full_text or return_text, not both")
-        if returns is None:
-            returns = TENSORS if tensors else NEW_TEXT if full_text is False else FULL_TEXT
+        returns = TENSORS if tensors else NEW_TEXT if full_text is False else FULL_TEXT
         encoding: dict[str, Any] = {name: given.pop(name, None) for name in ("add_special_tokens", "truncation")}
         given.pop("padding", None)  # batches are always padded, and on the left
         if encoding.get("truncation") and given.get("max_length") is not None:
