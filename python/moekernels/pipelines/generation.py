@@ -66,11 +66,11 @@ class GenerationPipeline(Pipeline):
         if not isinstance(sequences, Tensor):
             sequences = sequences.sequences
         num_rows, prompt_length = batch["input_ids"].shape
-        groups = sequences.reshape(num_rows, -1, sequences.shape[-1]).cpu()
-        ends, pad = (
-            given.get(name) if given.get(name) is not None else getattr(config, name) or getattr(own, name)
-            for name in ("eos_token_id", "pad_token_id")
-        )
+        groups = list(sequences.reshape(num_rows, -1, sequences.shape[-1]).cpu())
+        if num_rows == 1:
+            return groups
+        given = {**own.to_dict(), **{k: v for k, v in config.to_dict().items() if v is not None}, **given}
+        ends, pad = given["eos_token_id"], given["pad_token_id"]
         if self.encoder_decoder:
             begin = given["decoder_input_ids"].shape[1] if "decoder_input_ids" in given else 1
             return [group[:, : begin + _longest(group[:, begin:], ends, pad)] for group in groups]
