@@ -42,6 +42,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 12}
         {"prefix": "Once , "},
         {"truncation": True, "tokenizer_encode_kwargs": {"max_length": 2}},
         {"eos_token_id": list(range(0, 423, 9))},
+        {"eos_token_id": None, "return_tensors": True},
         {"eos_token_id": list(range(0, 423, 9)), "num_beams": 2, "num_return_sequences": 2, "return_tensors": True},
     ],
     ids=lambda kwargs: "-".join(kwargs) or "plain",
@@ -134,6 +135,8 @@ def test_stop_sequence(pair: tuple[Any, Any]) -> None:
     text = ours(TEXTS[1], **GREEDY, return_full_text=False, clean_up_tokenization_spaces=False)[0]["generated_text"]
     stopped = ours(TEXTS[1], **GREEDY, return_full_text=False, stop_sequence=text[2:4])[0]["generated_text"]
     assert text[2:4] in stopped and len(stopped) < len(text) and text.startswith(stopped)
+    options = {**GREEDY, "stop_sequence": text[2:4], "return_tensors": True}
+    assert ours(TEXTS, batch_size=6, **options) == ours(TEXTS, **options)
 
 
 def test_one_model_for_several(olmoe: Path) -> None:

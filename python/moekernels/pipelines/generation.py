@@ -70,7 +70,9 @@ class GenerationPipeline(Pipeline):
         if num_rows == 1:
             return groups
         given = {**own.to_dict(), **{k: v for k, v in config.to_dict().items() if v is not None}, **given}
-        ends, pad = given["eos_token_id"], given["pad_token_id"]
+        ends = given["eos_token_id"]
+        # Only where something else than an end token may end a sequence do pad tokens say where it ends.
+        pad = given["pad_token_id"] if given["stop_strings"] or given.get("stopping_criteria") else None
         if self.encoder_decoder:
             begin = given["decoder_input_ids"].shape[1] if "decoder_input_ids" in given else 1
             return [group[:, : begin + _longest(group[:, begin:], ends, pad)] for group in groups]
@@ -87,7 +89,7 @@ class GenerationPipeline(Pipeline):
 def _longest(new: Tensor, ends: int | list[int] | None, pad: int | None) -> int:
     """The number of tokens `[n, length]` up to the last end of a sequence; what follows fills up the batch.
 
-    A sequence ends with its first end token, or, where a text stopped it, before the pad tokens.
+    A sequence ends with its first end token, or, if `pad` is given, before the pad tokens.
     """
     if new.numel() == 0:
         return 0
