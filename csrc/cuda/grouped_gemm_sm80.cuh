@@ -3,17 +3,22 @@
 // Four warps as 2 x 2, each with kTileM / 2 rows times 64 weight rows: a warp of the 128-row tile reads 8 KB of shared
 // memory for every 64 mma, half of what the tensor cores leave time for. 128 accumulators per thread, two blocks per
 // multiprocessor: one's epilogue runs under the other's main loop.
+//
+// Each operand may lie K-major (tile_loader.cuh) or M- or N-major (depth_loader.cuh): ldmatrix, plain or transposing,
+// makes the same fragments of both. It cannot transpose 32-bit elements: those are read word by word.
 #pragma once
 
 #include "grouped_gemm_tiled.cuh"
 
 namespace moekernels {
 
-template <class T, int kTileM_>
+template <class T, int kTileM_, Major kRowsMajor_ = Major::kK, Major kWeightsMajor_ = Major::kK>
 class MmaCompute {
  public:
   using Element = T;
   static constexpr int kTileM = kTileM_;
+  static constexpr Major kRowsMajor = kRowsMajor_;
+  static constexpr Major kWeightsMajor = kWeightsMajor_;
   static constexpr int kWarpsM = 2;
   static constexpr int kWarpsN = 2;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
@@ -36,8 +41,11 @@ class MmaCompute {
   __device__ __forceinline__ void multiply(uint32_t rows_tile, uint32_t weights_tile, LoadNext&& load_next) {
     uint32_t rows[2][kMmasM][4];
     uint32_t weights[2][kMmasN / 2][4];
-    fetch(rows[0], weights[0], rows_tile, weights_tile, 0);
-    fetch(rows[1], weights[1], rows_tile, weights_tile, 2);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      fetch_rows(rows[step], rows_tile, step);
+      fetch_weights(weights[step], weights_tile, step);
+    }
     multiply_step(rows[0], weights[0]);
     load_next();
     multiply_step(rows[1], weights[1]);
@@ -67,30 +75,78 @@ class MmaCompute {
   static constexpr int kWarpCols = kTiledN / kWarpsN;
   static constexpr int kMmasM = kWarpRows / 16;
   static constexpr int kMmasN = kWarpCols / 8;
+  using RowsByDepth = DepthTile<T, kTileM>;
+  using WeightsByDepth = DepthTile<T, kTiledN>;
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ __forceinline__ int warp_m() { return static_cast<int>(threadIdx.x) / 32 / kWarpsN; }
   static __device__ __forceinline__ int warp_n() { return static_cast<int>(threadIdx.x) / 32 % kWarpsN; }
 
-  // Chunks `chunk` and `chunk` + 1 of the warp's rows and weight rows. For 32-bit elements a chunk is four of them and
-  // ldmatrix, which moves 32 bits to each lane, makes the fragments of m16n8k8 in the same way.
-  static __device__ __forceinline__ void fetch(uint32_t (&rows)[kMmasM][4], uint32_t (&weights)[kMmasN / 2][4],
-                                               uint32_t rows_tile, uint32_t weights_tile, int chunk) {
-    const int row = warp_m() * kWarpRows + lane() % 16;
-    const int weight_row = warp_n() * kWarpCols + lane() % 8 + lane() / 16 * 8;
-    const uint32_t row_address = tile_address(rows_tile, row) ^ static_cast<uint32_t>((chunk + lane() / 16) << 4);
-    const uint32_t weight_address =
-        tile_address(weights_tile, weight_row) ^ static_cast<uint32_t>((chunk + lane() / 8 % 2) << 4);
+  // The fragments of step 0 or 1 of a stage. K-major, these are two chunks of each row; for 32-bit elements a chunk is
+  // four of them and ldmatrix, which moves 32 bits to each lane, makes the fragments of m16n8k8 in the same way.
+  static __device__ __forceinline__ void fetch_rows(uint32_t (&rows)[kMmasM][4], uint32_t tile, int step) {
+    if constexpr (kRowsMajor == Major::kK) {
+      const int row = warp_m() * kWarpRows + lane() % 16;
+      const uint32_t address = tile_address(tile, row) ^ static_cast<uint32_t>((2 * step + lane() / 16) << 4);
 #pragma unroll
-    for (int i = 0; i < kMmasM; ++i) {
-      ptx::ldmatrix_x4(rows[i], row_address + 16 * i * kTileRowBytes);
-      round_to_tf32(rows[i]);
+      for (int i = 0; i < kMmasM; ++i) ptx::ldmatrix_x4(rows[i], address + 16 * i * kTileRowBytes);
+    } else if constexpr (sizeof(T) == 2) {
+      const int k = step * 16 + lane() % 8 + lane() / 16 * 8;
+      const int chunk = warp_m() * kWarpRows / 8 + lane() / 8 % 2;
+      const uint32_t address = RowsByDepth::address(tile, k) ^ static_cast<uint32_t>(chunk << 4);
+#pragma unroll
+      for (int i = 0; i < kMmasM; ++i) ptx::ldmatrix_x4_trans(rows[i], address ^ static_cast<uint32_t>(2 * i << 4));
+    } else {
+      const uint32_t address = word_address<RowsByDepth>(tile, step, warp_m() * kWarpRows);
+#pragma unroll
+      for (int i = 0; i < kMmasM; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const uint32_t column = address ^ static_cast<uint32_t>((4 * i + c % 2 * 2) << 4);
+          rows[i][c] = ptx::ld_shared_u32(column + c / 2 * 4 * RowsByDepth::kPitch);
+        }
+      }
     }
 #pragma unroll
-    for (int j = 0; j < kMmasN / 2; ++j) {
-      ptx::ldmatrix_x4(weights[j], weight_address + 16 * j * kTileRowBytes);
-      round_to_tf32(weights[j]);
+    for (int i = 0; i < kMmasM; ++i) round_to_tf32(rows[i]);
+  }
+
+  static __device__ __forceinline__ void fetch_weights(uint32_t (&weights)[kMmasN / 2][4], uint32_t tile, int step) {
+    if constexpr (kWeightsMajor == Major::kK) {
+      const int row = warp_n() * kWarpCols + lane() % 8 + lane() / 16 * 8;
+      const uint32_t address = tile_address(tile, row) ^ static_cast<uint32_t>((2 * step + lane() / 8 % 2) << 4);
+#pragma unroll
+      for (int j = 0; j < kMmasN / 2; ++j) ptx::ldmatrix_x4(weights[j], address + 16 * j * kTileRowBytes);
+    } else if constexpr (sizeof(T) == 2) {
+      const int k = step * 16 + lane() % 16;
+      const int chunk = warp_n() * kWarpCols / 8 + lane() / 16;
+      const uint32_t address = WeightsByDepth::address(tile, k) ^ static_cast<uint32_t>(chunk << 4);
+#pragma unroll
+      for (int j = 0; j < kMmasN / 2; ++j) {
+        ptx::ldmatrix_x4_trans(weights[j], address ^ static_cast<uint32_t>(2 * j << 4));
+      }
+    } else {
+      const uint32_t address = word_address<WeightsByDepth>(tile, step, warp_n() * kWarpCols);
+#pragma unroll
+      for (int j = 0; j < kMmasN / 2; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const uint32_t column = address ^ static_cast<uint32_t>((4 * j + c / 2 * 2) << 4);
+          weights[j][c] = ptx::ld_shared_u32(column + c % 2 * 4 * WeightsByDepth::kPitch);
+        }
+      }
     }
+#pragma unroll
+    for (int j = 0; j < kMmasN / 2; ++j) round_to_tf32(weights[j]);
+  }
+
+  // The word at depth 8 `step` + q and column `first` + g of a tile of 32-bit elements. Four steps of depth further on
+  // the swizzle is the same.
+  template <class DepthTile>
+  static __device__ __forceinline__ uint32_t word_address(uint32_t tile, int step, int first) {
+    const int group = lane() / 4;
+    const uint32_t row = DepthTile::address(tile, step * 8 + lane() % 4);
+    return (row ^ static_cast<uint32_t>((first / 4 + group / 4) << 4)) + group % 4 * 4;
   }
 
   __device__ __forceinline__ void multiply_step(const uint32_t (&rows)[kMmasM][4],
@@ -129,15 +185,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::Compute::kBlocksPerS
 }
 
 // One dtype; cudaErrorInvalidValue for a configuration that is not built. Instantiated in grouped_gemm_sm80_*.cu.
-template <class T>
+template <class T, bool kTransposed>
 cudaError_t launch_grouped_gemm_sm80_dtype(const GroupedGemmParams& params, const TileConfig& config,
                                            cudaStream_t stream) {
   const auto run = [&](auto traits) {
     using Traits = decltype(traits);
     return launch_tiled_gemm<Traits, grouped_gemm_sm80_kernel<Traits>>(params, config, stream);
   };
-  using Small = MmaCompute<T, 64>;
-  using Large = MmaCompute<T, 128>;
+  constexpr Major kWeightsMajor = kTransposed ? Major::kMN : Major::kK;
+  using Small = MmaCompute<T, 64, Major::kK, kWeightsMajor>;
+  using Large = MmaCompute<T, 128, Major::kK, kWeightsMajor>;
   const bool aligned = has_aligned_rows(params);
   if (config.tile_m == 64 && config.stages == 4) {
     return aligned ? run(TiledGemmTraits<Small, 4, true>{}) : run(TiledGemmTraits<Small, 4, false>{});
@@ -149,11 +206,15 @@ cudaError_t launch_grouped_gemm_sm80_dtype(const GroupedGemmParams& params, cons
   return cudaErrorInvalidValue;
 }
 
-extern template cudaError_t launch_grouped_gemm_sm80_dtype<__nv_bfloat16>(const GroupedGemmParams&, const TileConfig&,
-                                                                          cudaStream_t);
-extern template cudaError_t launch_grouped_gemm_sm80_dtype<__half>(const GroupedGemmParams&, const TileConfig&,
-                                                                   cudaStream_t);
-extern template cudaError_t launch_grouped_gemm_sm80_dtype<float>(const GroupedGemmParams&, const TileConfig&,
-                                                                  cudaStream_t);
+#define MOEKERNELS_EXTERN(T, transposed)                                                              \
+  extern template cudaError_t launch_grouped_gemm_sm80_dtype<T, transposed>(const GroupedGemmParams&, \
+                                                                            const TileConfig&, cudaStream_t);
+MOEKERNELS_EXTERN(__nv_bfloat16, false)
+MOEKERNELS_EXTERN(__nv_bfloat16, true)
+MOEKERNELS_EXTERN(__half, false)
+MOEKERNELS_EXTERN(__half, true)
+MOEKERNELS_EXTERN(float, false)
+MOEKERNELS_EXTERN(float, true)
+#undef MOEKERNELS_EXTERN
 
 }  // namespace moekernels

@@ -11,6 +11,7 @@ def describe_tiles(
     dtype: str = "bfloat16",
     gated: bool = False,
     gathered: bool = False,
+    transposed: bool = False,
     batch_invariant: bool = False,
     compute_capability: int = 90,
     sm_count: int = 132,
