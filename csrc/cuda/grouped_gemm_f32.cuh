@@ -40,7 +40,8 @@ class FmaCompute {
     const uint32_t even_rows = tile_address(rows_tile, warp_m() * 32 + ty());
     const uint32_t odd_rows = tile_address(rows_tile, warp_m() * 32 + ty() + 4);
     const uint32_t weight_rows = tile_address(weights_tile, warp_n() * 64 + tx());
-#pragma unroll 2
+    constexpr int kUnroll = kRowsMajor == Major::kMN ? 1 : 2;
+#pragma unroll kUnroll
     for (uint32_t byte = 0; byte < kTileRowBytes; byte += 8) {
       const auto k = static_cast<int>(byte / 4);
       if constexpr (kRowsMajor == Major::kMN) {

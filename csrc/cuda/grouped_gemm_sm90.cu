@@ -25,18 +25,6 @@ constexpr int kBoxColumns = 64;  // 128 bytes: what the swizzle spans
 constexpr int kTransposedBox = GroupedGemmSm90Traits<__half, 128, false, true>::kTileK;
 constexpr int kRowBox = GroupedGemmSm90Traits<__half, 128, false>::kRowBox;
 
-// Whether this build has machine code for Hopper. (Code for an older architecture would run there, but is a trap.)
-constexpr bool has_sm90_code() {
-#ifdef __CUDA_ARCH_LIST__
-  for (const int architecture : {__CUDA_ARCH_LIST__}) {
-    if (architecture == 900) return true;
-  }
-  return false;
-#else
-  return true;
-#endif
-}
-
 // weight [E, M, K]: one box is a tile's weight rows or, gated, the gates or the values among them. [E, K, M]: one box
 // is 64 of a tile's columns.
 cudaError_t weight_tensor_map(CUtensorMap* map, const GroupedGemmParams& p, const TileConfig& config) {

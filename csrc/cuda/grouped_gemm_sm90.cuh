@@ -61,15 +61,15 @@ struct GroupedGemmSm90Traits {
   // Shared memory, in order. All operand rows are 128 bytes, of K or, transposed, of 64 columns; a swizzled tile starts
   // on 1024.
   static constexpr uint32_t kOperandRowBytes = kTileK * sizeof(T);
-  static constexpr uint32_t kRowsBytes = kTileM * kOperandRowBytes;
+  static constexpr uint32_t kABytes = kTileM * kOperandRowBytes;
   static constexpr int kRowBox = 64;  // rows of one TMA, and of one consumer
   static constexpr uint32_t kRowBoxBytes = kRowBox * kOperandRowBytes;
-  static constexpr uint32_t kWeightBytes = kTileN * kOperandRowBytes;
+  static constexpr uint32_t kBBytes = kTileN * kOperandRowBytes;
   static constexpr int kBlockColumns = 64;  // of a transposed weight
   static constexpr uint32_t kBlockBytes = kTileK * kOperandRowBytes;
   static constexpr uint32_t kSlabBytes = kConsumerWarps * kWarpSlabBytes;
-  static constexpr uint32_t kWeightOffset = kStages * kRowsBytes;
-  static constexpr uint32_t kSlabOffset = kWeightOffset + kStages * kWeightBytes;
+  static constexpr uint32_t kBOffset = kStages * kABytes;
+  static constexpr uint32_t kSlabOffset = kBOffset + kStages * kBBytes;
   static constexpr uint32_t kFullOffset = kSlabOffset + kSlabBytes;
   static constexpr uint32_t kEmptyOffset = kFullOffset + kStages * sizeof(uint64_t);
   static constexpr uint32_t kScheduleOffset = kEmptyOffset + kStages * sizeof(uint64_t);
@@ -154,29 +154,27 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
       pipeline.wait_empty();
       if (issues_tma && ptx::elect_one()) {
         const int32_t k = step * Traits::kTileK;
-        ptx::mbarrier_arrive_expect_tx(pipeline.full(), Traits::kWeightBytes + row_bytes);
+        ptx::mbarrier_arrive_expect_tx(pipeline.full(), Traits::kBBytes + row_bytes);
         if constexpr (Traits::kTransposed) {
 #pragma unroll
           for (int block = 0; block < Traits::kTileN / Traits::kBlockColumns; ++block) {
-            ptx::tma_load_3d(pipeline.weight() + block * Traits::kBlockBytes, weight_map, pipeline.full(),
+            ptx::tma_load_3d(pipeline.b() + block * Traits::kBlockBytes, weight_map, pipeline.full(),
                              column + block * Traits::kBlockColumns, k, expert);
           }
         } else {
-          ptx::tma_load_3d(pipeline.weight(), weight_map, pipeline.full(), k, column, expert);
+          ptx::tma_load_3d(pipeline.b(), weight_map, pipeline.full(), k, column, expert);
         }
         if constexpr (Traits::kGated) {
           const auto values = static_cast<int32_t>(p.out_features / 2);
-          ptx::tma_load_3d(pipeline.weight() + Traits::kWeightBytes / 2, weight_map, pipeline.full(), k,
-                           values + column, expert);
+          ptx::tma_load_3d(pipeline.b() + Traits::kBBytes / 2, weight_map, pipeline.full(), k, values + column, expert);
         }
-        if (!gathered) ptx::tma_load_3d(pipeline.rows(), rows_map, pipeline.full(), k, row, 0);
+        if (!gathered) ptx::tma_load_3d(pipeline.a(), rows_map, pipeline.full(), k, row, 0);
         if (!gathered && two_boxes) {
-          ptx::tma_load_3d(pipeline.rows() + Traits::kRowBoxBytes, rows_map, pipeline.full(), k, row + Traits::kRowBox,
-                           0);
+          ptx::tma_load_3d(pipeline.a() + Traits::kRowBoxBytes, rows_map, pipeline.full(), k, row + Traits::kRowBox, 0);
         }
       }
       if (gathered) {
-        gather.copy_step(step, pipeline.rows());
+        gather.copy_step(step, pipeline.a());
         ptx::cp_async_mbarrier_arrive_noinc(pipeline.full());
       }
       pipeline.advance();
@@ -270,9 +268,9 @@ __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSc
       pipeline.wait_full();
       if (gathered) ptx::fence_proxy_async();
       const uint64_t rows =
-          ptx::wgmma_descriptor(pipeline.rows() + warpgroup * Traits::kRowBoxBytes, 16, 1024, ptx::Swizzle::k128B);
-      const uint64_t weight = ptx::wgmma_descriptor(pipeline.weight(), Traits::kTransposed ? Traits::kBlockBytes : 16,
-                                                    1024, ptx::Swizzle::k128B);
+          ptx::wgmma_descriptor(pipeline.a() + warpgroup * Traits::kRowBoxBytes, 16, 1024, ptx::Swizzle::k128B);
+      const uint64_t weight = ptx::wgmma_descriptor(pipeline.b(), Traits::kTransposed ? Traits::kBlockBytes : 16, 1024,
+                                                    ptx::Swizzle::k128B);
       ptx::wgmma_keep(acc);
       ptx::wgmma_fence();
 #pragma unroll

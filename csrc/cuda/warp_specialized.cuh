@@ -1,5 +1,5 @@
-// What the warp-specialised kernels of Hopper share: the ring of stages as each role sees it, and the way of a warp's
-// sums to memory.
+// What the warp-specialised kernels of Hopper share: whether they were built, the ring of stages as each role sees it,
+// and the way of a warp's sums to memory.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,18 @@
 #include "ptx.cuh"
 
 namespace moekernels {
+
+// Whether this build has machine code for Hopper. (Code for an older architecture would run there, but is a trap.)
+constexpr bool has_sm90_code() {
+#ifdef __CUDA_ARCH_LIST__
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {
+    if (architecture == 900) return true;
+  }
+  return false;
+#else
+  return true;
+#endif
+}
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of 128-byte rows under the 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzle_128(uint32_t row, uint32_t chunk) {
@@ -20,10 +32,8 @@ class Pipeline {
  public:
   __device__ __forceinline__ explicit Pipeline(uint32_t smem) : smem_(smem) {}
 
-  __device__ __forceinline__ uint32_t rows() const { return smem_ + stage_ * Traits::kRowsBytes; }
-  __device__ __forceinline__ uint32_t weight() const {
-    return smem_ + Traits::kWeightOffset + stage_ * Traits::kWeightBytes;
-  }
+  __device__ __forceinline__ uint32_t a() const { return smem_ + stage_ * Traits::kABytes; }
+  __device__ __forceinline__ uint32_t b() const { return smem_ + Traits::kBOffset + stage_ * Traits::kBBytes; }
   __device__ __forceinline__ uint32_t full() const { return smem_ + Traits::kFullOffset + stage_ * 8; }
   __device__ __forceinline__ uint32_t empty() const { return smem_ + Traits::kEmptyOffset + stage_ * 8; }
 
@@ -101,6 +111,25 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kSums], const Warp
       }
     }
     __syncwarp();
+  }
+}
+
+// Zeros to the same place.
+template <int kColumns, class T>
+__device__ __forceinline__ void store_zeros(const WarpRows<T>& to, int32_t first_column, int lane) {
+  constexpr int kVec = Vec16<T>::kSize;
+  const bool aligned = is_vec16_aligned<T>(to.matrix, to.width);
+#pragma unroll 1
+  for (int i = lane; i < 16 * kColumns / kVec; i += 32) {
+    const int32_t row = to.row0 + i / (kColumns / kVec);
+    const int32_t column = first_column + i % (kColumns / kVec) * kVec;
+    if (row >= to.row_end || column >= to.width) continue;
+    T* const place = to.matrix + int64_t{row} * to.width + column;
+    if (aligned) {
+      store_vec16(place, Vec16<T>{});
+    } else {
+      for (int c = 0; c < min(kVec, to.width - column); ++c) place[c] = from_float<T>(0.0f);
+    }
   }
 }
 

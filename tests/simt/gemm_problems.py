@@ -93,7 +93,7 @@ class Inputs:
         )
 
 
-def _placed(values: Tensor, padding: int, shift: int) -> Tensor:
+def placed(values: Tensor, padding: int, shift: int) -> Tensor:
     """The same values, surrounded by NaN: `padding` elements between rows, `shift` before the first."""
     *outer, width = values.shape
     pitch = width + padding
@@ -124,8 +124,8 @@ def make_inputs(p: Problem, seed: int = 1) -> Inputs:
     shape = (p.in_features, p.out_features) if p.transposed else (p.out_features, p.in_features)
     weight = randn(num_experts, *shape) * max(p.in_features, 1) ** -0.5
     return Inputs(
-        rows=_placed(randn(num_tokens, p.in_features).to(p.dtype), p.padding, p.shift),
-        weight=_placed(weight.to(p.dtype), p.padding, p.shift),
+        rows=placed(randn(num_tokens, p.in_features).to(p.dtype), p.padding, p.shift),
+        weight=placed(weight.to(p.dtype), p.padding, p.shift),
         expert_offsets=torch.tensor([0, *p.counts]).cumsum(0).int(),
         bias=randn(num_experts, p.out_features + 3).to(p.dtype)[:, : p.out_features] if p.bias else None,
         row_scale=torch.rand(p.num_rows, generator=generator) + 0.5 if p.scaled else None,
