@@ -211,14 +211,16 @@ __device__ __forceinline__ void add_bias(float (&acc)[Traits::kTileN / 2], const
 template <class Traits>
 __device__ __forceinline__ void finish_sums(float (&acc)[Traits::kTileN / 2], const GroupedGemmParams& p,
                                             const Tile& tile, int32_t row0, int lane) {
-  if (p.bias != nullptr) add_bias<Traits>(acc, p, tile, lane);
-  dispatch_activation(p.activation, [&](auto activation) {
+  if constexpr (!Traits::kTransposed) {
+    if (p.bias != nullptr) add_bias<Traits>(acc, p, tile, lane);
+    dispatch_activation(p.activation, [&](auto activation) {
 #pragma unroll
-    for (int i = 0; i < Traits::kOutN / 2; ++i) {
-      acc[i] = activate<decltype(activation)::value>(acc[i]);
-      if constexpr (Traits::kGated) acc[i] *= acc[Traits::kTileN / 4 + i];
-    }
-  });
+      for (int i = 0; i < Traits::kOutN / 2; ++i) {
+        acc[i] = activate<decltype(activation)::value>(acc[i]);
+        if constexpr (Traits::kGated) acc[i] *= acc[Traits::kTileN / 4 + i];
+      }
+    });
+  }
   if (p.row_scale != nullptr) {
     float scale[2];
 #pragma unroll

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "build_info.h"
-#include "cuda/tile_config.h"
+#include "cuda/weight_grad_config.h"
 #include "moekernels/cpu.h"
 
 namespace py = pybind11;
@@ -81,6 +81,21 @@ std::string describe_tiles(int64_t num_rows, int64_t out_features, int64_t in_fe
   return to_string(choose_tile_config(problem));
 }
 
+// The same for the gradient of the weights.
+std::string describe_weight_grad_tiles(int64_t num_rows, int64_t out_features, int64_t in_features, int32_t num_experts,
+                                       const std::string& dtype, int compute_capability, int sm_count) {
+  WeightGradProblem problem{};
+  problem.num_rows = num_rows;
+  problem.out_features = out_features;
+  problem.in_features = in_features;
+  problem.num_experts = num_experts;
+  problem.dtype = dtype_of(dtype);
+  problem.aligned = in_features * size_of(problem.dtype) % 16 == 0 && out_features * size_of(problem.dtype) % 16 == 0;
+  problem.compute_capability = compute_capability;
+  problem.sm_count = sm_count;
+  return to_string(choose_weight_grad_config(problem));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -92,4 +107,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("gathered") = false, py::arg("transposed") = false, py::arg("batch_invariant") = false,
         py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
         "The path and tiles that the CUDA grouped GEMM chooses for a problem.");
+  m.def("describe_weight_grad_tiles", &describe_weight_grad_tiles, py::kw_only(), py::arg("num_rows"),
+        py::arg("out_features"), py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16",
+        py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
+        "The path and tiles that the CUDA weight gradient chooses for a problem.");
 }

@@ -16,3 +16,13 @@ def describe_tiles(
     compute_capability: int = 90,
     sm_count: int = 132,
 ) -> str: ...
+def describe_weight_grad_tiles(
+    *,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    num_experts: int,
+    dtype: str = "bfloat16",
+    compute_capability: int = 90,
+    sm_count: int = 132,
+) -> str: ...
