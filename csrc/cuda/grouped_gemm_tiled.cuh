@@ -4,66 +4,24 @@
 //   1. TileLoaders gather the rows (through token_of_row) and the weight rows. A gated tile's lower 64 weight rows are
 //      gates and its upper 64 the values of the same columns. A transposed weight's rows lie along the depth, and a
 //      DepthLoader fetches 128 columns of each.
-//   2. A ring of kStages stages, each 64 bytes deep: wait for the oldest, meet at a barrier (which also says that
-//      everyone is done with the stage read last), multiply the oldest into the accumulators and, meanwhile, start to
-//      refill the one read last.
-//   3. The accumulators pass through shared memory, 64 rows at a time as float32, over the now idle stages. There a
-//      gate meets its value whatever the multiplication's layout, and each thread finishes 8 neighbouring columns of a
-//      row with 16-byte stores.
+//   2. The stages are multiplied as tiled_gemm.cuh says.
+//   3. Where the sums pass through shared memory, a gate meets its value, and each thread finishes 8 neighbouring
+//   columns
+//      of a row with 16-byte stores.
 //
 // Shared memory: [stages: rows, weights][tile starts]; the slab of step 3 lies over the stages.
-//
-// Step 2 and the passes of step 3 serve the weight gradient too (grouped_weight_grad_tiled.cuh).
-//
-// A `Compute` multiplies. It has
-//   Element, kTileM, kThreads, kBlocksPerSm; kWarpsM: warps along the rows, each with kTileM / kWarpsM consecutive rows
-//   kRowsMajor, kWeightsMajor: how it wants its operands to lie
-//   clear(); multiply(rows_tile, weights_tile, load_next): one stage, by shared-memory addresses; it calls load_next()
-//   once, where the copies of a later stage are best issued
-//   store<kPass>(slab): of each warp's rows, the kRowsPerPass after kPass * kRowsPerPass, to slab rows
-//   warp_m * kRowsPerPass and following.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "depth_loader.cuh"
 #include "epilogue.cuh"
 #include "grouped_gemm.cuh"
 #include "launch.cuh"
 #include "scheduler.cuh"
-#include "tile_loader.cuh"
+#include "tiled_gemm.cuh"
 
 namespace moekernels {
-
-constexpr int kTiledN = 128;  // weight rows of a tile
-
-// The slab: sums on their way to the epilogue. The padding keeps the fragments' stores free of bank conflicts.
-constexpr int kSlabRows = 64;
-constexpr int kSlabPitch = kTiledN + 8;
-
-template <class Compute_, int kStages_, bool kAligned_>
-struct TiledGemmTraits {
-  using Compute = Compute_;
-  using T = typename Compute::Element;
-  static constexpr int kStages = kStages_;
-  static constexpr bool kAligned = kAligned_;
-  static constexpr bool kTransposed = Compute::kWeightsMajor == Major::kMN;
-  static constexpr int kTileM = Compute::kTileM;
-  static constexpr int kThreads = Compute::kThreads;
-  static constexpr int kTileK = kTileRowBytes / static_cast<int>(sizeof(T));
-
-  static constexpr int kRowsBytes = kTileM * kTileRowBytes;
-  static constexpr int kStageBytes = kRowsBytes + kTiledN * kTileRowBytes;
-  static constexpr int kSmemBytes = kStages * kStageBytes;  // and the schedule
-
-  static constexpr int kRowsPerPass = kSlabRows / Compute::kWarpsM;
-  static constexpr int kPasses = kTileM / kSlabRows;
-
-  static_assert(kSlabRows * kSlabPitch * static_cast<int>(sizeof(float)) <= kSmemBytes);
-  static_assert(kTileM % kSlabRows == 0 && kRowsPerPass * kPasses * Compute::kWarpsM == kTileM);
-  static_assert(kStages >= 2);
-};
 
 // Bias, activation, gate, scale and store for the slab's rows: slab row i holds row `row_of(i)`, none if negative.
 template <class Traits, class RowOf>
@@ -111,46 +69,6 @@ __device__ __forceinline__ void finish_slab(const GroupedGemmParams& p, const fl
     for (int j = 0; j < kCols; ++j) out[j] *= scale;
     store_columns(static_cast<T*>(p.out) + row * width, col, width, aligned, out);
   }
-}
-
-// Pass kPass of the tile's accumulators and all after it: finish(row_of) deals with the sums in the slab, whose row i
-// belongs to row row_of(i) of the tile. The passes are unrolled by recursion: accumulators are registers, so which of
-// them a pass stores must be known when it is compiled.
-template <class Traits, int kPass = 0, class Finish>
-__device__ __forceinline__ void finish_passes(const typename Traits::Compute& compute, float* slab, Finish&& finish) {
-  if constexpr (kPass < Traits::kPasses) {
-    __syncthreads();  // all are done with what the slab overwrites
-    compute.template store<kPass>(slab);
-    __syncthreads();
-    finish([](int slab_row) {
-      constexpr int kRowsPerWarp = Traits::kTileM / Traits::Compute::kWarpsM;
-      return slab_row / Traits::kRowsPerPass * kRowsPerWarp + kPass * Traits::kRowsPerPass +
-             slab_row % Traits::kRowsPerPass;
-    });
-    finish_passes<Traits, kPass + 1>(compute, slab, finish);
-  }
-}
-
-// The ring: `load(step, stage)` starts to copy a step into the stage at that address.
-template <class Traits, class Load>
-__device__ __forceinline__ void multiply_steps(typename Traits::Compute& compute, uint32_t stages, int num_steps,
-                                               Load&& load) {
-  constexpr int kStages = Traits::kStages;
-  const auto start = [&](int step) {
-    if (step < num_steps) load(step, stages + step % kStages * Traits::kStageBytes);
-    ptx::cp_async_commit_group();  // an empty group too: waiting counts groups
-  };
-  compute.clear();
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) start(step);
-#pragma unroll 1
-  for (int step = 0; step < num_steps; ++step) {
-    ptx::cp_async_wait_group<kStages - 2>();
-    __syncthreads();
-    const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
-    compute.multiply(stage, stage + Traits::kRowsBytes, [&] { start(step + kStages - 1); });
-  }
-  ptx::cp_async_wait_group<0>();
 }
 
 // What copies a tile's weights: a function of the target and of the depth at which the step begins.

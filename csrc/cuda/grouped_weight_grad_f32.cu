@@ -1,5 +1,5 @@
 // The weight gradient in full float32, on the CUDA cores.
-#include "grouped_gemm_f32.cuh"
+#include "fma_compute.cuh"
 #include "grouped_weight_grad_tiled.cuh"
 
 namespace moekernels {

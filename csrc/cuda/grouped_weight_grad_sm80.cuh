@@ -1,8 +1,8 @@
 // The weight gradient by mma.sync: bf16, fp16, and float32 rounded to tf32 where the caller allows it.
 #pragma once
 
-#include "grouped_gemm_sm80.cuh"
 #include "grouped_weight_grad_tiled.cuh"
+#include "mma_compute.cuh"
 
 namespace moekernels {
 

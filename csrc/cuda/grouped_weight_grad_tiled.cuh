@@ -1,13 +1,15 @@
-// The frame of the sm_80 and float32 weight gradients: grouped_gemm_tiled.cuh with the rows of an expert as its depth.
+// The frame of the sm_80 and float32 weight gradients: tiled_gemm.cuh with the rows of an expert as its depth.
 //
-// A block makes one tile: kTileM columns of grad_rows times 128 columns of rows. Both operands lie by depth
+// A block makes one tile: kTileM columns of grad_rows (its rows) times 128 columns of rows. Both operands lie by depth
 // (depth_loader.cuh). Rows gathered through an index are found a stage ahead, so that the copies of a stage do not wait
 // for it. Blocks are not persistent: the tiles are as many as the host can count, and the hardware gives the next one
 // to whichever multiprocessor is free, however unequal the experts are.
 #pragma once
 
-#include "grouped_gemm_tiled.cuh"
+#include "epilogue.cuh"
 #include "grouped_weight_grad.cuh"
+#include "launch.cuh"
+#include "tiled_gemm.cuh"
 
 namespace moekernels {
 
