@@ -249,6 +249,8 @@ def benchmarks(check: Check) -> None:
         "moe_layer decode": ["moe_layer.py", "--shapes", olmoe, phi, "--tokens", *few, "--budget", "0.5"],
         "moe_layer prefill": ["moe_layer.py", "--shapes", olmoe, phi, "--tokens", *many, "--budget", "0.7"],
         "kernels": ["kernels.py", "--shapes", olmoe, "--tokens", "1", "8", "512", "16384", "--budget", "0.3"],
+        "kernels backward": ["kernels.py", "--kernels", "up-rows-grad", "up-weight-grad", "down-rows-grad",
+                             "down-weight-grad", "--shapes", olmoe, "--tokens", "512", "16384", "--budget", "0.3"],
         "moe_layer with routing": ["moe_layer.py", "--with-routing", "--shapes", olmoe, "--tokens", "1", "8", "512",
                                    "--no-baselines", "--budget", "0.3"],
         "moe_layer skewed": ["moe_layer.py", "--shapes", olmoe, "--routing", "zipf", "one-expert", "--tokens", "32",

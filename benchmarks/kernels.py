@@ -29,6 +29,8 @@ from moekernels import ops
 from tests.generators import REAL_LAYERS, ROUTINGS, LayerInputs, LayerShape, layer_inputs
 
 KERNELS = ("route", "plan", "permute", "unpermute", "up", "down")
+# The gradients of a projection's rows and of its weight.
+BACKWARD = ("up-rows-grad", "up-weight-grad", "down-rows-grad", "down-weight-grad")
 
 
 @dataclass
@@ -91,17 +93,18 @@ def movement_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     )
 
 
+def batched_matmul(weight: Tensor, num_rows: int) -> Run:
+    """A product [E, rows, K] x [E, K, M] of as many FLOPs, every expert with the same number of rows."""
+    a = torch.randn(weight.shape[0], num_rows // weight.shape[0], weight.shape[2], device=weight.device)
+    a, b = a.to(weight.dtype), weight.transpose(1, 2)
+    return lambda: torch.bmm(a, b)
+
+
 def gemm_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     plan = ops.plan(x.expert_ids, shape.num_experts)
     num_rows, touched = x.expert_ids.numel(), torch.unique(x.expert_ids).numel()
     token_of_row, ends = plan.token_of_row.long(), plan.expert_offsets[1:]
     inner = torch.randn(num_rows, shape.ffn_size, device=x.hidden.device).to(x.hidden.dtype)
-
-    def bound(weight: Tensor) -> Run:
-        """The batched matmul of as many FLOPs, every expert with the same number of rows."""
-        a = torch.randn(shape.num_experts, num_rows // shape.num_experts, weight.shape[2], device=weight.device)
-        a, b = a.to(weight.dtype), weight.transpose(1, 2)
-        return lambda: torch.bmm(a, b)
 
     def case(kernel: str, ours: Run, torch_run: Run, weight: Tensor, num_bytes: int) -> Case:
         found = Case(kernel, ours, {}, num_bytes + touched * size_of(weight[0]))
@@ -109,7 +112,7 @@ def gemm_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
         if not shape.bias:
             found.baselines["torch grouped_mm"] = torch_run
         if num_rows >= shape.num_experts:
-            found.bounds[BOUND] = bound(weight)
+            found.bounds[BOUND] = batched_matmul(weight, num_rows)
         return found
 
     def up() -> Tensor:
@@ -138,8 +141,52 @@ def gemm_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     yield case("down", down, torch_down, x.down_weight, size_of(inner) + rows_bytes)
 
 
+def backward_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
+    plan = ops.plan(x.expert_ids, shape.num_experts)
+    num_rows, touched = x.expert_ids.numel(), torch.unique(x.expert_ids).numel()
+    offsets, ends = plan.expert_offsets, plan.expert_offsets[1:]
+    inner = torch.randn(num_rows, shape.ffn_size, device=x.hidden.device).to(x.hidden.dtype)
+    for name, weight, rows, token_of_row in (
+        ("up", x.up_weight, x.hidden, plan.token_of_row),
+        ("down", x.down_weight, inner, None),
+    ):
+        grad_rows = torch.randn(num_rows, weight.shape[1], device=weight.device).to(weight.dtype)
+        flops = 2.0 * num_rows * weight.shape[1] * weight.shape[2]
+        bounds = {BOUND: batched_matmul(weight, num_rows)} if num_rows >= shape.num_experts else {}
+
+        def rows_grad(grad_rows: Tensor = grad_rows, weight: Tensor = weight) -> Tensor:
+            return ops.grouped_gemm(grad_rows, weight, offsets, transposed=True)
+
+        def torch_rows_grad(grad_rows: Tensor = grad_rows, weight: Tensor = weight) -> Tensor:
+            return torch._grouped_mm(grad_rows, weight, offs=ends)
+
+        def weight_grad(
+            grad_rows: Tensor = grad_rows, rows: Tensor = rows, token_of_row: Tensor | None = token_of_row
+        ) -> Tensor:
+            return ops.grouped_weight_grad(grad_rows, rows, offsets, token_of_row=token_of_row)[0]
+
+        def torch_weight_grad(
+            grad_rows: Tensor = grad_rows, rows: Tensor = rows, token_of_row: Tensor | None = token_of_row
+        ) -> Tensor:
+            in_order = rows if token_of_row is None else rows[token_of_row.long()]
+            return torch._grouped_mm(grad_rows.T, in_order, offs=ends)
+
+        out_bytes = num_rows * weight.shape[2] * weight.element_size()
+        read = size_of(grad_rows) + touched * size_of(weight[0])
+        yield Case(
+            f"{name}-rows-grad", rows_grad, {"torch grouped_mm": torch_rows_grad}, read + out_bytes, flops, bounds
+        )
+        moved = size_of(grad_rows, rows, weight)
+        yield Case(f"{name}-weight-grad", weight_grad, {"torch grouped_mm": torch_weight_grad}, moved, flops, bounds)
+
+
 def cases(x: LayerInputs, shape: LayerShape, kernels: Sequence[str]) -> Iterator[Case]:
-    for make, names in ((routing_cases, KERNELS[:2]), (movement_cases, KERNELS[2:4]), (gemm_cases, KERNELS[4:])):
+    for make, names in (
+        (routing_cases, KERNELS[:2]),
+        (movement_cases, KERNELS[2:4]),
+        (gemm_cases, KERNELS[4:]),
+        (backward_cases, BACKWARD),
+    ):
         if set(names) & set(kernels):
             yield from (case for case in make(x, shape) if case.kernel in kernels)
 
@@ -158,7 +205,7 @@ def measure(case: Case, shape: LayerShape, x: LayerInputs, routing: str, roofs: 
 def main(arguments: Sequence[str] | None = None) -> None:
     shapes = {shape.name: shape for shape in REAL_LAYERS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS + BACKWARD, default=KERNELS)
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=["olmoe-1b-7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])

@@ -100,5 +100,10 @@ def test_tile_choice_can_be_asked_without_a_gpu() -> None:
     assert _C.describe_tiles(num_rows=8 * 32768, **olmoe).startswith("sm90 128x256x64")
     assert _C.describe_tiles(num_rows=8 * 32768, compute_capability=80, **olmoe).startswith("sm80 128x128x32")
     assert _C.describe_tiles(num_rows=8 * 32768, dtype="float32", **olmoe).startswith("f32 ")
+    down = dict(out_features=1024, in_features=2048, num_experts=64, transposed=True)
+    assert _C.describe_tiles(num_rows=8, **down).startswith("sm90 128x128x64")
+    weight = dict(num_rows=65536, out_features=2048, in_features=2048, num_experts=64)
+    assert _C.describe_weight_grad_tiles(**weight).startswith("sm90 128x256x64")
+    assert _C.describe_weight_grad_tiles(compute_capability=80, **weight).startswith("sm80 128x128x32")
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16; got 'int8'"):
         _C.describe_tiles(num_rows=8, dtype="int8", **olmoe)

@@ -267,7 +267,8 @@ cudaError_t launch_decode(const GroupedGemmParams& params, cudaStream_t stream) 
 template <class T>
 cudaError_t launch_grouped_gemm_decode_dtype(const GroupedGemmParams& params, const TileConfig& config,
                                              cudaStream_t stream) {
-  if (!has_aligned_rows(params) || params.in_features % Vec16<T>::kSize != 0) return cudaErrorInvalidValue;
+  const bool possible = has_aligned_rows(params) && params.in_features % Vec16<T>::kSize == 0 && !params.transposed;
+  if (!possible) return cudaErrorInvalidValue;
   const auto fits = [&config](auto traits) {
     using Traits = decltype(traits);
     return config.tile_m == Traits::kTokens && config.tile_n == 16 * Traits::kTiles && config.tile_k == Traits::kRound;

@@ -1,125 +1,10 @@
 // Grouped GEMM by mma.sync: bf16, fp16, and float32 rounded to tf32 where the caller allows it.
-//
-// Four warps as 2 x 2, each with kTileM / 2 rows times 64 weight rows: a warp of the 128-row tile reads 8 KB of shared
-// memory for every 64 mma, half of what the tensor cores leave time for. 128 accumulators per thread, two blocks per
-// multiprocessor: one's epilogue runs under the other's main loop.
 #pragma once
 
 #include "grouped_gemm_tiled.cuh"
+#include "mma_compute.cuh"
 
 namespace moekernels {
-
-template <class T, int kTileM_>
-class MmaCompute {
- public:
-  using Element = T;
-  static constexpr int kTileM = kTileM_;
-  static constexpr int kWarpsM = 2;
-  static constexpr int kWarpsN = 2;
-  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kBlocksPerSm = 2;
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kMmasM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kMmasN; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0.0f;
-      }
-    }
-  }
-
-  // Two steps of two chunks each: 16 elements of 16 bits or 8 of 32. The second's fragments are fetched before the
-  // first is multiplied, and the copies of a later stage are issued in between, so that the tensor cores start at once.
-  template <class LoadNext>
-  __device__ __forceinline__ void multiply(uint32_t rows_tile, uint32_t weights_tile, LoadNext&& load_next) {
-    uint32_t rows[2][kMmasM][4];
-    uint32_t weights[2][kMmasN / 2][4];
-    fetch(rows[0], weights[0], rows_tile, weights_tile, 0);
-    fetch(rows[1], weights[1], rows_tile, weights_tile, 2);
-    multiply_step(rows[0], weights[0]);
-    load_next();
-    multiply_step(rows[1], weights[1]);
-  }
-
-  template <int kPass>
-  __device__ __forceinline__ void store(float* slab) const {
-    constexpr int kRowsPerPass = kSlabRows / kWarpsM;
-    constexpr int kMmasPerPass = kRowsPerPass / 16;
-    const int group = lane() / 4;
-    const int quad = lane() % 4;
-    float* const corner = slab + (warp_m() * kRowsPerPass + group) * kSlabPitch + warp_n() * kWarpCols + quad * 2;
-#pragma unroll
-    for (int i = 0; i < kMmasPerPass; ++i) {
-#pragma unroll
-      for (int j = 0; j < kMmasN; ++j) {
-        const float (&sums)[4] = sums_[kPass * kMmasPerPass + i][j];
-        float* const target = corner + i * 16 * kSlabPitch + j * 8;
-        *reinterpret_cast<float2*>(target) = make_float2(sums[0], sums[1]);
-        *reinterpret_cast<float2*>(target + 8 * kSlabPitch) = make_float2(sums[2], sums[3]);
-      }
-    }
-  }
-
- private:
-  static constexpr int kWarpRows = kTileM / kWarpsM;
-  static constexpr int kWarpCols = kTiledN / kWarpsN;
-  static constexpr int kMmasM = kWarpRows / 16;
-  static constexpr int kMmasN = kWarpCols / 8;
-
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  static __device__ __forceinline__ int warp_m() { return static_cast<int>(threadIdx.x) / 32 / kWarpsN; }
-  static __device__ __forceinline__ int warp_n() { return static_cast<int>(threadIdx.x) / 32 % kWarpsN; }
-
-  // Chunks `chunk` and `chunk` + 1 of the warp's rows and weight rows. For 32-bit elements a chunk is four of them and
-  // ldmatrix, which moves 32 bits to each lane, makes the fragments of m16n8k8 in the same way.
-  static __device__ __forceinline__ void fetch(uint32_t (&rows)[kMmasM][4], uint32_t (&weights)[kMmasN / 2][4],
-                                               uint32_t rows_tile, uint32_t weights_tile, int chunk) {
-    const int row = warp_m() * kWarpRows + lane() % 16;
-    const int weight_row = warp_n() * kWarpCols + lane() % 8 + lane() / 16 * 8;
-    const uint32_t row_address = tile_address(rows_tile, row) ^ static_cast<uint32_t>((chunk + lane() / 16) << 4);
-    const uint32_t weight_address =
-        tile_address(weights_tile, weight_row) ^ static_cast<uint32_t>((chunk + lane() / 8 % 2) << 4);
-#pragma unroll
-    for (int i = 0; i < kMmasM; ++i) {
-      ptx::ldmatrix_x4(rows[i], row_address + 16 * i * kTileRowBytes);
-      round_to_tf32(rows[i]);
-    }
-#pragma unroll
-    for (int j = 0; j < kMmasN / 2; ++j) {
-      ptx::ldmatrix_x4(weights[j], weight_address + 16 * j * kTileRowBytes);
-      round_to_tf32(weights[j]);
-    }
-  }
-
-  __device__ __forceinline__ void multiply_step(const uint32_t (&rows)[kMmasM][4],
-                                                const uint32_t (&weights)[kMmasN / 2][4]) {
-#pragma unroll
-    for (int i = 0; i < kMmasM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kMmasN; ++j)
-        mma(sums_[i][j], rows[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
-    }
-  }
-
-  static __device__ __forceinline__ void round_to_tf32(uint32_t (&fragment)[4]) {
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = ptx::cvt_rna_tf32(__uint_as_float(fragment[i]));
-    }
-  }
-
-  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (sizeof(T) == 4) {
-      ptx::mma_m16n8k8_tf32(d, a, b0, b1);
-    } else {
-      ptx::mma_m16n8k16<T>(d, a, b0, b1);
-    }
-  }
-
-  float sums_[kMmasM][kMmasN][4];
-};
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::Compute::kBlocksPerSm)
@@ -129,15 +14,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::Compute::kBlocksPerS
 }
 
 // One dtype; cudaErrorInvalidValue for a configuration that is not built. Instantiated in grouped_gemm_sm80_*.cu.
-template <class T>
+template <class T, bool kTransposed>
 cudaError_t launch_grouped_gemm_sm80_dtype(const GroupedGemmParams& params, const TileConfig& config,
                                            cudaStream_t stream) {
   const auto run = [&](auto traits) {
     using Traits = decltype(traits);
     return launch_tiled_gemm<Traits, grouped_gemm_sm80_kernel<Traits>>(params, config, stream);
   };
-  using Small = MmaCompute<T, 64>;
-  using Large = MmaCompute<T, 128>;
+  constexpr Major kWeightsMajor = kTransposed ? Major::kMN : Major::kK;
+  using Small = MmaCompute<T, 64, Major::kK, kWeightsMajor>;
+  using Large = MmaCompute<T, 128, Major::kK, kWeightsMajor>;
   const bool aligned = has_aligned_rows(params);
   if (config.tile_m == 64 && config.stages == 4) {
     return aligned ? run(TiledGemmTraits<Small, 4, true>{}) : run(TiledGemmTraits<Small, 4, false>{});
@@ -149,11 +35,15 @@ cudaError_t launch_grouped_gemm_sm80_dtype(const GroupedGemmParams& params, cons
   return cudaErrorInvalidValue;
 }
 
-extern template cudaError_t launch_grouped_gemm_sm80_dtype<__nv_bfloat16>(const GroupedGemmParams&, const TileConfig&,
-                                                                          cudaStream_t);
-extern template cudaError_t launch_grouped_gemm_sm80_dtype<__half>(const GroupedGemmParams&, const TileConfig&,
-                                                                   cudaStream_t);
-extern template cudaError_t launch_grouped_gemm_sm80_dtype<float>(const GroupedGemmParams&, const TileConfig&,
-                                                                  cudaStream_t);
+#define MOEKERNELS_EXTERN(T, transposed)                                                              \
+  extern template cudaError_t launch_grouped_gemm_sm80_dtype<T, transposed>(const GroupedGemmParams&, \
+                                                                            const TileConfig&, cudaStream_t);
+MOEKERNELS_EXTERN(__nv_bfloat16, false)
+MOEKERNELS_EXTERN(__nv_bfloat16, true)
+MOEKERNELS_EXTERN(__half, false)
+MOEKERNELS_EXTERN(__half, true)
+MOEKERNELS_EXTERN(float, false)
+MOEKERNELS_EXTERN(float, true)
+#undef MOEKERNELS_EXTERN
 
 }  // namespace moekernels

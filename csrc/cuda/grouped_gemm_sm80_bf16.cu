@@ -2,7 +2,7 @@
 
 namespace moekernels {
 
-template cudaError_t launch_grouped_gemm_sm80_dtype<__nv_bfloat16>(const GroupedGemmParams&, const TileConfig&,
-                                                                   cudaStream_t);
+template cudaError_t launch_grouped_gemm_sm80_dtype<__nv_bfloat16, false>(const GroupedGemmParams&, const TileConfig&,
+                                                                          cudaStream_t);
 
 }  // namespace moekernels

@@ -2,6 +2,7 @@
 
 namespace moekernels {
 
-template cudaError_t launch_grouped_gemm_sm80_dtype<float>(const GroupedGemmParams&, const TileConfig&, cudaStream_t);
+template cudaError_t launch_grouped_gemm_sm80_dtype<float, false>(const GroupedGemmParams&, const TileConfig&,
+                                                                  cudaStream_t);
 
 }  // namespace moekernels

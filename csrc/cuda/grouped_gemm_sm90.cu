@@ -3,39 +3,36 @@
 
 namespace moekernels {
 
-// The instantiations are in grouped_gemm_sm90_{bf16,fp16}_{128,256}.cu.
-#define MOEKERNELS_EXTERN(T, tile_n, gated)                                                      \
-  extern template cudaError_t launch_grouped_gemm_sm90<GroupedGemmSm90Traits<T, tile_n, gated>>( \
+// The instantiations are in grouped_gemm_sm90_{bf16,fp16}_{128,256,transposed}.cu.
+#define MOEKERNELS_EXTERN(T, tile_n, ...)                                                              \
+  extern template cudaError_t launch_grouped_gemm_sm90<GroupedGemmSm90Traits<T, tile_n, __VA_ARGS__>>( \
       const GroupedGemmParams&, const TileConfig&, const CUtensorMap&, const CUtensorMap&, cudaStream_t);
-MOEKERNELS_EXTERN(__nv_bfloat16, 128, false)
-MOEKERNELS_EXTERN(__nv_bfloat16, 128, true)
-MOEKERNELS_EXTERN(__nv_bfloat16, 256, false)
-MOEKERNELS_EXTERN(__nv_bfloat16, 256, true)
-MOEKERNELS_EXTERN(__half, 128, false)
-MOEKERNELS_EXTERN(__half, 128, true)
-MOEKERNELS_EXTERN(__half, 256, false)
-MOEKERNELS_EXTERN(__half, 256, true)
+#define MOEKERNELS_EXTERN_TILES(T, ...)  \
+  MOEKERNELS_EXTERN(T, 128, __VA_ARGS__) \
+  MOEKERNELS_EXTERN(T, 256, __VA_ARGS__)
+MOEKERNELS_EXTERN_TILES(__nv_bfloat16, false)
+MOEKERNELS_EXTERN_TILES(__nv_bfloat16, true)
+MOEKERNELS_EXTERN_TILES(__nv_bfloat16, false, true)
+MOEKERNELS_EXTERN_TILES(__half, false)
+MOEKERNELS_EXTERN_TILES(__half, true)
+MOEKERNELS_EXTERN_TILES(__half, false, true)
+#undef MOEKERNELS_EXTERN_TILES
 #undef MOEKERNELS_EXTERN
 
 namespace {
 
 constexpr int kBoxColumns = 64;  // 128 bytes: what the swizzle spans
+constexpr int kTransposedBox = GroupedGemmSm90Traits<__half, 128, false, true>::kTileK;
 constexpr int kRowBox = GroupedGemmSm90Traits<__half, 128, false>::kRowBox;
 
-// Whether this build has machine code for Hopper. (Code for an older architecture would run there, but is a trap.)
-constexpr bool has_sm90_code() {
-#ifdef __CUDA_ARCH_LIST__
-  for (const int architecture : {__CUDA_ARCH_LIST__}) {
-    if (architecture == 900) return true;
-  }
-  return false;
-#else
-  return true;
-#endif
-}
-
-// weight [E, M, K]: one box is a tile's weight rows or, gated, the gates or the values among them.
+// weight [E, M, K]: one box is a tile's weight rows or, gated, the gates or the values among them. [E, K, M]: one box
+// is 64 of a tile's columns.
 cudaError_t weight_tensor_map(CUtensorMap* map, const GroupedGemmParams& p, const TileConfig& config) {
+  if (p.transposed) {
+    const TensorMapSource source{
+        p.weight, p.dtype, p.out_features, p.in_features, p.num_experts, p.weight_row_stride, p.weight_expert_stride};
+    return cached_tensor_map(map, source, kBoxColumns, kTransposedBox);
+  }
   const TensorMapSource source{
       p.weight, p.dtype, p.in_features, p.out_features, p.num_experts, p.weight_row_stride, p.weight_expert_stride};
   return cached_tensor_map(map, source, kBoxColumns, p.gated ? config.tile_n / 2 : config.tile_n);
@@ -64,18 +61,15 @@ cudaError_t launch_grouped_gemm_sm90(const GroupedGemmParams& params, const Tile
 
   return dispatch_half_dtype(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    return dispatch_bool(params.gated, [&](auto is_gated) {
-      constexpr bool kGated = decltype(is_gated)::value;
-      const auto with = [&](auto traits) {
-        return launch_grouped_gemm_sm90<decltype(traits)>(params, config, weight_map, rows_map, stream);
-      };
-      switch (config.tile_n) {
-        case 128:
-          return with(GroupedGemmSm90Traits<T, 128, kGated>{});
-        case 256:
-          return with(GroupedGemmSm90Traits<T, 256, kGated>{});
-      }
-      return cudaErrorInvalidValue;
+    const auto with = [&](auto traits) {
+      return launch_grouped_gemm_sm90<decltype(traits)>(params, config, weight_map, rows_map, stream);
+    };
+    if (config.tile_n != 128 && config.tile_n != 256) return cudaErrorInvalidValue;
+    return dispatch_bool(config.tile_n == 256, [&](auto is_wide) {
+      constexpr int kTileN = decltype(is_wide)::value ? 256 : 128;
+      if (params.transposed) return with(GroupedGemmSm90Traits<T, kTileN, false, true>{});
+      if (params.gated) return with(GroupedGemmSm90Traits<T, kTileN, true>{});
+      return with(GroupedGemmSm90Traits<T, kTileN, false>{});
     });
   });
 }

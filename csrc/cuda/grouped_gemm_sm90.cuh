@@ -5,9 +5,10 @@
 // kTileN / 2 gate rows and the kTileN / 2 value rows that belong to them. Depth goes by in steps of kTileK.
 //
 //   warpgroup 2, the producer, fills a ring of kStages stages, each [kTileM, kTileK] of rows and [kTileN, kTileK] of
-//   weights, K-major under the 128-byte swizzle. Weights come by TMA. So do rows that lie in order; rows found through
-//   token_of_row are copied by cp.async, 16 bytes per thread at a time.
-//   warpgroups 0 and 1, the consumers, multiply 64 rows each with all weights of the stage, and store what comes out.
+//   weights, K-major under the 128-byte swizzle. (A transposed weight [E, K, M] comes as it lies, N-major: blocks of 64
+//   columns by kTileK rows, which wgmma reads as well.) Weights come by TMA. So do rows that lie in order; rows found
+//   through token_of_row are copied by cp.async, 16 bytes per thread at a time. warpgroups 0 and 1, the consumers,
+//   multiply 64 rows each with all weights of the stage, and store what comes out.
 //
 //   full[s]:  the stage is filled. One arrival of the thread that issues TMA (with the bytes to expect) and, where rows
 //             are gathered, one of each producer thread when its cp.async are done.
@@ -33,14 +34,16 @@
 #include "overlap.cuh"
 #include "scheduler.cuh"
 #include "tensor_map_cache.cuh"
+#include "warp_specialized.cuh"
 #include "wgmma.cuh"
 
 namespace moekernels {
 
-template <class ElementType, int kWeightRows, bool kIsGated>
+template <class ElementType, int kWeightRows, bool kIsGated, bool kIsTransposed = false>
 struct GroupedGemmSm90Traits {
   using T = ElementType;
   static constexpr bool kGated = kIsGated;
+  static constexpr bool kTransposed = kIsTransposed;
   static constexpr int kTileM = 128;
   static constexpr int kTileN = kWeightRows;
   static constexpr int kTileK = 64;
@@ -55,16 +58,18 @@ struct GroupedGemmSm90Traits {
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
 
-  // Shared memory, in order. All operand rows are 128 bytes; a swizzled tile starts on 1024.
+  // Shared memory, in order. All operand rows are 128 bytes, of K or, transposed, of 64 columns; a swizzled tile starts
+  // on 1024.
   static constexpr uint32_t kOperandRowBytes = kTileK * sizeof(T);
-  static constexpr uint32_t kRowsBytes = kTileM * kOperandRowBytes;
+  static constexpr uint32_t kABytes = kTileM * kOperandRowBytes;
   static constexpr int kRowBox = 64;  // rows of one TMA, and of one consumer
   static constexpr uint32_t kRowBoxBytes = kRowBox * kOperandRowBytes;
-  static constexpr uint32_t kWeightBytes = kTileN * kOperandRowBytes;
-  static constexpr uint32_t kSlabColumns = 64;
-  static constexpr uint32_t kSlabBytes = kTileM * kSlabColumns * sizeof(T);
-  static constexpr uint32_t kWeightOffset = kStages * kRowsBytes;
-  static constexpr uint32_t kSlabOffset = kWeightOffset + kStages * kWeightBytes;
+  static constexpr uint32_t kBBytes = kTileN * kOperandRowBytes;
+  static constexpr int kBlockColumns = 64;  // of a transposed weight
+  static constexpr uint32_t kBlockBytes = kTileK * kOperandRowBytes;
+  static constexpr uint32_t kSlabBytes = kConsumerWarps * kWarpSlabBytes;
+  static constexpr uint32_t kBOffset = kStages * kABytes;
+  static constexpr uint32_t kSlabOffset = kBOffset + kStages * kBBytes;
   static constexpr uint32_t kFullOffset = kSlabOffset + kSlabBytes;
   static constexpr uint32_t kEmptyOffset = kFullOffset + kStages * sizeof(uint64_t);
   static constexpr uint32_t kScheduleOffset = kEmptyOffset + kStages * sizeof(uint64_t);
@@ -73,42 +78,9 @@ struct GroupedGemmSm90Traits {
   static_assert(sizeof(T) == 2 && kOperandRowBytes == 128);
   static_assert(kTileN == 128 || kTileN == 256);
   static_assert(kOutN % kSlabColumns == 0);
+  static_assert(!(kGated && kTransposed));
   static_assert(kProducerThreads * kProducerRegisters + kConsumerThreads * kConsumerRegisters <= kThreads * 168);
   static_assert(kSmemBytes <= 227 * 1024);
-};
-
-// Where 16-byte chunk `chunk` of row `row` lies in a tile of 128-byte rows under the 128-byte swizzle.
-__device__ __forceinline__ uint32_t swizzle_128(uint32_t row, uint32_t chunk) {
-  return row * 128 + ((chunk ^ (row & 7)) << 4);
-}
-
-// The ring of stages as one role sees it: where it is, and which phase of that stage's barriers comes next.
-template <class Traits>
-class Pipeline {
- public:
-  __device__ __forceinline__ explicit Pipeline(uint32_t smem) : smem_(smem) {}
-
-  __device__ __forceinline__ uint32_t rows() const { return smem_ + stage_ * Traits::kRowsBytes; }
-  __device__ __forceinline__ uint32_t weight() const {
-    return smem_ + Traits::kWeightOffset + stage_ * Traits::kWeightBytes;
-  }
-  __device__ __forceinline__ uint32_t full() const { return smem_ + Traits::kFullOffset + stage_ * 8; }
-  __device__ __forceinline__ uint32_t empty() const { return smem_ + Traits::kEmptyOffset + stage_ * 8; }
-
-  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(full(), parity_); }
-  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(empty(), parity_ ^ 1); }
-
-  __device__ __forceinline__ void advance() {
-    if (++stage_ == Traits::kStages) {
-      stage_ = 0;
-      parity_ ^= 1;
-    }
-  }
-
- private:
-  uint32_t smem_;
-  uint32_t stage_ = 0;
-  uint32_t parity_ = 0;
 };
 
 // ---- the producer ----
@@ -182,21 +154,27 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
       pipeline.wait_empty();
       if (issues_tma && ptx::elect_one()) {
         const int32_t k = step * Traits::kTileK;
-        ptx::mbarrier_arrive_expect_tx(pipeline.full(), Traits::kWeightBytes + row_bytes);
-        ptx::tma_load_3d(pipeline.weight(), weight_map, pipeline.full(), k, column, expert);
+        ptx::mbarrier_arrive_expect_tx(pipeline.full(), Traits::kBBytes + row_bytes);
+        if constexpr (Traits::kTransposed) {
+#pragma unroll
+          for (int block = 0; block < Traits::kTileN / Traits::kBlockColumns; ++block) {
+            ptx::tma_load_3d(pipeline.b() + block * Traits::kBlockBytes, weight_map, pipeline.full(),
+                             column + block * Traits::kBlockColumns, k, expert);
+          }
+        } else {
+          ptx::tma_load_3d(pipeline.b(), weight_map, pipeline.full(), k, column, expert);
+        }
         if constexpr (Traits::kGated) {
           const auto values = static_cast<int32_t>(p.out_features / 2);
-          ptx::tma_load_3d(pipeline.weight() + Traits::kWeightBytes / 2, weight_map, pipeline.full(), k,
-                           values + column, expert);
+          ptx::tma_load_3d(pipeline.b() + Traits::kBBytes / 2, weight_map, pipeline.full(), k, values + column, expert);
         }
-        if (!gathered) ptx::tma_load_3d(pipeline.rows(), rows_map, pipeline.full(), k, row, 0);
+        if (!gathered) ptx::tma_load_3d(pipeline.a(), rows_map, pipeline.full(), k, row, 0);
         if (!gathered && two_boxes) {
-          ptx::tma_load_3d(pipeline.rows() + Traits::kRowBoxBytes, rows_map, pipeline.full(), k, row + Traits::kRowBox,
-                           0);
+          ptx::tma_load_3d(pipeline.a() + Traits::kRowBoxBytes, rows_map, pipeline.full(), k, row + Traits::kRowBox, 0);
         }
       }
       if (gathered) {
-        gather.copy_step(step, pipeline.rows());
+        gather.copy_step(step, pipeline.a());
         ptx::cp_async_mbarrier_arrive_noinc(pipeline.full());
       }
       pipeline.advance();
@@ -233,14 +211,16 @@ __device__ __forceinline__ void add_bias(float (&acc)[Traits::kTileN / 2], const
 template <class Traits>
 __device__ __forceinline__ void finish_sums(float (&acc)[Traits::kTileN / 2], const GroupedGemmParams& p,
                                             const Tile& tile, int32_t row0, int lane) {
-  if (p.bias != nullptr) add_bias<Traits>(acc, p, tile, lane);
-  dispatch_activation(p.activation, [&](auto activation) {
+  if constexpr (!Traits::kTransposed) {
+    if (p.bias != nullptr) add_bias<Traits>(acc, p, tile, lane);
+    dispatch_activation(p.activation, [&](auto activation) {
 #pragma unroll
-    for (int i = 0; i < Traits::kOutN / 2; ++i) {
-      acc[i] = activate<decltype(activation)::value>(acc[i]);
-      if constexpr (Traits::kGated) acc[i] *= acc[Traits::kTileN / 4 + i];
-    }
-  });
+      for (int i = 0; i < Traits::kOutN / 2; ++i) {
+        acc[i] = activate<decltype(activation)::value>(acc[i]);
+        if constexpr (Traits::kGated) acc[i] *= acc[Traits::kTileN / 4 + i];
+      }
+    });
+  }
   if (p.row_scale != nullptr) {
     float scale[2];
 #pragma unroll
@@ -250,54 +230,6 @@ __device__ __forceinline__ void finish_sums(float (&acc)[Traits::kTileN / 2], co
     }
 #pragma unroll
     for (int i = 0; i < Traits::kOutN / 2; ++i) acc[i] *= scale[i / 2 % 2];
-  }
-}
-
-// Rounds and stores the warp's 16 rows. `slab`: 16 rows of 128 bytes of shared memory.
-template <class Traits>
-__device__ __forceinline__ void store_rows(const float (&acc)[Traits::kTileN / 2], const GroupedGemmParams& p,
-                                           const Tile& tile, int32_t row0, uint32_t slab, int lane) {
-  using T = typename Traits::T;
-  const auto width = static_cast<int32_t>(output_width(p));
-  const bool aligned = is_vec16_aligned<T>(p.out, width);
-  T* const out = static_cast<T*>(p.out);
-#pragma unroll
-  for (int first = 0; first < Traits::kOutN; first += Traits::kSlabColumns) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {  // 16 columns: four 8x8 matrices, the second of each pair 8 rows below the first
-      uint32_t packed[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const int i = (first / 8 + 2 * j) * 4 + 2 * m;
-        packed[m] = pack2<T>(acc[i], acc[i + 1]);
-      }
-      ptx::stmatrix_x4(slab + swizzle_128(lane % 16, 2 * j + lane / 16), packed);
-    }
-    __syncwarp();
-    const int32_t column = tile.col_tile * Traits::kOutN + first + lane % 8 * Vec16<T>::kSize;
-    const auto copy_out = [&](int i, auto&& store) {
-      const int r = 4 * i + lane / 8;
-      const uint4 piece = ptx::ld_shared_v4(slab + swizzle_128(r, lane % 8));
-      const int32_t row = row0 + r;
-      if (row < tile.row_end && column < width) store(out + int64_t{row} * width + column, piece);
-    };
-    if (aligned) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        copy_out(i, [](T* place, const uint4& piece) { *reinterpret_cast<uint4*>(place) = piece; });
-      }
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < 4; ++i) {
-        copy_out(i, [&](T* place, const uint4& piece) {
-#pragma unroll
-          for (int c = 0; c < Vec16<T>::kSize; ++c) {
-            if (column + c < width) place[c] = reinterpret_cast<const Vec16<T>&>(piece).values[c];
-          }
-        });
-      }
-    }
-    __syncwarp();
   }
 }
 
@@ -338,13 +270,16 @@ __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSc
       pipeline.wait_full();
       if (gathered) ptx::fence_proxy_async();
       const uint64_t rows =
-          ptx::wgmma_descriptor(pipeline.rows() + warpgroup * Traits::kRowBoxBytes, 16, 1024, ptx::Swizzle::k128B);
-      const uint64_t weight = ptx::wgmma_descriptor(pipeline.weight(), 16, 1024, ptx::Swizzle::k128B);
+          ptx::wgmma_descriptor(pipeline.a() + warpgroup * Traits::kRowBoxBytes, 16, 1024, ptx::Swizzle::k128B);
+      const uint64_t weight = ptx::wgmma_descriptor(pipeline.b(), Traits::kTransposed ? Traits::kBlockBytes : 16, 1024,
+                                                    ptx::Swizzle::k128B);
       ptx::wgmma_keep(acc);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < Traits::kTileK / kWgmmaK; ++k) {
-        ptx::wgmma_m64k16<T, Traits::kTileN>(acc, rows + 2 * k, weight + 2 * k, step + k > 0);
+        // 16 elements of K: 32 bytes of each row or, transposed, 16 rows of 128 bytes.
+        ptx::wgmma_m64k16<T, Traits::kTileN, 0, Traits::kTransposed ? 1 : 0>(
+            acc, rows + 2 * k, weight + (Traits::kTransposed ? 128 : 2) * k, step + k > 0);
       }
       ptx::wgmma_commit_group();
       ptx::wgmma_keep(acc);
@@ -360,7 +295,9 @@ __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSc
 
     const int32_t row0 = current.row_begin + 16 * warp;
     finish_sums<Traits>(acc, p, current, row0, lane);
-    store_rows<Traits>(acc, p, current, row0, smem + Traits::kSlabOffset + warp * (16 * 128), lane);
+    const WarpRows<T> out{static_cast<T*>(p.out), row0, current.row_end, static_cast<int32_t>(output_width(p))};
+    store_rows<Traits::kOutN>(acc, out, current.col_tile * Traits::kOutN,
+                              smem + Traits::kSlabOffset + warp * kWarpSlabBytes, lane);
   }
   zero_unused_rows<T>(p, int64_t{blockIdx.x} * Traits::kConsumerThreads + threadIdx.x,
                       int64_t{gridDim.x} * Traits::kConsumerThreads);

@@ -2,22 +2,14 @@
 //
 // A persistent block takes tiles of kTileM rows times 128 weight rows from the schedule. Per tile:
 //   1. TileLoaders gather the rows (through token_of_row) and the weight rows. A gated tile's lower 64 weight rows are
-//      gates and its upper 64 the values of the same columns.
-//   2. A ring of kStages stages, each 64 bytes deep: wait for the oldest, meet at a barrier (which also says that
-//      everyone is done with the stage read last), multiply the oldest into the accumulators and, meanwhile, start to
-//      refill the one read last.
-//   3. The accumulators pass through shared memory, 64 rows at a time as float32, over the now idle stages. There a
-//      gate meets its value whatever the multiplication's layout, and each thread finishes 8 neighbouring columns of a
-//      row with 16-byte stores.
+//      gates and its upper 64 the values of the same columns. A transposed weight's rows lie along the depth, and a
+//      DepthLoader fetches 128 columns of each.
+//   2. The stages are multiplied as tiled_gemm.cuh says.
+//   3. Where the sums pass through shared memory, a gate meets its value, and each thread finishes 8 neighbouring
+//   columns
+//      of a row with 16-byte stores.
 //
 // Shared memory: [stages: rows, weights][tile starts]; the slab of step 3 lies over the stages.
-//
-// A `Compute` multiplies. It has
-//   Element, kTileM, kThreads, kBlocksPerSm; kWarpsM: warps along the rows, each with kTileM / kWarpsM consecutive rows
-//   clear(); multiply(rows_tile, weights_tile, load_next): one stage, by shared-memory addresses; it calls load_next()
-//   once, where the copies of a later stage are best issued
-//   store<kPass>(slab): of each warp's rows, the kRowsPerPass after kPass * kRowsPerPass, to slab rows
-//   warp_m * kRowsPerPass and following.
 #pragma once
 
 #include <algorithm>
@@ -27,37 +19,9 @@
 #include "grouped_gemm.cuh"
 #include "launch.cuh"
 #include "scheduler.cuh"
-#include "tile_loader.cuh"
+#include "tiled_gemm.cuh"
 
 namespace moekernels {
-
-constexpr int kTiledN = 128;  // weight rows of a tile
-
-// The slab: sums on their way to the epilogue. The padding keeps the fragments' stores free of bank conflicts.
-constexpr int kSlabRows = 64;
-constexpr int kSlabPitch = kTiledN + 8;
-
-template <class Compute_, int kStages_, bool kAligned_>
-struct TiledGemmTraits {
-  using Compute = Compute_;
-  using T = typename Compute::Element;
-  static constexpr int kStages = kStages_;
-  static constexpr bool kAligned = kAligned_;
-  static constexpr int kTileM = Compute::kTileM;
-  static constexpr int kThreads = Compute::kThreads;
-  static constexpr int kTileK = kTileRowBytes / static_cast<int>(sizeof(T));
-
-  static constexpr int kRowsBytes = kTileM * kTileRowBytes;
-  static constexpr int kStageBytes = kRowsBytes + kTiledN * kTileRowBytes;
-  static constexpr int kSmemBytes = kStages * kStageBytes;  // and the schedule
-
-  static constexpr int kRowsPerPass = kSlabRows / Compute::kWarpsM;
-  static constexpr int kPasses = kTileM / kSlabRows;
-
-  static_assert(kSlabRows * kSlabPitch * static_cast<int>(sizeof(float)) <= kSmemBytes);
-  static_assert(kTileM % kSlabRows == 0 && kRowsPerPass * kPasses * Compute::kWarpsM == kTileM);
-  static_assert(kStages >= 2);
-};
 
 // Bias, activation, gate, scale and store for the slab's rows: slab row i holds row `row_of(i)`, none if negative.
 template <class Traits, class RowOf>
@@ -107,74 +71,62 @@ __device__ __forceinline__ void finish_slab(const GroupedGemmParams& p, const fl
   }
 }
 
-// Pass kPass of the tile's accumulators and all after it. The passes are unrolled by recursion: accumulators are
-// registers, so which of them a pass stores must be known when it is compiled.
-template <class Traits, int kPass = 0>
-__device__ __forceinline__ void finish_tile(const GroupedGemmParams& p, const typename Traits::Compute& compute,
-                                            float* slab, const Tile& tile) {
-  if constexpr (kPass < Traits::kPasses) {
-    __syncthreads();  // all are done with what the slab overwrites
-    compute.template store<kPass>(slab);
-    __syncthreads();
-    finish_slab<Traits>(p, slab, tile, [&tile](int slab_row) {
-      constexpr int kRowsPerWarp = Traits::kTileM / Traits::Compute::kWarpsM;
-      const int32_t row = tile.row_begin + slab_row / Traits::kRowsPerPass * kRowsPerWarp +
-                          kPass * Traits::kRowsPerPass + slab_row % Traits::kRowsPerPass;
-      return row < tile.row_end ? row : -1;
+// What copies a tile's weights: a function of the target and of the depth at which the step begins.
+template <class Traits>
+__device__ __forceinline__ auto weight_loader(const GroupedGemmParams& p, const Tile& tile) {
+  using T = typename Traits::T;
+  const T* const weight = static_cast<const T*>(p.weight) + tile.expert * p.weight_expert_stride;
+  const int64_t stride = p.weight_row_stride;
+  const auto in_features = static_cast<int>(p.in_features);
+  if constexpr (Traits::kTransposed) {
+    using Loader = DepthLoader<T, kTiledN, Traits::kThreads, Traits::kAligned>;
+    const Loader loader(weight, tile.col_tile * kTiledN, static_cast<int32_t>(p.out_features));
+    return [=](uint32_t target, int depth) {
+      loader.load(target, [&](int i) -> const T* {
+        const int k = depth + Loader::row(i);
+        return k < in_features ? weight + k * stride : nullptr;
+      });
+    };
+  } else {
+    TileLoader<T, kTiledN, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/false> loader;
+    const int64_t width = output_width(p);
+    loader.start(weight, [&](int r) -> const T* {
+      const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
+      const int64_t tile_col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
+      const int64_t col = min(tile_col, width - 1);  // past the end: any weights will do, nobody stores their sums
+      const int64_t feature = r < tile_cols ? col : width + col;
+      return weight + feature * stride;
     });
-    finish_tile<Traits, kPass + 1>(p, compute, slab, tile);
+    return [=](uint32_t target, int depth) { loader.load(target, depth, in_features); };
   }
 }
 
 template <class Traits>
 __device__ __forceinline__ void compute_tile(const GroupedGemmParams& p, const Tile& tile, unsigned char* smem) {
   using T = typename Traits::T;
-  constexpr int kStages = Traits::kStages;
-  constexpr int kTileK = Traits::kTileK;
-  const int64_t width = output_width(p);
-  const T* const weight = static_cast<const T*>(p.weight);
-
   TileLoader<T, Traits::kTileM, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/true> rows;
-  rows.start(weight, [&](int r) -> const T* {
+  rows.start(static_cast<const T*>(p.weight), [&](int r) -> const T* {
     const int32_t row = tile.row_begin + r;
     const int32_t source = row < tile.row_end ? source_row(p, row) : -1;
     return source < 0 ? nullptr : static_cast<const T*>(p.rows) + source * p.row_stride;
   });
-  TileLoader<T, kTiledN, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/false> weights;
-  weights.start(weight, [&](int r) -> const T* {
-    const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
-    const int64_t tile_col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
-    const int64_t col = min(tile_col, width - 1);  // past the end: any weights will do, nobody stores their sums
-    const int64_t feature = r < tile_cols ? col : width + col;
-    return weight + tile.expert * p.weight_expert_stride + feature * p.weight_row_stride;
+  const auto load_weights = weight_loader<Traits>(p, tile);
+
+  const auto in_features = static_cast<int>(p.in_features);
+  const int num_steps = (in_features + Traits::kTileK - 1) / Traits::kTileK;
+  typename Traits::Compute compute;
+  multiply_steps<Traits>(compute, ptx::smem_address(smem), num_steps, [&](int step, uint32_t stage) {
+    rows.load(stage, step * Traits::kTileK, in_features);
+    load_weights(stage + Traits::kRowsBytes, step * Traits::kTileK);
   });
 
-  const uint32_t stages = ptx::smem_address(smem);
-  const auto in_features = static_cast<int>(p.in_features);
-  const int num_steps = (in_features + kTileK - 1) / kTileK;
-  const auto load = [&](int step) {
-    if (step < num_steps) {
-      const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
-      rows.load(stage, step * kTileK, in_features);
-      weights.load(stage + Traits::kRowsBytes, step * kTileK, in_features);
-    }
-    ptx::cp_async_commit_group();  // an empty group too: waiting counts groups
-  };
-
-  typename Traits::Compute compute;
-  compute.clear();
-#pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) load(step);
-#pragma unroll 1
-  for (int step = 0; step < num_steps; ++step) {
-    ptx::cp_async_wait_group<kStages - 2>();
-    __syncthreads();
-    const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
-    compute.multiply(stage, stage + Traits::kRowsBytes, [&] { load(step + kStages - 1); });
-  }
-  ptx::cp_async_wait_group<0>();
-
-  finish_tile<Traits>(p, compute, reinterpret_cast<float*>(smem), tile);
+  auto* const slab = reinterpret_cast<float*>(smem);
+  finish_passes<Traits>(compute, slab, [&](auto row_of) {
+    finish_slab<Traits>(p, slab, tile, [&](int slab_row) {
+      const int32_t row = tile.row_begin + row_of(slab_row);
+      return row < tile.row_end ? row : -1;
+    });
+  });
   __syncthreads();  // the slab has been read: the next tile may fill the stages
 }
 
@@ -202,7 +154,8 @@ cudaError_t launch_tiled_gemm(const GroupedGemmParams& params, const TileConfig&
   const int tile_cols = params.gated ? kTiledN / 2 : kTiledN;
   const int64_t col_tiles = (output_width(params) + tile_cols - 1) / tile_cols;
   const int64_t tiles = max_row_tiles(params.num_rows, params.num_experts, Traits::kTileM) * col_tiles;
-  if (tiles > INT32_MAX || params.in_features > INT32_MAX - kTileRowBytes) return cudaErrorInvalidValue;
+  const int64_t widest = std::max(params.in_features, params.transposed ? params.out_features : 0);
+  if (tiles > INT32_MAX || widest > INT32_MAX - kTiledN) return cudaErrorInvalidValue;
   const int64_t resident = static_cast<int64_t>(device.sm_count) * Traits::Compute::kBlocksPerSm;
   const size_t smem_bytes = Traits::kSmemBytes + TileSchedule::smem_bytes(params.num_experts);
   const LaunchConfig launch_config{dim3(static_cast<unsigned>(std::min(tiles, resident))), dim3(Traits::kThreads),

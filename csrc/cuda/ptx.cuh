@@ -31,7 +31,7 @@ MOEKERNELS_DEVICE uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- global and shared memory, 16 or 8 bytes at a time, aligned so ----
+// ---- global and shared memory, 16, 8 or 4 bytes at a time, aligned so ----
 
 // Read once, through the read-only path and around L1: only for memory no thread of this launch writes.
 MOEKERNELS_DEVICE uint4 ld_global_nc_v4(const void* pointer) {
@@ -89,6 +89,12 @@ MOEKERNELS_DEVICE uint4 ld_shared_v4(uint32_t address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
+  return v;
+}
+
+MOEKERNELS_DEVICE uint32_t ld_shared_u32(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 

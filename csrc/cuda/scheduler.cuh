@@ -42,10 +42,14 @@ __device__ __forceinline__ int32_t first_unused_row(const GroupedGemmParams& p) 
 }
 
 // The source row of packed row `row`: -1 stands for a row of zeros. Source rows are numbered in 32 bits.
+__device__ __forceinline__ int32_t source_row(const int32_t* token_of_row, int64_t num_source_rows, int32_t row) {
+  if (token_of_row == nullptr) return row;
+  const int32_t token = token_of_row[row];
+  return token >= 0 && token < num_source_rows ? token : -1;
+}
+
 __device__ __forceinline__ int32_t source_row(const GroupedGemmParams& p, int32_t row) {
-  if (p.token_of_row == nullptr) return row;
-  const int32_t token = p.token_of_row[row];
-  return token >= 0 && token < p.num_source_rows ? token : -1;
+  return source_row(p.token_of_row, p.num_source_rows, row);
 }
 
 struct Tile {

@@ -48,6 +48,7 @@ struct GemmProblem {
   bool batch_invariant;
   int compute_capability;  // 80, 86, 90, ...
   int sm_count;
+  bool transposed;  // weight [E, K, M]
 };
 
 // More experts than that are done in several launches, so that a schedule in shared memory has a known size.
@@ -92,6 +93,7 @@ inline GemmProblem gemm_problem(const GroupedGemmParams& p, int compute_capabili
   problem.batch_invariant = p.batch_invariant;
   problem.compute_capability = compute_capability;
   problem.sm_count = sm_count;
+  problem.transposed = p.transposed;
   return problem;
 }
 
@@ -117,9 +119,9 @@ inline int64_t expected_tiles(const GemmProblem& p, int64_t tile_m, int64_t tile
 constexpr int64_t kDecodeRowsPerExpert = 4;  // on average: reading the weights dominates
 constexpr int64_t kDecodeRows = 32;          // so few rows are one pass even if one expert has them all
 
-// The decode path reads whole vectors of 16 bytes only.
+// The decode path reads whole vectors of 16 bytes only, along K.
 inline bool prefers_decode(const GemmProblem& p) {
-  if (p.batch_invariant || !p.aligned || p.in_features == 0) return false;
+  if (p.transposed || p.batch_invariant || !p.aligned || p.in_features == 0) return false;
   if (p.in_features * size_of(p.dtype) % 16 != 0 || p.num_experts > kMaxExpertsPerLaunch) return false;
   return p.num_rows <= kDecodeRows || p.num_rows <= kDecodeRowsPerExpert * p.num_experts;
 }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "build_info.h"
-#include "cuda/tile_config.h"
+#include "cuda/weight_grad_config.h"
 #include "moekernels/cpu.h"
 
 namespace py = pybind11;
@@ -53,31 +53,47 @@ void set_isa(const std::string& name) {
   throw py::value_error("CPU instruction set must be one of " + known + " on this machine; got '" + name + "'");
 }
 
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw py::value_error("dtype must be float32, bfloat16 or float16; got '" + name + "'");
+}
+
 // What the CUDA grouped GEMM would run for a problem: the choice is a pure function, so no GPU is needed to ask.
 std::string describe_tiles(int64_t num_rows, int64_t out_features, int64_t in_features, int32_t num_experts,
-                           const std::string& dtype, bool gated, bool gathered, bool batch_invariant,
+                           const std::string& dtype, bool gated, bool gathered, bool transposed, bool batch_invariant,
                            int compute_capability, int sm_count) {
   GemmProblem problem{};
   problem.num_rows = num_rows;
   problem.out_features = out_features;
   problem.in_features = in_features;
   problem.num_experts = num_experts;
-  if (dtype == "float32") {
-    problem.dtype = DType::kFloat32;
-  } else if (dtype == "bfloat16") {
-    problem.dtype = DType::kBFloat16;
-  } else if (dtype == "float16") {
-    problem.dtype = DType::kFloat16;
-  } else {
-    throw py::value_error("dtype must be float32, bfloat16 or float16; got '" + dtype + "'");
-  }
+  problem.dtype = dtype_of(dtype);
   problem.gated = gated;
   problem.gathered = gathered;
-  problem.aligned = in_features * size_of(problem.dtype) % 16 == 0;
+  const auto whole_vectors = [&](int64_t columns) { return columns * size_of(problem.dtype) % 16 == 0; };
+  problem.aligned = whole_vectors(in_features) && (!transposed || whole_vectors(out_features));
+  problem.transposed = transposed;
   problem.batch_invariant = batch_invariant;
   problem.compute_capability = compute_capability;
   problem.sm_count = sm_count;
   return to_string(choose_tile_config(problem));
+}
+
+// The same for the gradient of the weights.
+std::string describe_weight_grad_tiles(int64_t num_rows, int64_t out_features, int64_t in_features, int32_t num_experts,
+                                       const std::string& dtype, int compute_capability, int sm_count) {
+  WeightGradProblem problem{};
+  problem.num_rows = num_rows;
+  problem.out_features = out_features;
+  problem.in_features = in_features;
+  problem.num_experts = num_experts;
+  problem.dtype = dtype_of(dtype);
+  problem.aligned = in_features * size_of(problem.dtype) % 16 == 0 && out_features * size_of(problem.dtype) % 16 == 0;
+  problem.compute_capability = compute_capability;
+  problem.sm_count = sm_count;
+  return to_string(choose_weight_grad_config(problem));
 }
 
 }  // namespace
@@ -88,6 +104,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_isa, py::arg("name"), "Use the CPU kernels of this instruction set from now on.");
   m.def("describe_tiles", &describe_tiles, py::kw_only(), py::arg("num_rows"), py::arg("out_features"),
         py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16", py::arg("gated") = false,
-        py::arg("gathered") = false, py::arg("batch_invariant") = false, py::arg("compute_capability") = 90,
-        py::arg("sm_count") = 132, "The path and tiles that the CUDA grouped GEMM chooses for a problem.");
+        py::arg("gathered") = false, py::arg("transposed") = false, py::arg("batch_invariant") = false,
+        py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
+        "The path and tiles that the CUDA grouped GEMM chooses for a problem.");
+  m.def("describe_weight_grad_tiles", &describe_weight_grad_tiles, py::kw_only(), py::arg("num_rows"),
+        py::arg("out_features"), py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16",
+        py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
+        "The path and tiles that the CUDA weight gradient chooses for a problem.");
 }

@@ -11,7 +11,18 @@ def describe_tiles(
     dtype: str = "bfloat16",
     gated: bool = False,
     gathered: bool = False,
+    transposed: bool = False,
     batch_invariant: bool = False,
+    compute_capability: int = 90,
+    sm_count: int = 132,
+) -> str: ...
+def describe_weight_grad_tiles(
+    *,
+    num_rows: int,
+    out_features: int,
+    in_features: int,
+    num_experts: int,
+    dtype: str = "bfloat16",
     compute_capability: int = 90,
     sm_count: int = 132,
 ) -> str: ...

@@ -36,6 +36,31 @@ def check(layer: Layer, capacity: int | None) -> None:
         raise AssertionError(f"{layer.shape} {tuple(layer.x.hidden.shape)} {layer.x.hidden.dtype}: error {error:.3g}")
 
 
+def check_backward_gemms(layer: Layer) -> None:
+    """The gradients of the up projection: of its rows, of its weight, and of its bias."""
+    _, expert_ids = ops.route(layer.logits, layer.shape.top_k)
+    plan = ops.plan(expert_ids, layer.shape.num_experts)
+    weight = layer.x.up_weight
+    grad_rows = torch.randn(plan.token_of_row.shape[0], weight.shape[1], device=weight.device).to(weight.dtype)
+    hidden, offsets, tokens = layer.x.hidden, plan.expert_offsets, plan.token_of_row
+    actual = (
+        ops.grouped_gemm(grad_rows, weight, offsets, transposed=True),
+        *ops.grouped_weight_grad(grad_rows, hidden, offsets, token_of_row=tokens, need_bias=True),
+    )
+    wide = [x.double().cpu() for x in (grad_rows, weight, hidden)]
+    expected = (
+        reference.grouped_gemm(wide[0], wide[1], offsets.cpu(), transposed=True),
+        *reference.grouped_weight_grad(wide[0], wide[2], offsets.cpu(), token_of_row=tokens.cpu(), need_bias=True),
+    )
+    for a, b in zip(actual, expected, strict=True):
+        error = (a.cpu().double() - b).abs().max().item()
+        if (
+            error
+            > 64 * torch.finfo(torch.float32).eps * b.abs().max().item() + torch.finfo(a.dtype).eps * b.abs().max()
+        ):
+            raise AssertionError(f"backward: {layer.shape} {a.dtype}: error {error:.3g}")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,6 +72,7 @@ def main() -> None:
                 layer = Layer.random(shape, num_tokens, dtype, device)
                 check(layer, None)
                 check(layer, 3)
+                check_backward_gemms(layer)
     for scoring in ("softmax", "top2_gate", "sparsemixer"):
         logits = torch.randn(33, 16, device=device)
         _, expert_ids = ops.route(logits, 2, scoring=scoring)

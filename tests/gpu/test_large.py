@@ -79,3 +79,39 @@ def test_grouped_gemm_reads_far_weights(cuda: torch.device, num_rows: int) -> No
     offsets[-1] = num_rows
     out = ops.grouped_gemm(rows, weight, offsets)
     torch.testing.assert_close(out.float(), rows.float() @ weight[-1].float().T, rtol=2e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["in-order", "gathered"])
+def test_weight_gradients_read_far_rows(rows: torch.Tensor, gathered: bool) -> None:
+    """The last expert owns the last rows, and the gradient picks one of them."""
+    grad_rows = torch.zeros(ROWS, 16, device=rows.device, dtype=DTYPE)
+    grad_rows[ROWS - 1, 3] = 1
+    offsets = torch.tensor([0, ROWS - 300, ROWS], dtype=torch.int32, device=rows.device)
+    token_of_row = torch.arange(ROWS, device=rows.device, dtype=torch.int32) if gathered else None
+    grad_weight, _ = ops.grouped_weight_grad(grad_rows, rows, offsets, token_of_row=token_of_row)
+    assert torch.equal(grad_weight[1, 3], rows[ROWS - 1])
+    assert grad_weight.count_nonzero() == rows[ROWS - 1].count_nonzero()
+
+
+def test_weight_gradients_are_written_far_away(cuda: torch.device) -> None:
+    """The last of many experts is the only one with rows."""
+    width = 2048
+    experts = 2**31 // (width * width) + 2
+    grad_rows, rows = (torch.randn(70, width, device=cuda).to(DTYPE) for _ in range(2))
+    offsets = torch.zeros(experts + 1, dtype=torch.int32, device=cuda)
+    offsets[-1] = 70
+    grad_weight, _ = ops.grouped_weight_grad(grad_rows, rows, offsets)
+    torch.testing.assert_close(grad_weight[-1].float(), grad_rows.float().T @ rows.float(), rtol=2e-2, atol=4e-2)
+    assert not grad_weight[:-1].any()
+
+
+def test_transposed_weights_far_away(cuda: torch.device) -> None:
+    width = 2048
+    experts = 2**31 // (width * width) + 2
+    weight = torch.zeros(experts, width, width, device=cuda, dtype=DTYPE)
+    weight[-1] = torch.randn(width, width, device=cuda).to(DTYPE) / 32
+    rows = torch.randn(300, width, device=cuda).to(DTYPE)
+    offsets = torch.zeros(experts + 1, dtype=torch.int32, device=cuda)
+    offsets[-1] = 300
+    out = ops.grouped_gemm(rows, weight, offsets, transposed=True)
+    torch.testing.assert_close(out.float(), rows.float() @ weight[-1].float(), rtol=2e-2, atol=4e-2)

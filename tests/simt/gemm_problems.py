@@ -25,6 +25,7 @@ class Problem:
         unused: rows behind them.
         padding: elements between the rows of ``rows`` and of ``weight``.
         shift: elements by which both start past a multiple of 16 bytes.
+        transposed: ``weight`` is [E, in_features, out_features].
     """
 
     counts: tuple[int, ...]
@@ -39,6 +40,7 @@ class Problem:
     unused: int = 0
     padding: int = 0
     shift: int = 0
+    transposed: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -81,7 +83,7 @@ class Inputs:
     def reference(self, p: Problem) -> Tensor:
         return reference.grouped_gemm(
             self.rows,
-            self.weight,
+            self.weight.transpose(1, 2) if p.transposed else self.weight,
             self.expert_offsets,
             bias=self.bias,
             activation=p.activation,
@@ -91,7 +93,7 @@ class Inputs:
         )
 
 
-def _placed(values: Tensor, padding: int, shift: int) -> Tensor:
+def placed(values: Tensor, padding: int, shift: int) -> Tensor:
     """The same values, surrounded by NaN: `padding` elements between rows, `shift` before the first."""
     *outer, width = values.shape
     pitch = width + padding
@@ -119,10 +121,11 @@ def make_inputs(p: Problem, seed: int = 1) -> Inputs:
         if used > 3:  # rows of nothing among the others
             token_of_row[used - 2] = -1
             token_of_row[used - 1] = num_tokens
-    weight = randn(num_experts, p.out_features, p.in_features) * max(p.in_features, 1) ** -0.5
+    shape = (p.in_features, p.out_features) if p.transposed else (p.out_features, p.in_features)
+    weight = randn(num_experts, *shape) * max(p.in_features, 1) ** -0.5
     return Inputs(
-        rows=_placed(randn(num_tokens, p.in_features).to(p.dtype), p.padding, p.shift),
-        weight=_placed(weight.to(p.dtype), p.padding, p.shift),
+        rows=placed(randn(num_tokens, p.in_features).to(p.dtype), p.padding, p.shift),
+        weight=placed(weight.to(p.dtype), p.padding, p.shift),
         expert_offsets=torch.tensor([0, *p.counts]).cumsum(0).int(),
         bias=randn(num_experts, p.out_features + 3).to(p.dtype)[:, : p.out_features] if p.bias else None,
         row_scale=torch.rand(p.num_rows, generator=generator) + 0.5 if p.scaled else None,
@@ -165,6 +168,7 @@ def launch(
         num_experts=len(p.counts),
         activation=Activation[p.activation.upper()],
         gated=p.gated,
+        transposed=p.transposed,
         allow_tf32=allow_tf32,
         batch_invariant=batch_invariant,
         dtype=p.dtype,

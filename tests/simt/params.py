@@ -113,6 +113,7 @@ class GroupedGemmParams(ctypes.Structure):
         ("num_experts", c_int32),
         ("activation", c_int32),
         ("gated", c_bool),
+        ("transposed", c_bool),
         ("allow_tf32", c_bool),
         ("batch_invariant", c_bool),
         ("dtype", c_int32),
@@ -130,6 +131,30 @@ class UnpermuteParams(ctypes.Structure):
         ("hidden_size", c_int64),
         ("row_stride", c_int64),
         ("top_k", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class GroupedWeightGradParams(ctypes.Structure):
+    _fields_ = [
+        ("grad_rows", InputPointer),
+        ("rows", InputPointer),
+        ("grad_token_of_row", InputPointer),
+        ("token_of_row", InputPointer),
+        ("bias_scale", InputPointer),
+        ("expert_offsets", InputPointer),
+        ("grad_weight", OutputPointer),
+        ("grad_bias", OutputPointer),
+        ("workspace", OutputPointer),
+        ("num_rows", c_int64),
+        ("num_source_grad_rows", c_int64),
+        ("num_source_rows", c_int64),
+        ("grad_row_stride", c_int64),
+        ("row_stride", c_int64),
+        ("out_features", c_int64),
+        ("in_features", c_int64),
+        ("num_experts", c_int32),
+        ("allow_tf32", c_bool),
         ("dtype", c_int32),
     ]
 
@@ -239,6 +264,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "permute": PermuteParams,
     "grouped_gemm": GroupedGemmParams,
     "unpermute": UnpermuteParams,
+    "grouped_weight_grad": GroupedWeightGradParams,
     "activation": ActivationParams,
     "activation_grad": ActivationGradParams,
     "unpermute_grad": UnpermuteGradParams,

@@ -41,6 +41,19 @@ def test_both_projections(
     check(library, down, settings=settings)
 
 
+@pytest.mark.parametrize("settings", [AMPERE, HOPPER], ids=["ampere", "hopper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("counts", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
+def test_transposed_weights(
+    library: SimtLibrary, shift: int, counts: tuple[int, ...], dtype: torch.dtype, settings: Settings
+) -> None:
+    p = Problem(counts, 72, 40, transposed=True, scaled=True, dtype=dtype, unused=4, shift=shift)
+    check(library, p, settings=settings)
+    tiled = "f32" if dtype == torch.float32 else "sm80" if shift or settings is AMPERE else "sm90"
+    assert f"grouped_gemm_{tiled}_kernel" in library.launches[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_experts_than_one_launch_takes(library: SimtLibrary, dtype: torch.dtype) -> None:
     counts = (2, *(e % 2 for e in range(1030)), 3)

@@ -25,7 +25,8 @@ def problem(counts: tuple[int, ...], out_features: int, in_features: int, **opti
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    return simt.library(PATH, CUDA_SOURCES / "grouped_gemm_f32.cu", defines=("PATH=f32",))
+    sources = [CUDA_SOURCES / f"grouped_gemm_f32{suffix}.cu" for suffix in ("", "_transposed")]
+    return simt.library(PATH, *sources, defines=("PATH=f32",))
 
 
 @pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=str)
@@ -69,12 +70,38 @@ def test_epilogues(library: SimtLibrary, gated: bool, activation: str) -> None:
     check(library, problem((20, 90), 136, 32, gated=gated, bias=True, scaled=True, activation=activation), LARGE)
 
 
+@pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=str)
+def test_transposed_weights(library: SimtLibrary, tiles: Tiles) -> None:
+    p = problem(RAGGED, 168, 76, transposed=True, scaled=True, unused=3)
+    expected = check(library, p, tiles)
+    assert len(library.launches) == 1
+    # K in order, one product after the other, whichever way the weights lie.
+    inputs = make_inputs(p)
+    turned = replace(inputs, weight=inputs.weight.transpose(1, 2).contiguous())
+    assert torch.equal(launch(library, replace(p, transposed=False), turned, tiles), expected)
+
+
+# The first four are aligned, but for the last elements of a row.
+@pytest.mark.parametrize(
+    ("width", "in_features", "padding", "shift"),
+    [(1, 1, 3, 0), (37, 25, 3, 0), (129, 13, 3, 0), (40, 0, 4, 0), (45, 37, 0, 0), (32, 32, 0, 1), (129, 15, 3, 2)],
+)
+def test_transposed_weights_of_any_size(
+    library: SimtLibrary, width: int, in_features: int, padding: int, shift: int
+) -> None:
+    p = problem((5, 0, 66), width, in_features, transposed=True, gathered=True, padding=padding, shift=shift, unused=2)
+    check(library, p, SMALL)
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=str)
-def test_orders_of_execution(library: SimtLibrary, tiles: Tiles, seed: int, timing: Timing) -> None:
+def test_orders_of_execution(library: SimtLibrary, tiles: Tiles, seed: int, transposed: bool, timing: Timing) -> None:
     settings = Settings(seed=seed, timing=timing, sm_count=1, compute_capability=80)
     p = problem((150, 3, 0), 136, 116, gated=True, gathered=True, activation="silu")
+    if transposed:
+        p = problem((70, 3, 0), 136, 76, transposed=True)
     check(library, p, tiles, settings, seed=seed)
 
 

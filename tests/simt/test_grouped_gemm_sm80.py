@@ -23,7 +23,8 @@ RAGGED = (130, 0, 1, 37, 0, 64)
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    sources = [CUDA_SOURCES / f"grouped_gemm_sm80{suffix}.cu" for suffix in ("", "_bf16", "_fp16", "_tf32")]
+    instantiations = [f"_{dtype}{suffix}" for dtype in ("bf16", "fp16", "tf32") for suffix in ("", "_transposed")]
+    sources = [CUDA_SOURCES / f"grouped_gemm_sm80{suffix}.cu" for suffix in ("", *instantiations)]
     return simt.library(PATH, *sources, defines=("PATH=sm80",))
 
 
@@ -83,13 +84,44 @@ def test_epilogues(library: SimtLibrary, gated: bool, activation: str) -> None:
         check(library, p, LARGE)
 
 
+@pytest.mark.parametrize("tiles", [SMALL, LARGE, SHALLOW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_transposed_weights(library: SimtLibrary, dtype: torch.dtype, tiles: Tiles) -> None:
+    p = Problem(RAGGED, 168, 152, transposed=True, scaled=True, dtype=dtype, unused=3)
+    expected = check(library, p, tiles)
+    assert len(library.launches) == 1
+    # The same multiplications in the same order, whichever way the weights lie.
+    inputs = make_inputs(p)
+    turned = replace(inputs, weight=inputs.weight.transpose(1, 2).contiguous())
+    assert torch.equal(launch(library, replace(p, transposed=False), turned, tiles), expected)
+
+
+# The first four are aligned, but for the last elements of a row.
+@pytest.mark.parametrize(
+    ("width", "in_features", "padding", "shift"),
+    [(1, 1, 7, 0), (37, 29, 3, 0), (129, 33, 7, 0), (40, 0, 8, 0), (45, 37, 0, 0), (64, 64, 0, 1), (129, 31, 3, 5)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_transposed_weights_of_any_size(
+    library: SimtLibrary, dtype: torch.dtype, width: int, in_features: int, padding: int, shift: int
+) -> None:
+    p = Problem((5, 0, 66), width, in_features, transposed=True, gathered=True, padding=padding, shift=shift, unused=2)
+    if dtype == torch.bfloat16:
+        check(library, p, SMALL)
+    else:
+        check_tf32(library, replace(p, dtype=dtype), SMALL)
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=str)
-def test_orders_of_execution(library: SimtLibrary, tiles: Tiles, seed: int, timing: Timing) -> None:
+def test_orders_of_execution(library: SimtLibrary, tiles: Tiles, seed: int, transposed: bool, timing: Timing) -> None:
     # One block on one multiprocessor of two takes several tiles; the ring of stages wraps.
     settings = Settings(seed=seed, timing=timing, sm_count=1, compute_capability=80)
     p = Problem((150, 3, 0, 129), 136, 232, gated=True, gathered=True, bias=True, activation="silu")
+    if transposed:
+        p = Problem((70, 3, 0), 136, 168, transposed=True, gathered=True)
     check(library, p, tiles, settings, seed=seed)
 
 
@@ -121,11 +153,7 @@ def test_an_output_does_not_depend_on_the_other_rows(library: SimtLibrary) -> No
         assert torch.equal(launch(library, alone, one, SMALL)[0], together[row])
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
-def test_tf32(library: SimtLibrary, shift: int) -> None:
-    p = Problem(
-        RAGGED, 84, 76, gated=True, bias=True, activation="silu", dtype=torch.float32, shift=shift, gathered=True
-    )
+def check_tf32(library: SimtLibrary, p: Problem, *tiles: Tiles) -> None:
     inputs = make_inputs(p)
 
     def rounded(x: Tensor) -> Tensor:
@@ -133,10 +161,19 @@ def test_tf32(library: SimtLibrary, shift: int) -> None:
         return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
     exact = replace(inputs, rows=rounded(inputs.rows), weight=rounded(inputs.weight))
-    for tiles in (SMALL,) if shift else (SMALL, LARGE, SHALLOW):
-        actual = launch(library, p, inputs, tiles, allow_tf32=True)
+    for t in tiles:
+        actual = launch(library, p, inputs, t, allow_tf32=True)
         # Products of tf32 numbers are exact, so all that is left is float32's own error.
         assert_accurate(actual, exact.to(torch.float64).reference(p), exact.reference(p))
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_tf32(library: SimtLibrary, transposed: bool, shift: int) -> None:
+    p = Problem(RAGGED, 84, 76, gathered=True, dtype=torch.float32, shift=shift, transposed=transposed)
+    if not transposed:
+        p = replace(p, gated=True, bias=True, activation="silu")
+    check_tf32(library, p, *((SMALL,) if shift else (SMALL, LARGE, SHALLOW)))
 
 
 @pytest.mark.parametrize("offsets", [[-5, 40, 2**31 - 1], [100, 7, -3], [0, 90, 80], [2**31 - 1, -(2**31), 2**31 - 1]])

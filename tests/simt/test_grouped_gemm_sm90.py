@@ -23,7 +23,7 @@ GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    instantiations = [f"_{dtype}_{tile_n}" for dtype in ("bf16", "fp16") for tile_n in STAGES]
+    instantiations = [f"_{dtype}_{kind}" for dtype in ("bf16", "fp16") for kind in (*STAGES, "transposed")]
     sources = [CUDA_SOURCES / f"grouped_gemm_sm90{suffix}.cu" for suffix in ("", *instantiations)]
     return simt.library(REPOSITORY / "tests" / "simt" / "kernels" / "grouped_gemm_sm90.cu", *sources)
 
@@ -92,13 +92,39 @@ def test_epilogues(library: SimtLibrary, gated: bool, activation: str) -> None:
         check(library, replace(p, bias=bias, scaled=scaled))
 
 
+@pytest.mark.parametrize("tile_n", STAGES)
+@GATHERED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_transposed_weights(library: SimtLibrary, dtype: torch.dtype, gathered: bool, tile_n: int) -> None:
+    p = Problem(RAGGED, 168, 200, transposed=True, scaled=True, gathered=gathered, dtype=dtype, unused=3)
+    expected = check(library, p, tile_n)
+    assert len(library.launches) == 1
+    # The same multiplications in the same order, whichever way the weights lie.
+    inputs = make_inputs(p)
+    turned = replace(inputs, weight=inputs.weight.transpose(1, 2).contiguous())
+    assert torch.equal(launch(library, replace(p, transposed=False), turned, tile_n), expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "in_features", "padding"),
+    [(1, 1, 7), (37, 29, 3), (129, 65, 7), (63, 127, 1), (64, 64, 0), (128, 8, 0), (264, 72, 0)],
+)
+def test_transposed_weights_of_any_size(library: SimtLibrary, width: int, in_features: int, padding: int) -> None:
+    p = Problem((5, 0, 66), width, in_features, transposed=True, padding=padding, unused=2)
+    for tile_n in STAGES:
+        check(library, p, tile_n)
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @GATHERED
-def test_orders_of_execution(library: SimtLibrary, gathered: bool, seed: int, timing: Timing) -> None:
+def test_orders_of_execution(library: SimtLibrary, gathered: bool, transposed: bool, seed: int, timing: Timing) -> None:
     # Two blocks take many tiles each; the ring of stages wraps within tiles and across them.
     settings = Settings(seed=seed, timing=timing, sm_count=2)
     p = Problem((150, 3, 0, 129), 200, 328, gated=True, gathered=gathered, bias=True, activation="silu")
+    if transposed:
+        p = Problem((70, 3, 0, 9), 136, 328, gathered=gathered, transposed=True)
     check(library, p, settings=settings)
 
 

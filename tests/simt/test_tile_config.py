@@ -52,6 +52,7 @@ class GemmProblem:
     batch_invariant: bool = False
     compute_capability: int = 90
     sm_count: int = 132
+    transposed: bool = False
 
 
 class Config(NamedTuple):
@@ -184,6 +185,14 @@ def test_decoding_needs_whole_vectors(library: SimtLibrary, in_features: int) ->
     assert choose(library, replace(problem, num_rows=5000)).path == (Path.SM90 if in_features else Path.SM80)
 
 
+@pytest.mark.parametrize("num_rows", [1, 30, 5000])
+def test_transposed_weights_are_for_the_tiled_paths(library: SimtLibrary, num_rows: int) -> None:
+    problem = GemmProblem(num_rows=num_rows, gated=False, transposed=True)
+    assert choose(library, problem).path == Path.SM90
+    assert choose(library, replace(problem, compute_capability=80)).path == Path.SM80
+    assert choose(library, replace(problem, dtype=DType.FLOAT32)).path == Path.F32
+
+
 def test_too_many_experts_are_for_the_tiled_paths(library: SimtLibrary) -> None:
     assert choose(library, GemmProblem(num_rows=1, num_experts=MAX_EXPERTS)).path == Path.DECODE
     assert choose(library, GemmProblem(num_rows=1, num_experts=MAX_EXPERTS + 1)).path == Path.SM90
@@ -216,6 +225,7 @@ def test_problems_reach_their_path(library: SimtLibrary) -> None:
     assert run(library, replace(many, shift=1, bias=True)) == [[Path.SM80, Path.SM80, 0, 2, 0]]
     assert run(library, replace(many, in_features=12)) == [[Path.SM80, Path.SM80, 0, 2, -1]]
     assert run(library, replace(many, padding=3)) == [[Path.SM80, Path.SM80, 0, 2, -1]]
+    assert run(library, replace(decode, transposed=True)) == [[Path.SM90, Path.SM90, 0, 2, -1]]
     assert run(library, replace(many, dtype=torch.float32)) == [[Path.F32, Path.F32, 0, 2, -1]]
     assert run(library, replace(many, dtype=torch.float32), allow_tf32=True) == [[Path.SM80, Path.SM80, 0, 2, -1]]
 
@@ -259,6 +269,7 @@ def test_only_decode_needs_a_workspace(library: SimtLibrary) -> None:
             num_experts=len(p.counts),
             activation=0,
             gated=p.gated,
+            transposed=p.transposed,
             allow_tf32=False,
             batch_invariant=False,
             dtype=p.dtype,

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(128) sm80_kernel(const void* in, uint4* out, f
   ptx::st_global_cs_v4(out, ptx::ld_shared_v4(tile));
   ptx::st_global_v4(out, ptx::ld_shared_v4(tile + 16));
   const float2 pair = ptx::ld_shared_v2(tile + 8);
-  sums[0] = pair.x + pair.y;
+  sums[0] = pair.x + pair.y + __uint_as_float(ptx::ld_shared_u32(tile + 4));
   uint32_t a[4];
   uint32_t b[4];
   ptx::ldmatrix_x4(a, tile);

@@ -70,7 +70,8 @@ extern "C" cudaError_t take_calls(int64_t* count, int64_t* fields) {
 }
 
 // problem: num_rows, out_features, in_features, num_experts, dtype, gated, gathered, aligned, allow_tf32,
-// batch_invariant, compute_capability, sm_count -> path, tile_m, tile_n, tile_k, stages, group_m; text: 64 bytes
+// batch_invariant, compute_capability, sm_count, transposed -> path, tile_m, tile_n, tile_k, stages, group_m; text: 64
+// bytes
 extern "C" cudaError_t choose(const int64_t* problem, int64_t* chosen, char* text) {
   GemmProblem p{};
   p.num_rows = problem[0];
@@ -85,6 +86,7 @@ extern "C" cudaError_t choose(const int64_t* problem, int64_t* chosen, char* tex
   p.batch_invariant = problem[9] != 0;
   p.compute_capability = static_cast<int>(problem[10]);
   p.sm_count = static_cast<int>(problem[11]);
+  p.transposed = problem[12] != 0;
   const TileConfig c = choose_tile_config(p);
   const int64_t fields[] = {static_cast<int64_t>(c.path), c.tile_m, c.tile_n, c.tile_k, c.stages, c.group_m};
   std::memcpy(chosen, fields, sizeof fields);

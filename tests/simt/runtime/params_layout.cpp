@@ -72,6 +72,7 @@ std::string layout() {
   FIELD(GroupedGemmParams, num_experts);
   FIELD(GroupedGemmParams, activation);
   FIELD(GroupedGemmParams, gated);
+  FIELD(GroupedGemmParams, transposed);
   FIELD(GroupedGemmParams, allow_tf32);
   FIELD(GroupedGemmParams, batch_invariant);
   FIELD(GroupedGemmParams, dtype);
@@ -87,6 +88,27 @@ std::string layout() {
   FIELD(UnpermuteParams, row_stride);
   FIELD(UnpermuteParams, top_k);
   FIELD(UnpermuteParams, dtype);
+
+  STRUCT(GroupedWeightGradParams);
+  FIELD(GroupedWeightGradParams, grad_rows);
+  FIELD(GroupedWeightGradParams, rows);
+  FIELD(GroupedWeightGradParams, grad_token_of_row);
+  FIELD(GroupedWeightGradParams, token_of_row);
+  FIELD(GroupedWeightGradParams, bias_scale);
+  FIELD(GroupedWeightGradParams, expert_offsets);
+  FIELD(GroupedWeightGradParams, grad_weight);
+  FIELD(GroupedWeightGradParams, grad_bias);
+  FIELD(GroupedWeightGradParams, workspace);
+  FIELD(GroupedWeightGradParams, num_rows);
+  FIELD(GroupedWeightGradParams, num_source_grad_rows);
+  FIELD(GroupedWeightGradParams, num_source_rows);
+  FIELD(GroupedWeightGradParams, grad_row_stride);
+  FIELD(GroupedWeightGradParams, row_stride);
+  FIELD(GroupedWeightGradParams, out_features);
+  FIELD(GroupedWeightGradParams, in_features);
+  FIELD(GroupedWeightGradParams, num_experts);
+  FIELD(GroupedWeightGradParams, allow_tf32);
+  FIELD(GroupedWeightGradParams, dtype);
 
   STRUCT(ActivationParams);
   FIELD(ActivationParams, linear);

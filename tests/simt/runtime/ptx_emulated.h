@@ -60,6 +60,11 @@ inline uint4 ld_shared_v4(uint32_t address) {
   ::simt::read_shared(address, &v, sizeof v);
   return v;
 }
+inline uint32_t ld_shared_u32(uint32_t address) {
+  uint32_t v;
+  ::simt::read_shared(address, &v, sizeof v);
+  return v;
+}
 inline float2 ld_shared_v2(uint32_t address) {
   float2 v;
   ::simt::read_shared(address, &v, sizeof v);

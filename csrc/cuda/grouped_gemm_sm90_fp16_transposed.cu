@@ -1,0 +1,10 @@
+#include "grouped_gemm_sm90.cuh"
+
+namespace moekernels {
+
+template cudaError_t launch_grouped_gemm_sm90<GroupedGemmSm90Traits<__half, 128, false, true>>(
+    const GroupedGemmParams&, const TileConfig&, const CUtensorMap&, const CUtensorMap&, cudaStream_t);
+template cudaError_t launch_grouped_gemm_sm90<GroupedGemmSm90Traits<__half, 256, false, true>>(
+    const GroupedGemmParams&, const TileConfig&, const CUtensorMap&, const CUtensorMap&, cudaStream_t);
+
+}  // namespace moekernels
