@@ -34,9 +34,14 @@ struct GemmKernel {
 struct KernelTable {
   GemmKernel gemm[3];  // by DType
   void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
+  void (*unpermute_grad_rows)(const UnpermuteGradParams& params, int64_t row_begin, int64_t row_end);
+  void (*unpermute_grad_weights)(const UnpermuteGradParams& params, int64_t token_begin, int64_t token_end);
+  void (*activation)(const ActivationParams& params, int64_t row_begin, int64_t row_end);
+  void (*activation_grad)(const ActivationGradParams& params, int64_t row_begin, int64_t row_end);
 
-  // Router rows: n values of `dtype` to float32; probs = softmax(logits); values rounded to `dtype` and back.
+  // Router rows: n values of `dtype` to float32 and back; probs = softmax(logits); values rounded to `dtype`.
   void (*widen)(DType dtype, const void* source, float* target, int64_t n);
+  void (*narrow)(DType dtype, const float* source, void* target, int64_t n);
   void (*softmax)(const float* logits, float* probs, int64_t n);
   void (*round)(DType dtype, float* values, int64_t n);
 };

@@ -1,6 +1,7 @@
 // The table of the instruction set that the including isa_*.cpp is compiled for.
 #pragma once
 
+#include "activation_kernels.h"
 #include "gemm_task.h"
 #include "row_kernels.h"
 
@@ -16,7 +17,12 @@ using BestDotBFloat16 = DotBFloat16;
 constexpr KernelTable kKernels = {
     {gemm_kernel<DotFloat32>(), gemm_kernel<BestDotBFloat16>(), gemm_kernel<DotFloat16>()},
     unpermute,
+    unpermute_grad_rows,
+    unpermute_grad_weights,
+    activation,
+    activation_grad,
     widen,
+    narrow,
     softmax,
     round,
 };

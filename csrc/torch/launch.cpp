@@ -37,12 +37,33 @@ void run_cpu(const GroupedGemmParams& params, const Parallel& threads) {
 void run_cpu(const UnpermuteParams& params, const Parallel& threads) {
   unpermute_cpu(params, threads);
 }
+void run_cpu(const ActivationParams& params, const Parallel& threads) {
+  activation_cpu(params, threads);
+}
+void run_cpu(const ActivationGradParams& params, const Parallel& threads) {
+  activation_grad_cpu(params, threads);
+}
+void run_cpu(const UnpermuteGradParams& params, const Parallel& threads) {
+  unpermute_grad_cpu(params, threads);
+}
+void run_cpu(const RouteGradParams& params, const Parallel& threads) {
+  route_grad_cpu(params, threads);
+}
+void run_cpu(const RouterStatsParams& params, const Parallel& threads) {
+  router_stats_cpu(params, threads);
+}
+void run_cpu(const RouterStatsGradParams& params, const Parallel& threads) {
+  router_stats_grad_cpu(params, threads);
+}
 
 int64_t workspace_cpu(const PlanParams& params, const Parallel& threads) {
   return plan_workspace_cpu(params, threads);
 }
 int64_t workspace_cpu(const GroupedGemmParams& params, const Parallel& threads) {
   return grouped_gemm_workspace_cpu(params, threads);
+}
+int64_t workspace_cpu(const RouterStatsParams& params, const Parallel& threads) {
+  return router_stats_workspace_cpu(params, threads);
 }
 
 #ifdef MOEKERNELS_CUDA
@@ -61,12 +82,33 @@ cudaError_t run_cuda(const GroupedGemmParams& params, cudaStream_t stream) {
 cudaError_t run_cuda(const UnpermuteParams& params, cudaStream_t stream) {
   return unpermute_cuda(params, stream);
 }
+cudaError_t run_cuda(const ActivationParams& params, cudaStream_t stream) {
+  return activation_cuda(params, stream);
+}
+cudaError_t run_cuda(const ActivationGradParams& params, cudaStream_t stream) {
+  return activation_grad_cuda(params, stream);
+}
+cudaError_t run_cuda(const UnpermuteGradParams& params, cudaStream_t stream) {
+  return unpermute_grad_cuda(params, stream);
+}
+cudaError_t run_cuda(const RouteGradParams& params, cudaStream_t stream) {
+  return route_grad_cuda(params, stream);
+}
+cudaError_t run_cuda(const RouterStatsParams& params, cudaStream_t stream) {
+  return router_stats_cuda(params, stream);
+}
+cudaError_t run_cuda(const RouterStatsGradParams& params, cudaStream_t stream) {
+  return router_stats_grad_cuda(params, stream);
+}
 
 int64_t workspace_cuda(const PlanParams& params) {
   return plan_workspace_cuda(params);
 }
 int64_t workspace_cuda(const GroupedGemmParams& params) {
   return grouped_gemm_workspace_cuda(params);
+}
+int64_t workspace_cuda(const RouterStatsParams& params) {
+  return router_stats_workspace_cuda(params);
 }
 
 const char* op_name(const RouteParams&) {
@@ -83,6 +125,24 @@ const char* op_name(const GroupedGemmParams&) {
 }
 const char* op_name(const UnpermuteParams&) {
   return "unpermute";
+}
+const char* op_name(const ActivationParams&) {
+  return "activation";
+}
+const char* op_name(const ActivationGradParams&) {
+  return "activation_grad";
+}
+const char* op_name(const UnpermuteGradParams&) {
+  return "unpermute_grad";
+}
+const char* op_name(const RouteGradParams&) {
+  return "route_grad";
+}
+const char* op_name(const RouterStatsParams&) {
+  return "router_stats";
+}
+const char* op_name(const RouterStatsGradParams&) {
+  return "router_stats_grad";
 }
 
 // torch's current stream. The CPU build of torch lacks the function, and torch loads its libraries with local
@@ -169,5 +229,11 @@ template void launch(PlanParams, const Tensor&);
 template void launch(PermuteParams, const Tensor&);
 template void launch(GroupedGemmParams, const Tensor&);
 template void launch(UnpermuteParams, const Tensor&);
+template void launch(ActivationParams, const Tensor&);
+template void launch(ActivationGradParams, const Tensor&);
+template void launch(UnpermuteGradParams, const Tensor&);
+template void launch(RouteGradParams, const Tensor&);
+template void launch(RouterStatsParams, const Tensor&);
+template void launch(RouterStatsGradParams, const Tensor&);
 
 }  // namespace moekernels
