@@ -16,19 +16,34 @@ struct GemmTask {
   int64_t col_begin, col_end;
 };
 
-// Sizes of the pieces, and of the scratch that each worker needs for one.
-struct GemmBlocking {
-  int64_t rows;           // at most this many rows per task
-  int64_t cols;           // output columns whose sums are kept at a time
-  int64_t depth;          // elements of K that are packed at a time
-  int64_t packed_bytes;   // scratch: `rows` x `depth` packed elements ...
-  int64_t scratch_bytes;  // ... and the float32 sums behind them
+// A piece of one expert's weight gradient: some of its rows (out features) times some of its columns (in features).
+struct WeightGradTask {
+  int64_t expert;
+  int64_t begin, end;  // the rows of the expert, over which the sum runs
+  int64_t row_begin, row_end;
+  int64_t col_begin, col_end;
 };
+
+// Sizes of the pieces, and of the scratch that each worker needs for one: the packed rows, then transposed weights,
+// then float32 sums.
+struct GemmBlocking {
+  int64_t rows;            // at most this many rows per task
+  int64_t cols;            // output columns whose sums are kept at a time
+  int64_t depth;           // elements of K that are packed at a time
+  int64_t weights_stride;  // between transposed columns
+  int64_t weights_offset;
+  int64_t sums_offset;
+  int64_t scratch_bytes;
+};
+
+constexpr int64_t kMaxTransposedCols = 128;  // rows or columns of a task that lie across K
 
 struct GemmKernel {
   int64_t packed_element_size;  // bytes of one element of packed rows
   int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
+  void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
+                      void* scratch);
 };
 
 struct KernelTable {

@@ -34,6 +34,9 @@ void run_cpu(const PermuteParams& params, const Parallel& threads) {
 void run_cpu(const GroupedGemmParams& params, const Parallel& threads) {
   grouped_gemm_cpu(params, threads);
 }
+void run_cpu(const GroupedWeightGradParams& params, const Parallel& threads) {
+  grouped_weight_grad_cpu(params, threads);
+}
 void run_cpu(const UnpermuteParams& params, const Parallel& threads) {
   unpermute_cpu(params, threads);
 }
@@ -65,6 +68,9 @@ int64_t workspace_cpu(const GroupedGemmParams& params, const Parallel& threads) 
 int64_t workspace_cpu(const RouterStatsParams& params, const Parallel& threads) {
   return router_stats_workspace_cpu(params, threads);
 }
+int64_t workspace_cpu(const GroupedWeightGradParams& params, const Parallel& threads) {
+  return grouped_weight_grad_workspace_cpu(params, threads);
+}
 
 #ifdef MOEKERNELS_CUDA
 cudaError_t run_cuda(const RouteParams& params, cudaStream_t stream) {
@@ -78,6 +84,9 @@ cudaError_t run_cuda(const PermuteParams& params, cudaStream_t stream) {
 }
 cudaError_t run_cuda(const GroupedGemmParams& params, cudaStream_t stream) {
   return grouped_gemm_cuda(params, stream);
+}
+cudaError_t run_cuda(const GroupedWeightGradParams& params, cudaStream_t stream) {
+  return grouped_weight_grad_cuda(params, stream);
 }
 cudaError_t run_cuda(const UnpermuteParams& params, cudaStream_t stream) {
   return unpermute_cuda(params, stream);
@@ -110,6 +119,9 @@ int64_t workspace_cuda(const GroupedGemmParams& params) {
 int64_t workspace_cuda(const RouterStatsParams& params) {
   return router_stats_workspace_cuda(params);
 }
+int64_t workspace_cuda(const GroupedWeightGradParams& params) {
+  return grouped_weight_grad_workspace_cuda(params);
+}
 
 const char* op_name(const RouteParams&) {
   return "route";
@@ -122,6 +134,9 @@ const char* op_name(const PermuteParams&) {
 }
 const char* op_name(const GroupedGemmParams&) {
   return "grouped_gemm";
+}
+const char* op_name(const GroupedWeightGradParams&) {
+  return "grouped_weight_grad";
 }
 const char* op_name(const UnpermuteParams&) {
   return "unpermute";
@@ -228,6 +243,7 @@ template void launch(RouteParams, const Tensor&);
 template void launch(PlanParams, const Tensor&);
 template void launch(PermuteParams, const Tensor&);
 template void launch(GroupedGemmParams, const Tensor&);
+template void launch(GroupedWeightGradParams, const Tensor&);
 template void launch(UnpermuteParams, const Tensor&);
 template void launch(ActivationParams, const Tensor&);
 template void launch(ActivationGradParams, const Tensor&);

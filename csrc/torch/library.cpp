@@ -13,7 +13,11 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
   m.def(
       "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, str activation='none', "
       "bool gated=False, Tensor? row_scale=None, Tensor? token_of_row=None, bool allow_tf32=False, "
-      "bool batch_invariant=False) -> Tensor");
+      "bool batch_invariant=False, bool transposed=False) -> Tensor");
+  m.def(
+      "grouped_weight_grad(Tensor grad_rows, Tensor rows, Tensor expert_offsets, Tensor? grad_token_of_row=None, "
+      "Tensor? token_of_row=None, Tensor? bias_scale=None, bool need_bias=False, bool allow_tf32=False) "
+      "-> (Tensor grad_weight, Tensor grad_bias)");
   m.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? weights=None) -> Tensor");
   m.def(
       "sparse_mlp(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
@@ -50,6 +54,7 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("plan", TORCH_BOX(&moekernels::plan));
   m.impl("permute", TORCH_BOX(&moekernels::permute));
   m.impl("grouped_gemm", TORCH_BOX(&moekernels::grouped_gemm));
+  m.impl("grouped_weight_grad", TORCH_BOX(&moekernels::grouped_weight_grad));
   m.impl("unpermute", TORCH_BOX(&moekernels::unpermute));
   m.impl("sparse_mlp", TORCH_BOX(&moekernels::sparse_mlp));
   m.impl("activation", TORCH_BOX(&moekernels::activation));

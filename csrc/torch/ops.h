@@ -28,7 +28,14 @@ Tensor permute(const Tensor& hidden, const Tensor& token_of_row);
 Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                     const std::optional<Tensor>& bias, const std::string& activation, bool gated,
                     const std::optional<Tensor>& row_scale, const std::optional<Tensor>& token_of_row, bool allow_tf32,
-                    bool batch_invariant);
+                    bool batch_invariant, bool transposed);
+
+std::tuple<Tensor, Tensor> grouped_weight_grad(const Tensor& grad_rows, const Tensor& rows,
+                                               const Tensor& expert_offsets,
+                                               const std::optional<Tensor>& grad_token_of_row,
+                                               const std::optional<Tensor>& token_of_row,
+                                               const std::optional<Tensor>& bias_scale, bool need_bias,
+                                               bool allow_tf32);
 
 Tensor unpermute(const Tensor& rows, const Tensor& row_of_slot, const std::optional<Tensor>& weights);
 

@@ -30,9 +30,9 @@ Tensor sparse_mlp(const Tensor& hidden, const Tensor& expert_weights, const Tens
                   bool batch_invariant) {
   check_layer("sparse_mlp", hidden, row_of_slot, up_weight, down_weight, gated);
   const Tensor inner = grouped_gemm(hidden, up_weight, expert_offsets, up_bias, activation, gated, std::nullopt,
-                                    token_of_row, allow_tf32, batch_invariant);
+                                    token_of_row, allow_tf32, batch_invariant, false);
   const Tensor rows = grouped_gemm(inner, down_weight, expert_offsets, down_bias, "none", false, std::nullopt,
-                                   std::nullopt, allow_tf32, batch_invariant);
+                                   std::nullopt, allow_tf32, batch_invariant, false);
   return unpermute(rows, row_of_slot, expert_weights);
 }
 
@@ -45,10 +45,10 @@ std::tuple<Tensor, Tensor> sparse_mlp_train(const Tensor& hidden, const Tensor& 
                                             bool gated, bool allow_tf32, bool batch_invariant) {
   check_layer("sparse_mlp_train", hidden, row_of_slot, up_weight, down_weight, gated);
   const Tensor linear = grouped_gemm(hidden, up_weight, expert_offsets, up_bias, "none", false, std::nullopt,
-                                     token_of_row, allow_tf32, batch_invariant);
+                                     token_of_row, allow_tf32, batch_invariant, false);
   const Tensor inner = moekernels::activation(linear, activation, gated);
   const Tensor rows = grouped_gemm(inner, down_weight, expert_offsets, down_bias, "none", false, std::nullopt,
-                                   std::nullopt, allow_tf32, batch_invariant);
+                                   std::nullopt, allow_tf32, batch_invariant, false);
   return {unpermute(rows, row_of_slot, expert_weights), linear};
 }
 

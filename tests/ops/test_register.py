@@ -21,12 +21,15 @@ def samples() -> dict[str, tuple]:
         "plan": (x.expert_ids, 8, 3, 2, torch.randperm(6).int()),
         "permute": (x.hidden, plan.token_of_row),
         "grouped_gemm": (rows, x.up_weight, plan.expert_offsets, None, "silu", True, torch.rand(12)),
+        "grouped_weight_grad": (rows[:, :24], rows, plan.expert_offsets, None, None, torch.rand(12), True),
         "unpermute": (rows, plan.row_of_slot, x.expert_weights),
         "sparse_mlp": (x.hidden, x.expert_weights, *plan, x.up_weight, x.down_weight),
     }
 
 
-@pytest.mark.parametrize("op", ["route", "plan", "permute", "grouped_gemm", "unpermute", "sparse_mlp"])
+@pytest.mark.parametrize(
+    "op", ["route", "plan", "permute", "grouped_gemm", "grouped_weight_grad", "unpermute", "sparse_mlp"]
+)
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_opcheck(op: str, grad: bool) -> None:
     arguments = samples()[op]

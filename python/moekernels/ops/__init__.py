@@ -11,6 +11,7 @@ Letters: T tokens, E experts, K choices per token, N = T * K rows, H hidden size
 from moekernels.ops import _register  # noqa: F401
 from moekernels.ops._types import Plan
 from moekernels.ops.grouped_gemm import ACTIVATIONS, grouped_gemm
+from moekernels.ops.grouped_weight_grad import grouped_weight_grad
 from moekernels.ops.permute import permute, unpermute
 from moekernels.ops.plan import plan
 from moekernels.ops.route import SCORINGS, route
@@ -21,6 +22,7 @@ __all__ = [
     "SCORINGS",
     "Plan",
     "grouped_gemm",
+    "grouped_weight_grad",
     "permute",
     "plan",
     "route",

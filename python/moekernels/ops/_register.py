@@ -48,9 +48,27 @@ def _grouped_gemm_shape(
     token_of_row: Tensor | None = None,
     allow_tf32: bool = False,
     batch_invariant: bool = False,
+    transposed: bool = False,
 ) -> Tensor:
     num_rows = rows.shape[0] if token_of_row is None else token_of_row.shape[0]
-    return rows.new_empty(num_rows, weight.shape[1] // (2 if gated else 1))
+    out_features = weight.shape[2 if transposed else 1]
+    return rows.new_empty(num_rows, out_features // (2 if gated else 1))
+
+
+@torch.library.register_fake("moekernels::grouped_weight_grad")
+def _grouped_weight_grad_shape(
+    grad_rows: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    grad_token_of_row: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    need_bias: bool = False,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    num_experts, out_features = expert_offsets.shape[0] - 1, grad_rows.shape[1]
+    grad_weight = grad_rows.new_empty(num_experts, out_features, rows.shape[1])
+    return grad_weight, grad_rows.new_empty((num_experts, out_features) if need_bias else 0)
 
 
 @torch.library.register_fake("moekernels::unpermute")
@@ -117,7 +135,17 @@ def _route(logits, top_k, scoring, renormalize, probs_dtype, epsilon, noise, mas
 
 
 def _grouped_gemm(  # type: ignore[no-untyped-def]
-    rows, weight, expert_offsets, bias, activation, gated, row_scale, token_of_row, allow_tf32, batch_invariant
+    rows,
+    weight,
+    expert_offsets,
+    bias,
+    activation,
+    gated,
+    row_scale,
+    token_of_row,
+    allow_tf32,
+    batch_invariant,
+    transposed,
 ):
     return reference.grouped_gemm(
         rows,
@@ -128,6 +156,7 @@ def _grouped_gemm(  # type: ignore[no-untyped-def]
         gated=gated,
         row_scale=row_scale,
         token_of_row=token_of_row,
+        transposed=transposed,
     )
 
 

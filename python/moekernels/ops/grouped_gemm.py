@@ -19,6 +19,7 @@ def grouped_gemm(
     gated: bool = False,
     row_scale: Tensor | None = None,
     token_of_row: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows by that expert's weight.
 
@@ -26,10 +27,14 @@ def grouped_gemm(
     ``gate, value = y.chunk(2)``: ``activation(gate) * value`` (arXiv 2002.05202); then times ``row_scale[i]``.
     Sums run in float32 and are rounded once, at the end.
 
+    With ``transposed``: ``out[i] = row_scale[i] * (rows[i] @ weight[e])``, which is the gradient of the rows when
+    ``rows`` is the gradient of the output.
+
     Args:
         rows: ``[N, in_features]``, float32, bfloat16 or float16, sorted by expert; or, with ``token_of_row``,
             ``[T, in_features]`` in token order.
         weight: ``[E, out_features, in_features]``, same dtype. Gated: the gate's rows first, then the value's.
+            Transposed: ``[E, in_features, out_features]``.
         expert_offsets: ``[E + 1]`` int32: expert e owns the rows ``expert_offsets[e] .. expert_offsets[e + 1]``. Output
             rows past the last offset are zero.
         bias: ``[E, out_features]``, same dtype.
@@ -37,6 +42,7 @@ def grouped_gemm(
         gated: see above; halves the output width.
         row_scale: ``[N]`` float32.
         token_of_row: ``[N]`` int32: row i is ``rows[token_of_row[i]]``, gathered by the kernel.
+        transposed: see above; goes with no bias, no activation and no gate.
 
     Returns:
         ``[N, out_features]``, or ``[N, out_features / 2]`` when gated, in the dtype of ``rows``.
@@ -57,4 +63,5 @@ def grouped_gemm(
         token_of_row,
         torch.backends.cuda.matmul.allow_tf32,
         is_batch_invariant(),
+        transposed,
     )

@@ -9,6 +9,8 @@ Letters: T tokens, E experts, K choices per token, N = T * K rows, H hidden size
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -173,9 +175,12 @@ def grouped_gemm(
     gated: bool = False,
     row_scale: Tensor | None = None,
     token_of_row: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     if token_of_row is not None:
         rows = permute(rows, token_of_row)
+    if transposed:
+        weight = weight.transpose(1, 2)
     offsets = expert_offsets.tolist()
     act = _ACTIVATIONS[activation]
     outputs = []
@@ -199,6 +204,27 @@ def grouped_gemm(
             out,
         )
     return out.to(rows.dtype)
+
+
+def grouped_weight_grad(
+    grad_rows: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    *,
+    grad_token_of_row: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor]:
+    grads = _accumulator(grad_rows if grad_token_of_row is None else permute(grad_rows, grad_token_of_row))
+    inputs = _accumulator(rows if token_of_row is None else permute(rows, token_of_row))
+    scaled = grads if bias_scale is None else grads * bias_scale.to(grads.dtype).unsqueeze(-1)
+    offsets = expert_offsets.tolist()
+    of_expert = [slice(begin, end) for begin, end in pairwise(offsets)]
+    grad_weight = torch.stack([grads[e].T @ inputs[e] for e in of_expert]).to(rows.dtype)
+    if not need_bias:
+        return grad_weight, grad_weight.new_empty(0)
+    return grad_weight, torch.stack([scaled[e].sum(dim=0) for e in of_expert]).to(rows.dtype)
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
