@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
   m.def(
       "plan(Tensor expert_ids, int num_experts, SymInt? capacity=None, SymInt? group_size=None, "
       "Tensor? token_order=None) -> (Tensor expert_offsets, Tensor token_of_row, Tensor row_of_slot)");
-  m.def("permute(Tensor hidden, Tensor token_of_row) -> Tensor");
+  m.def("permute(Tensor hidden, Tensor token_of_row, Tensor? row_of_slot=None) -> Tensor");
   m.def(
       "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, str activation='none', "
       "bool gated=False, Tensor? row_scale=None, Tensor? token_of_row=None, bool allow_tf32=False, "

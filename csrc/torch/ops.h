@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& expert_ids, int64_t num_ex
                                         const std::optional<int64_t>& group_size,
                                         const std::optional<Tensor>& token_order);
 
-Tensor permute(const Tensor& hidden, const Tensor& token_of_row);
+Tensor permute(const Tensor& hidden, const Tensor& token_of_row, const std::optional<Tensor>& row_of_slot);
 
 Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                     const std::optional<Tensor>& bias, const std::string& activation, bool gated,

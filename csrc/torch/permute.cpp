@@ -4,10 +4,16 @@
 
 namespace moekernels {
 
-Tensor permute(const Tensor& hidden, const Tensor& token_of_row) {
+// `row_of_slot` only helps the gradient along.
+Tensor permute(const Tensor& hidden, const Tensor& token_of_row, const std::optional<Tensor>& row_of_slot) {
   const Checks check("permute", "hidden", hidden);
   check.rank("hidden", hidden, 2, "[num_tokens, hidden_size]");
   check.index("token_of_row", token_of_row, 1, "[num_rows]");
+  if (row_of_slot.has_value()) {
+    check.index("row_of_slot", *row_of_slot, 2, "[num_tokens, top_k]");
+    check.that(row_of_slot->size(0) == hidden.size(0), "row_of_slot must have one row per token, ", hidden.size(0),
+               ", got ", row_of_slot->size(0));
+  }
 
   PermuteParams params{};
   params.dtype = check.floating("hidden", hidden);

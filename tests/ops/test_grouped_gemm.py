@@ -192,27 +192,6 @@ def test_no_input_features_leave_the_bias(device: torch.device) -> None:
     assert torch.equal(out, bias[[0, 1, 1, 1]])
 
 
-def test_gradients(device: torch.device) -> None:
-    shapes = dict(rows=(9, 6), weight=(3, 8, 6), bias=(3, 8))
-    inputs = {name: torch.randn(*size, device=device, requires_grad=True) for name, size in shapes.items()}
-    offsets = offsets_of([4, 0, 5], device)
-    row_scale = torch.rand(9, device=device, requires_grad=True)
-    outputs = []
-    for module in (ops, reference):
-        out = module.grouped_gemm(
-            inputs["rows"],
-            inputs["weight"],
-            offsets,
-            bias=inputs["bias"],
-            activation="gelu",
-            gated=True,
-            row_scale=row_scale,
-        )
-        outputs.append(torch.autograd.grad(out.square().sum(), [*inputs.values(), row_scale]))
-    for actual, expected in zip(*outputs, strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
 ROWS, WEIGHT, OFFSETS = torch.zeros(4, 6), torch.zeros(2, 8, 6), torch.tensor([0, 1, 4], dtype=torch.int32)
 
 

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from moekernels._settings import is_batch_invariant
-from moekernels.ops._call import call
-
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+from moekernels.ops._call import autocast, call, wants_gradient
+from moekernels.ops.activation import activation as activate
 
 
 def grouped_gemm(
@@ -25,7 +24,10 @@ def grouped_gemm(
 
     For row i of expert e: ``y = rows[i] @ weight[e].T + bias[e]``, then ``activation(y)``, or with ``gated`` and
     ``gate, value = y.chunk(2)``: ``activation(gate) * value`` (arXiv 2002.05202); then times ``row_scale[i]``.
-    Sums run in float32 and are rounded once, at the end.
+    Sums run in float32 and are rounded once, at the end. Under autocast everything but `row_scale` is cast first.
+
+    For a gradient the rows and the weight are kept, and before an activation or a gate also y; with a `row_scale` y is
+    computed again instead.
 
     With ``transposed``: ``out[i] = row_scale[i] * (rows[i] @ weight[e])``, which is the gradient of the rows when
     ``rows`` is the gradient of the output.
@@ -51,17 +53,10 @@ def grouped_gemm(
         ValueError: for wrong shapes, dtypes or devices, an unknown activation, or (on the CPU, where they can be read
             without waiting) offsets that fall or exceed the number of rows.
     """
-    return call(
-        torch.ops.moekernels.grouped_gemm.default,
-        rows,
-        weight,
-        expert_offsets,
-        bias,
-        activation,
-        gated,
-        row_scale,
-        token_of_row,
-        torch.backends.cuda.matmul.allow_tf32,
-        is_batch_invariant(),
-        transposed,
-    )
+    rows, weight, bias = autocast(rows, weight, bias)
+    switches = (torch.backends.cuda.matmul.allow_tf32, is_batch_invariant(), transposed)
+    op = torch.ops.moekernels.grouped_gemm.default
+    if (activation != "none" or gated) and row_scale is None and wants_gradient(rows, weight, bias):
+        linear = call(op, rows, weight, expert_offsets, bias, "none", False, None, token_of_row, *switches)
+        return activate(linear, activation, gated=gated)
+    return call(op, rows, weight, expert_offsets, bias, activation, gated, row_scale, token_of_row, *switches)
