@@ -1,5 +1,6 @@
 // The table of contents: every op of torch.ops.moekernels with its schema. Shape functions and gradients are registered
-// from Python (moekernels/ops/_register.py); what each op computes is defined in moekernels/ops/reference.py.
+// from Python (moekernels/ops/_shapes.py, _gradients.py); what each op computes is defined in
+// moekernels/ops/reference.py.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(moekernels, m) {

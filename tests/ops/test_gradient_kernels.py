@@ -168,6 +168,22 @@ def test_the_definition_of_route_grad_is_the_gradient_of_the_definition(rule: di
         torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("scoring", ["top2_gate", "sparsemixer"])
+def test_route_grad_of_a_choice_that_noise_made(scoring: str) -> None:
+    """The weights are those of the experts that were picked, whichever these are."""
+    logits = 1 + torch.randn(40, 8) * 0.1
+    noise = torch.randn(*((2,) if scoring == "sparsemixer" else ()), 40, 8)
+    options = dict(scoring=scoring, epsilon=0.1, renormalize=True)
+    weights, expert_ids = ops.route(logits.requires_grad_(), 2, noise=noise, **options)
+    assert not torch.equal(expert_ids, ops.route(logits, 2, **options)[1])
+    direction = torch.randn(40, 2)
+    (actual,) = torch.autograd.grad(weights, logits, direction)
+    leaf = logits.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(reference.route(leaf, 2, noise=noise, **options)[0], leaf, direction.double())
+    (plain,) = torch.autograd.grad(reference.route(logits, 2, noise=noise, **options)[0], logits, direction)
+    assert_accurate(actual, truth, plain)
+
+
 def test_route_grad_where_nothing_is_chosen() -> None:
     """NaN logits of a token that is not routed stay where they are, and so do those of one that is."""
     logits = torch.randn(4, 5)
