@@ -81,8 +81,10 @@ def transformers_experts(x: LayerInputs, shape: LayerShape) -> dict[str, Run]:
         config._experts_implementation = name
         with torch.device("meta"):
             experts = OlmoeExperts(config)
-        experts.gate_up_proj = torch.nn.Parameter(x.up_weight, requires_grad=False)
-        experts.down_proj = torch.nn.Parameter(x.down_weight, requires_grad=False)
+        # The tensors themselves and no parameters of them, so that gradients reach the inputs.
+        for parameter, weight in (("gate_up_proj", x.up_weight), ("down_proj", x.down_weight)):
+            delattr(experts, parameter)
+            setattr(experts, parameter, weight)
         contestants[f"transformers {name}"] = lambda experts=experts: experts(x.hidden, ids, weights)
     return contestants
 

@@ -8,37 +8,29 @@
 //     bias, activation, gate, scale and rounding, row by row
 //
 // Where K is so long that the packed rows would not fit, the block of columns goes through K in several parts, each
-// packed anew.
+// packed anew. A transposed weight lies across K: each chunk of K of a block of columns is transposed into scratch
+// memory first, and its panels are read from there.
 #pragma once
 
-#include "gemm_tile.h"
+#include "gemm_pack.h"
 #include "kernel_table.h"
 #include "vector_math.h"
 
 namespace moekernels::cpu {
 namespace {
 
-MOEKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-MOEKERNELS_INLINE int64_t rounded_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b * b;
-}
-
 template <class Dot>
 class GemmTaskRunner {
  public:
   using Weight = typename Dot::Weight;
-  using Packed = typename Dot::Packed;
 
   GemmTaskRunner(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch)
       : p_(params),
         blocking_(blocking),
         task_(task),
-        packed_(static_cast<Packed*>(scratch)),
-        sums_(reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.packed_bytes)),
-        rows_(task.row_end - task.row_begin),
-        tiles_((rows_ + kTileRows - 1) / kTileRows),
+        rows_(scratch, task.row_end - task.row_begin),
+        weights_(reinterpret_cast<Weight*>(static_cast<char*>(scratch) + blocking.weights_offset)),
+        sums_(reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset)),
         pack_once_(params.in_features <= blocking.depth) {}
 
   void run() {
@@ -50,7 +42,7 @@ class GemmTaskRunner {
         if (!pack_once_) pack(k, n);
         multiply(cols, k, n);
       }
-      for (int64_t row = 0; row < rows_; ++row) finish(cols, row);
+      for (int64_t row = 0; row < rows_.rows(); ++row) finish(cols, row);
     }
   }
 
@@ -71,9 +63,6 @@ class GemmTaskRunner {
     return cols;
   }
 
-  // Tiles differ by at most one row, so that none is left with a single one.
-  int64_t tile_begin(int64_t tile) const { return rows_ * tile / tiles_; }
-
   const Weight* source_row(int64_t row) const {
     int64_t source = task_.row_begin + row;
     if (p_.token_of_row != nullptr) {
@@ -83,26 +72,13 @@ class GemmTaskRunner {
     return static_cast<const Weight*>(p_.rows) + source * p_.row_stride;
   }
 
-  // rows[:, k : k + n], widened, the last step filled up with zeros
   void pack(int64_t k, int64_t n) {
-    const int64_t padded = rounded_up(n, Dot::kStep);
-    const Weight zeros[Dot::kStep] = {};
-    for (int64_t tile = 0; tile < tiles_; ++tile) {
-      const int64_t begin = tile_begin(tile);
-      const int64_t stride = (tile_begin(tile + 1) - begin) * Dot::kStep;
-      for (int64_t row = begin; row < tile_begin(tile + 1); ++row) {
-        Packed* target = packed_ + begin * padded + (row - begin) * Dot::kStep;
-        const Weight* source = source_row(row);
-        const int64_t whole = source == nullptr ? 0 : n / Dot::kStep * Dot::kStep;
-        int64_t i = 0;
-        for (; i < whole; i += Dot::kStep, target += stride) Dot::pack(source + k + i, target);
-        for (; i < padded; i += Dot::kStep, target += stride) {
-          Weight last[Dot::kStep] = {};
-          for (int64_t j = i; source != nullptr && j < n; ++j) last[j - i] = source[k + j];
-          Dot::pack(source == nullptr ? zeros : last, target);
-        }
-      }
-    }
+    rows_.pack(
+        [this, k](int64_t row) {
+          const Weight* source = source_row(row);
+          return source == nullptr ? nullptr : source + k;
+        },
+        n);
   }
 
   // The weight rows of a panel; gate panels come first, then value panels. Past the last column it repeats.
@@ -129,45 +105,50 @@ class GemmTaskRunner {
   }
 
   void multiply(const Columns& cols, int64_t k_begin, int64_t depth) {
+    if (p_.transposed) return multiply_transposed(cols, k_begin, depth);
     TileOperands<Dot> t;
     t.sums_stride = cols.sums_stride;
-    const int64_t padded = rounded_up(depth, Dot::kStep);
     const Weight* panel_rows[kTileCols];
     const Weight* next_rows[kTileCols] = {};
     for (int64_t panel = 0; panel * kTileCols < cols.sums_stride; ++panel) {
       weight_rows(cols, panel, k_begin, panel_rows);
-      const bool has_next = next_weight_rows(cols, panel, k_begin, next_rows);
+      PanelFetch<Weight> fetch;
+      fetch.has_far = fetch.has_near = next_weight_rows(cols, panel, k_begin, next_rows);
       for (int64_t k = 0; k < depth; k += Dot::kChunk) {
         t.n = smaller(Dot::kChunk, depth - k);
         t.add = k_begin + k > 0;
-        for (int c = 0; c < kTileCols; ++c) t.weight[c] = panel_rows[c] + k;
-        for (int64_t tile = 0; tile < tiles_; ++tile) {
-          const int64_t begin = tile_begin(tile);
-          const int64_t rows = tile_begin(tile + 1) - begin;
-          t.rows = packed_ + begin * padded + k * rows;
-          t.sums = sums_ + begin * cols.sums_stride + panel * kTileCols;
-          if (has_next && tile < kTileCols) {
-            // The first tiles share the rows of the next panel among them.
-            for (int c = 0; c < kTileCols; ++c) {
-              t.prefetch[c] = c % smaller(tiles_, kTileCols) == tile ? next_rows[c] + k : t.weight[c];
-            }
-            multiply_tile<Dot, Prefetch::kToSecondLevel>(rows, t);
-          } else if (has_next && tile == tiles_ - 1) {
-            const bool same_panel = k + Dot::kChunk < depth;
-            for (int c = 0; c < kTileCols; ++c) {
-              t.prefetch[c] = same_panel ? t.weight[c] + Dot::kChunk : next_rows[c];
-            }
-            multiply_tile<Dot, Prefetch::kToFirstLevel>(rows, t);
-          } else {
-            multiply_tile<Dot, Prefetch::kNone>(rows, t);
-          }
+        for (int c = 0; c < kTileCols; ++c) {
+          t.weight[c] = panel_rows[c] + k;
+          fetch.far[c] = next_rows[c] + k;
+          fetch.near[c] = k + Dot::kChunk < depth ? t.weight[c] + Dot::kChunk : next_rows[c];
         }
+        multiply_panel(rows_, k, sums_ + panel * kTileCols, fetch, t);
+      }
+    }
+  }
+
+  void multiply_transposed(const Columns& cols, int64_t k_begin, int64_t depth) {
+    const Weight* expert = static_cast<const Weight*>(p_.weight) + task_.expert * p_.weight_expert_stride;
+    TileOperands<Dot> t;
+    t.sums_stride = cols.sums_stride;
+    for (int64_t k = 0; k < depth; k += Dot::kChunk) {
+      const int64_t n = smaller(Dot::kChunk, depth - k);
+      const Weight* first = expert + (k_begin + k) * p_.weight_row_stride + cols.begin;
+      transpose_rows([&](int64_t i) { return first + i * p_.weight_row_stride; }, n, cols.count, weights_,
+                     blocking_.weights_stride);
+      t.n = rounded_up(n, Dot::kStep);
+      t.add = k_begin + k > 0;
+      for (int64_t begin = 0; begin < cols.width; begin += kTileCols) {
+        for (int64_t c = 0; c < kTileCols; ++c) {
+          t.weight[c] = weights_ + smaller(begin + c, cols.count - 1) * blocking_.weights_stride;
+        }
+        multiply_panel(rows_, k, sums_ + begin, {}, t);
       }
     }
   }
 
   void clear_sums(const Columns& cols) {
-    for (int64_t i = 0; i < rows_ * cols.sums_stride; ++i) sums_[i] = 0.0f;
+    for (int64_t i = 0; i < rows_.rows() * cols.sums_stride; ++i) sums_[i] = 0.0f;
   }
 
   const Weight* bias_at(int64_t column) const {
@@ -200,20 +181,15 @@ class GemmTaskRunner {
   const GroupedGemmParams& p_;
   const GemmBlocking& blocking_;
   const GemmTask& task_;
-  Packed* const packed_;
-  float* const sums_;  // [rows][sums_stride] of the current columns
-  const int64_t rows_, tiles_;
+  PackedRows<Dot> rows_;
+  Weight* const weights_;  // [columns][weights_stride] of the current chunk of K, if transposed
+  float* const sums_;      // [rows][sums_stride] of the current columns
   const bool pack_once_;
 };
 
 template <class Dot>
 void run_gemm_task(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch) {
   GemmTaskRunner<Dot>(params, blocking, task, scratch).run();
-}
-
-template <class Dot>
-constexpr GemmKernel gemm_kernel() {
-  return {sizeof(typename Dot::Packed), Dot::kChunk, run_gemm_task<Dot>};
 }
 
 }  // namespace

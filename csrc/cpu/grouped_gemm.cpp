@@ -1,4 +1,4 @@
-// rows [N, K], weight [E, M, K], expert_offsets [E + 1] -> out [N, M], or [N, M / 2] when gated
+// rows [N, K], weight [E, M, K] or transposed [E, K, M], expert_offsets [E + 1] -> out [N, M], or [N, M / 2] when gated
 //
 // The work is cut into tasks of some rows of an expert times some columns. Workers take tasks from a common counter, so
 // uneven experts balance out; each output belongs to one task, so who took it does not matter. The tasks of one column
@@ -6,45 +6,28 @@
 #include <atomic>
 #include <cstring>
 
-#include "kernel_table.h"
-#include "parallel.h"
+#include "gemm_blocking.h"
 
 namespace moekernels {
 namespace {
 
 using cpu::ceil_div;
+using cpu::clamp;
 using cpu::GemmBlocking;
 using cpu::GemmTask;
 using cpu::round_up;
 
-constexpr int64_t kMaxRows = 128;                 // per task; fewer where K is long,
-constexpr int64_t kMinRows = 48;                  // but no fewer than make good use of each weight
-constexpr int64_t kPackedBytes = 512 * 1024;      // of packed rows: they stay in the second-level cache
-constexpr int64_t kWeightRows = 128;              // per block of columns; gate and value count separately
 constexpr int64_t kMinWeightRows = 32;            // per task
 constexpr int64_t kTasksPerWorker = 16;           // as many as let workers finish together
 constexpr int64_t kWeightsPerWorker = 64 * 1024;  // fewer are not worth waking another thread for
 constexpr int64_t kZeroedBytesPerTask = 256 * 1024;
-
-int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
-  return x < lowest ? lowest : x > highest ? highest : x;
-}
 
 int64_t output_width(const GroupedGemmParams& p) {
   return p.gated ? p.out_features / 2 : p.out_features;
 }
 
 GemmBlocking blocking_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
-  const int64_t elements = kPackedBytes / kernel.packed_element_size;
-  const int64_t all_depth = round_up(p.in_features > 0 ? p.in_features : 1, kernel.chunk);
-  GemmBlocking b;
-  b.rows = clamp(elements / all_depth, kMinRows, kMaxRows);
-  b.rows = clamp(p.num_rows, 1, b.rows);
-  b.depth = clamp(elements / b.rows / kernel.chunk * kernel.chunk, kernel.chunk, all_depth);
-  b.cols = kWeightRows / (p.gated ? 2 : 1);
-  b.packed_bytes = round_up(b.rows * b.depth * kernel.packed_element_size, 64);
-  b.scratch_bytes = round_up(b.packed_bytes + b.rows * kWeightRows * static_cast<int64_t>(sizeof(float)), 64);
-  return b;
+  return cpu::gemm_blocking(kernel, p.num_rows, p.in_features, p.gated, p.transposed ? size_of(p.dtype) : 0);
 }
 
 class GroupedGemm {

@@ -16,27 +16,47 @@ struct GemmTask {
   int64_t col_begin, col_end;
 };
 
-// Sizes of the pieces, and of the scratch that each worker needs for one.
-struct GemmBlocking {
-  int64_t rows;           // at most this many rows per task
-  int64_t cols;           // output columns whose sums are kept at a time
-  int64_t depth;          // elements of K that are packed at a time
-  int64_t packed_bytes;   // scratch: `rows` x `depth` packed elements ...
-  int64_t scratch_bytes;  // ... and the float32 sums behind them
+// A piece of one expert's weight gradient: some of its rows (out features) times some of its columns (in features).
+struct WeightGradTask {
+  int64_t expert;
+  int64_t begin, end;  // the rows of the expert, over which the sum runs
+  int64_t row_begin, row_end;
+  int64_t col_begin, col_end;
 };
+
+// Sizes of the pieces, and of the scratch that each worker needs for one: the packed rows, then transposed weights,
+// then float32 sums.
+struct GemmBlocking {
+  int64_t rows;            // at most this many rows per task
+  int64_t cols;            // output columns whose sums are kept at a time
+  int64_t depth;           // elements of K that are packed at a time
+  int64_t weights_stride;  // between transposed columns
+  int64_t weights_offset;
+  int64_t sums_offset;
+  int64_t scratch_bytes;
+};
+
+constexpr int64_t kMaxTransposedCols = 128;  // rows or columns of a task that lie across K
 
 struct GemmKernel {
   int64_t packed_element_size;  // bytes of one element of packed rows
   int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
+  void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
+                      void* scratch);
 };
 
 struct KernelTable {
   GemmKernel gemm[3];  // by DType
   void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
+  void (*unpermute_grad_rows)(const UnpermuteGradParams& params, int64_t row_begin, int64_t row_end);
+  void (*unpermute_grad_weights)(const UnpermuteGradParams& params, int64_t token_begin, int64_t token_end);
+  void (*activation)(const ActivationParams& params, int64_t row_begin, int64_t row_end);
+  void (*activation_grad)(const ActivationGradParams& params, int64_t row_begin, int64_t row_end);
 
-  // Router rows: n values of `dtype` to float32; probs = softmax(logits); values rounded to `dtype` and back.
+  // Router rows: n values of `dtype` to float32 and back; probs = softmax(logits); values rounded to `dtype`.
   void (*widen)(DType dtype, const void* source, float* target, int64_t n);
+  void (*narrow)(DType dtype, const float* source, void* target, int64_t n);
   void (*softmax)(const float* logits, float* probs, int64_t n);
   void (*round)(DType dtype, float* values, int64_t n);
 };

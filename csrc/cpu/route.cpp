@@ -2,47 +2,16 @@
 //
 // The rules are those of ops/reference.py. Arithmetic on a row goes through the kernel table; choosing does not, so
 // that every instruction set orders NaN, ties and signed zeros alike.
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "kernel_table.h"
+#include "largest.h"
 #include "parallel.h"
+#include "scoring.h"
 
 namespace moekernels {
 namespace {
-
-// Orders floats as integers: NaN above everything, -0 equal to +0.
-uint32_t sortable(float x) {
-  if (std::isnan(x)) return 0xffffffffu;
-  x += 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
-}
-
-// Larger for larger scores, and for lower indices among equal ones.
-uint64_t key_of(float score, int32_t index) {
-  return static_cast<uint64_t>(sortable(score)) << 32 | (0xffffffffu - static_cast<uint32_t>(index));
-}
-
-int32_t index_of(uint64_t key) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-}
-
-// The unit in the last place of 1.
-float epsilon_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 0x1p-23f;
-    case DType::kBFloat16:
-      return 0x1p-7f;
-    case DType::kFloat16:
-      return 0x1p-10f;
-  }
-  return 0.0f;
-}
 
 class Router {
  public:
@@ -53,7 +22,7 @@ class Router {
         probs_(static_cast<size_t>(params.num_experts)),
         candidates_(static_cast<size_t>(params.num_experts)),
         noisy_(static_cast<size_t>(params.num_experts)),
-        best_(static_cast<size_t>(params.top_k)) {}
+        largest_(params.top_k > 1 ? params.top_k : 2) {}
 
   void route(int64_t token) {
     float* weights = p_.weights + token * p_.top_k;
@@ -82,25 +51,9 @@ class Router {
   }
 
  private:
-  // Leaves the indices of the k largest scores in expert_ids, the largest first.
-  void largest(const std::vector<float>& scores, int32_t k, int32_t* expert_ids) {
-    int32_t found = 0;
-    float smallest = 0.0f;  // of the k found so far
-    for (int32_t e = 0; e < p_.num_experts; ++e) {
-      if (found == k && scores[e] <= smallest) continue;  // the common case; never taken for a NaN
-      const uint64_t key = key_of(scores[e], e);
-      if (found == k && key < best_[k - 1]) continue;
-      int32_t place = found < k ? found++ : k - 1;
-      for (; place > 0 && best_[place - 1] < key; --place) best_[place] = best_[place - 1];
-      best_[place] = key;
-      if (found == k) smallest = scores[index_of(best_[k - 1])];
-    }
-    for (int32_t i = 0; i < found; ++i) expert_ids[i] = index_of(best_[i]);
-  }
-
   int32_t largest(const std::vector<float>& scores) {
     int32_t expert_id = 0;
-    largest(scores, 1, &expert_id);
+    largest_.find(scores.data(), p_.num_experts, 1, &expert_id);
     return expert_id;
   }
 
@@ -113,7 +66,8 @@ class Router {
   void softmax_top_k(float* weights, int32_t* expert_ids) {
     softmax();
     // Float32 probabilities have the order of the logits, except that their rounding can make ties.
-    largest(p_.probs_dtype == DType::kFloat32 ? logits_ : probs_, p_.top_k, expert_ids);
+    const std::vector<float>& scores = p_.probs_dtype == DType::kFloat32 ? logits_ : probs_;
+    largest_.find(scores.data(), p_.num_experts, p_.top_k, expert_ids);
     for (int32_t k = 0; k < p_.top_k; ++k) weights[k] = probs_[expert_ids[k]];
   }
 
@@ -126,19 +80,17 @@ class Router {
     }
     // The best other one. Lowering the first expert's score instead would not show in a row of -inf.
     int32_t order[2] = {0, 0};
-    largest(logits_, 2, order);
+    largest_.find(logits_.data(), p_.num_experts, 2, order);
     expert_ids[1] = order[0] == expert_ids[0] ? order[1] : order[0];
     for (int32_t k = 0; k < 2; ++k) weights[k] = probs_[expert_ids[k]];
   }
 
-  // Each operation is rounded to the dtype of the logits, as PyTorch rounds it.
   void sparsemixer(int64_t token, float* weights, int32_t* expert_ids) {
-    float threshold = 2.0f * p_.epsilon;
-    table_.round(p_.logits_dtype, &threshold, 1);
     candidates_ = logits_;
     for (int32_t k = 0; k < 2; ++k) {
       int32_t chosen = largest(candidates_);
-      keep_near_ties(candidates_[chosen], threshold);
+      cpu::keep_near_ties(table_, p_.logits_dtype, p_.epsilon, logits_.data(), candidates_.data(), candidates_[chosen],
+                          probs_.data(), p_.num_experts);
       if (p_.noise != nullptr) {
         const float* noise = p_.noise + (k * p_.num_tokens + token) * p_.num_experts;
         for (int32_t e = 0; e < p_.num_experts; ++e) noisy_[e] = probs_[e] + noise[e];
@@ -153,23 +105,8 @@ class Router {
     }
   }
 
-  // Leaves the candidates in probs_, with -inf for those that are far from their maximum.
-  void keep_near_ties(float maximum, float threshold) {
-    std::vector<float>& distance = probs_;
-    for (int32_t e = 0; e < p_.num_experts; ++e) distance[e] = maximum - logits_[e];
-    table_.round(p_.logits_dtype, distance.data(), p_.num_experts);
-    for (int32_t e = 0; e < p_.num_experts; ++e) {
-      const float size = std::fabs(logits_[e]);
-      distance[e] /= size < maximum || std::isnan(maximum) ? maximum : size;
-    }
-    table_.round(p_.logits_dtype, distance.data(), p_.num_experts);
-    for (int32_t e = 0; e < p_.num_experts; ++e) {
-      probs_[e] = distance[e] > threshold ? -std::numeric_limits<float>::infinity() : candidates_[e];
-    }
-  }
-
   void renormalize(float* weights) const {
-    const float smallest = p_.scoring == Scoring::kTop2Gate ? epsilon_of(p_.probs_dtype) : 0.0f;
+    const float smallest = cpu::smallest_sum(p_.scoring, p_.probs_dtype);
     float sum = 0.0f;
     for (int32_t k = 0; k < p_.top_k; ++k) sum += weights[k];
     const float divisor = sum < smallest ? smallest : sum;
@@ -179,7 +116,7 @@ class Router {
   const RouteParams& p_;
   const cpu::KernelTable& table_;
   std::vector<float> logits_, probs_, candidates_, noisy_;  // [E]
-  std::vector<uint64_t> best_;                              // [K]
+  cpu::Largest largest_;
 };
 
 }  // namespace

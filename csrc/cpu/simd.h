@@ -162,6 +162,12 @@ MOEKERNELS_INLINE void store(BFloat16* p, VecF v) {
   *reinterpret_cast<VecHMemory*>(p) = __builtin_convertvector(v != v ? quiet_nan : rounded, VecH);
 }
 
+MOEKERNELS_INLINE float sum_of(VecF v) {
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+  return sum;
+}
+
 // The first n <= kLanes elements; the others load as `fill` and are not stored.
 template <class T>
 MOEKERNELS_INLINE VecF load_n(const T* p, int64_t n, float fill = 0.0f) {

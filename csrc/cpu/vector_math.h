@@ -1,4 +1,4 @@
-// exp, erf and the activations, to float32 accuracy. The polynomials are minimax fits of this project.
+// exp, erf, the activations and their slopes, to float32 accuracy. The polynomials are minimax fits of this project.
 #pragma once
 
 #include "moekernels/params.h"
@@ -60,6 +60,33 @@ MOEKERNELS_INLINE VecF activate(Activation activation, VecF x) {
       return times_sigmoid(x, x);
   }
   return x;
+}
+
+struct ValueAndSlope {
+  VecF value, slope;
+};
+
+// activate(x) and its derivative there.
+MOEKERNELS_INLINE ValueAndSlope activate_with_slope(Activation activation, VecF x) {
+  switch (activation) {
+    case Activation::kNone:
+      return {x, set1(1.0f)};
+    case Activation::kRelu:
+      return {x < 0.0f ? VecF{} : x, x <= 0.0f ? VecF{} : set1(1.0f)};
+    case Activation::kGelu: {
+      const VecF below = 0.5f * (1.0f + erf(x * 0.70710678118654752f));  // the normal distribution up to x
+      return {x * below, below + x * 0.39894228040143268f * exp(-0.5f * x * x)};
+    }
+    case Activation::kGeluTanh: {
+      const VecF s = times_sigmoid(set1(1.0f), 1.5957691216057308f * (x + 0.044715f * x * x * x));
+      return {x * s, s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406889937880117f * x * x)};
+    }
+    case Activation::kSilu: {
+      const VecF s = times_sigmoid(set1(1.0f), x);
+      return {x * s, s + x * s * (1.0f - s)};
+    }
+  }
+  return {x, set1(1.0f)};
 }
 
 }  // namespace

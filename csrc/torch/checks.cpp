@@ -115,6 +115,13 @@ void Checks::index(const char* name, const Tensor& tensor, int64_t rank, const c
   same_device(name, tensor);
 }
 
+void Checks::float_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                         const char* shape) const {
+  this->shape(name, tensor, sizes, shape);
+  dtype(name, tensor, ScalarType::Float);
+  same_device(name, tensor);
+}
+
 void Checks::expert_offsets(const Tensor& tensor, int64_t num_experts, int64_t num_rows) const {
   index("expert_offsets", tensor, 1, "[num_experts + 1]");
   shape("expert_offsets", tensor, {num_experts + 1}, "[num_experts + 1]");
@@ -138,10 +145,24 @@ Scoring Checks::scoring(const std::string& name) const {
   return look_up(*this, "scoring", kScorings, name);
 }
 
+DType Checks::probs_dtype(const std::optional<ScalarType>& dtype, Scoring scoring) const {
+  if (!dtype.has_value()) return DType::kFloat32;
+  that(scoring != Scoring::kSparsemixer, "probs_dtype does not apply to scoring 'sparsemixer'");
+  that(*dtype == ScalarType::Float || *dtype == ScalarType::BFloat16 || *dtype == ScalarType::Half,
+       "probs_dtype must be float32, bfloat16 or float16, got ", to_string(*dtype));
+  return *dtype == ScalarType::Float      ? DType::kFloat32
+         : *dtype == ScalarType::BFloat16 ? DType::kBFloat16
+                                          : DType::kFloat16;
+}
+
 Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1 ? tensor
                                                                                    : torch::stable::contiguous(tensor);
+}
+
+std::optional<Tensor> dense_rows(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(dense_rows(*tensor)) : std::nullopt;
 }
 
 Tensor dense(const Tensor& tensor) {

@@ -47,11 +47,18 @@ class Checks {
   // An int32 tensor of one dimension on the same device.
   void index(const char* name, const Tensor& tensor, int64_t rank, const char* shape) const;
 
+  // A float32 tensor of these sizes on the same device.
+  void float_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                   const char* shape) const;
+
   // expert_offsets [E + 1]: int32; on the CPU also that it rises from 0 to at most `num_rows`.
   void expert_offsets(const Tensor& tensor, int64_t num_experts, int64_t num_rows) const;
 
   Activation activation(const std::string& name) const;
   Scoring scoring(const std::string& name) const;
+
+  // float32 where none is given.
+  DType probs_dtype(const std::optional<ScalarType>& dtype, Scoring scoring) const;
 
  private:
   const char* op_;
@@ -63,6 +70,7 @@ std::string to_string(ScalarType dtype);
 
 // The tensor itself if its last dimension is dense, else a contiguous copy.
 Tensor dense_rows(const Tensor& tensor);
+std::optional<Tensor> dense_rows(const std::optional<Tensor>& tensor);
 Tensor dense(const Tensor& tensor);
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor);
 

@@ -7,13 +7,14 @@ namespace moekernels {
 Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                     const std::optional<Tensor>& bias, const std::string& activation, bool gated,
                     const std::optional<Tensor>& row_scale, const std::optional<Tensor>& token_of_row, bool allow_tf32,
-                    bool batch_invariant) {
+                    bool batch_invariant, bool transposed) {
   const Checks check("grouped_gemm", "rows", rows);
   check.rank("rows", rows, 2, "[num_rows, in_features]");
-  check.rank("weight", weight, 3, "[num_experts, out_features, in_features]");
+  check.rank("weight", weight, 3,
+             transposed ? "[num_experts, in_features, out_features]" : "[num_experts, out_features, in_features]");
   const int64_t num_experts = weight.size(0);
-  const int64_t out_features = weight.size(1);
-  const int64_t in_features = weight.size(2);
+  const int64_t out_features = weight.size(transposed ? 2 : 1);
+  const int64_t in_features = weight.size(transposed ? 1 : 2);
 
   GroupedGemmParams params{};
   params.dtype = check.floating("rows", rows);
@@ -25,6 +26,8 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expe
              rows.size(1));
   check.that(!gated || out_features % 2 == 0,
              "a gated weight holds gate and value, so its out_features must be even, got ", out_features);
+  check.that(!transposed || (!bias.has_value() && activation == "none" && !gated),
+             "a transposed weight goes with no bias, no activation and no gate");
   if (token_of_row.has_value()) check.index("token_of_row", *token_of_row, 1, "[num_rows]");
   params.num_source_rows = rows.size(0);
   params.num_rows = token_of_row.has_value() ? token_of_row->size(0) : rows.size(0);
@@ -46,7 +49,8 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expe
   const Tensor dense_weight = dense_rows(weight);
   const Tensor dense_offsets = dense(expert_offsets);
   const std::optional<Tensor> dense_tokens = dense(token_of_row);
-  const std::optional<Tensor> dense_bias = bias ? std::optional<Tensor>(dense_rows(*bias)) : std::nullopt;
+  std::optional<Tensor> dense_bias;
+  if (bias.has_value()) dense_bias = dense_rows(*bias);
   const std::optional<Tensor> dense_scale = dense(row_scale);
   params.rows = source.data_ptr();
   params.token_of_row = dense_tokens ? dense_tokens->const_data_ptr<int32_t>() : nullptr;
@@ -63,6 +67,7 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expe
   params.in_features = in_features;
   params.num_experts = static_cast<int32_t>(num_experts);
   params.gated = gated;
+  params.transposed = transposed;
   params.allow_tf32 = allow_tf32;
   params.batch_invariant = batch_invariant;
   launch(params, rows);

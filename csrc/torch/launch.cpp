@@ -34,8 +34,29 @@ void run_cpu(const PermuteParams& params, const Parallel& threads) {
 void run_cpu(const GroupedGemmParams& params, const Parallel& threads) {
   grouped_gemm_cpu(params, threads);
 }
+void run_cpu(const GroupedWeightGradParams& params, const Parallel& threads) {
+  grouped_weight_grad_cpu(params, threads);
+}
 void run_cpu(const UnpermuteParams& params, const Parallel& threads) {
   unpermute_cpu(params, threads);
+}
+void run_cpu(const ActivationParams& params, const Parallel& threads) {
+  activation_cpu(params, threads);
+}
+void run_cpu(const ActivationGradParams& params, const Parallel& threads) {
+  activation_grad_cpu(params, threads);
+}
+void run_cpu(const UnpermuteGradParams& params, const Parallel& threads) {
+  unpermute_grad_cpu(params, threads);
+}
+void run_cpu(const RouteGradParams& params, const Parallel& threads) {
+  route_grad_cpu(params, threads);
+}
+void run_cpu(const RouterStatsParams& params, const Parallel& threads) {
+  router_stats_cpu(params, threads);
+}
+void run_cpu(const RouterStatsGradParams& params, const Parallel& threads) {
+  router_stats_grad_cpu(params, threads);
 }
 
 int64_t workspace_cpu(const PlanParams& params, const Parallel& threads) {
@@ -43,6 +64,12 @@ int64_t workspace_cpu(const PlanParams& params, const Parallel& threads) {
 }
 int64_t workspace_cpu(const GroupedGemmParams& params, const Parallel& threads) {
   return grouped_gemm_workspace_cpu(params, threads);
+}
+int64_t workspace_cpu(const RouterStatsParams& params, const Parallel& threads) {
+  return router_stats_workspace_cpu(params, threads);
+}
+int64_t workspace_cpu(const GroupedWeightGradParams& params, const Parallel& threads) {
+  return grouped_weight_grad_workspace_cpu(params, threads);
 }
 
 #ifdef MOEKERNELS_CUDA
@@ -58,8 +85,29 @@ cudaError_t run_cuda(const PermuteParams& params, cudaStream_t stream) {
 cudaError_t run_cuda(const GroupedGemmParams& params, cudaStream_t stream) {
   return grouped_gemm_cuda(params, stream);
 }
+cudaError_t run_cuda(const GroupedWeightGradParams& params, cudaStream_t stream) {
+  return grouped_weight_grad_cuda(params, stream);
+}
 cudaError_t run_cuda(const UnpermuteParams& params, cudaStream_t stream) {
   return unpermute_cuda(params, stream);
+}
+cudaError_t run_cuda(const ActivationParams& params, cudaStream_t stream) {
+  return activation_cuda(params, stream);
+}
+cudaError_t run_cuda(const ActivationGradParams& params, cudaStream_t stream) {
+  return activation_grad_cuda(params, stream);
+}
+cudaError_t run_cuda(const UnpermuteGradParams& params, cudaStream_t stream) {
+  return unpermute_grad_cuda(params, stream);
+}
+cudaError_t run_cuda(const RouteGradParams& params, cudaStream_t stream) {
+  return route_grad_cuda(params, stream);
+}
+cudaError_t run_cuda(const RouterStatsParams& params, cudaStream_t stream) {
+  return router_stats_cuda(params, stream);
+}
+cudaError_t run_cuda(const RouterStatsGradParams& params, cudaStream_t stream) {
+  return router_stats_grad_cuda(params, stream);
 }
 
 int64_t workspace_cuda(const PlanParams& params) {
@@ -67,6 +115,12 @@ int64_t workspace_cuda(const PlanParams& params) {
 }
 int64_t workspace_cuda(const GroupedGemmParams& params) {
   return grouped_gemm_workspace_cuda(params);
+}
+int64_t workspace_cuda(const RouterStatsParams& params) {
+  return router_stats_workspace_cuda(params);
+}
+int64_t workspace_cuda(const GroupedWeightGradParams& params) {
+  return grouped_weight_grad_workspace_cuda(params);
 }
 
 const char* op_name(const RouteParams&) {
@@ -81,8 +135,29 @@ const char* op_name(const PermuteParams&) {
 const char* op_name(const GroupedGemmParams&) {
   return "grouped_gemm";
 }
+const char* op_name(const GroupedWeightGradParams&) {
+  return "grouped_weight_grad";
+}
 const char* op_name(const UnpermuteParams&) {
   return "unpermute";
+}
+const char* op_name(const ActivationParams&) {
+  return "activation";
+}
+const char* op_name(const ActivationGradParams&) {
+  return "activation_grad";
+}
+const char* op_name(const UnpermuteGradParams&) {
+  return "unpermute_grad";
+}
+const char* op_name(const RouteGradParams&) {
+  return "route_grad";
+}
+const char* op_name(const RouterStatsParams&) {
+  return "router_stats";
+}
+const char* op_name(const RouterStatsGradParams&) {
+  return "router_stats_grad";
 }
 
 // torch's current stream. The CPU build of torch lacks the function, and torch loads its libraries with local
@@ -168,6 +243,13 @@ template void launch(RouteParams, const Tensor&);
 template void launch(PlanParams, const Tensor&);
 template void launch(PermuteParams, const Tensor&);
 template void launch(GroupedGemmParams, const Tensor&);
+template void launch(GroupedWeightGradParams, const Tensor&);
 template void launch(UnpermuteParams, const Tensor&);
+template void launch(ActivationParams, const Tensor&);
+template void launch(ActivationGradParams, const Tensor&);
+template void launch(UnpermuteGradParams, const Tensor&);
+template void launch(RouteGradParams, const Tensor&);
+template void launch(RouterStatsParams, const Tensor&);
+template void launch(RouterStatsGradParams, const Tensor&);
 
 }  // namespace moekernels

@@ -1,5 +1,6 @@
 // The table of contents: every op of torch.ops.moekernels with its schema. Shape functions and gradients are registered
-// from Python (moekernels/ops/_register.py); what each op computes is defined in moekernels/ops/reference.py.
+// from Python (moekernels/ops/_shapes.py, _gradients.py); what each op computes is defined in
+// moekernels/ops/reference.py.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(moekernels, m) {
@@ -9,16 +10,42 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
   m.def(
       "plan(Tensor expert_ids, int num_experts, SymInt? capacity=None, SymInt? group_size=None, "
       "Tensor? token_order=None) -> (Tensor expert_offsets, Tensor token_of_row, Tensor row_of_slot)");
-  m.def("permute(Tensor hidden, Tensor token_of_row) -> Tensor");
+  m.def("permute(Tensor hidden, Tensor token_of_row, Tensor? row_of_slot=None) -> Tensor");
   m.def(
       "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, str activation='none', "
       "bool gated=False, Tensor? row_scale=None, Tensor? token_of_row=None, bool allow_tf32=False, "
-      "bool batch_invariant=False) -> Tensor");
+      "bool batch_invariant=False, bool transposed=False) -> Tensor");
+  m.def(
+      "grouped_weight_grad(Tensor grad_rows, Tensor rows, Tensor expert_offsets, Tensor? grad_token_of_row=None, "
+      "Tensor? token_of_row=None, Tensor? bias_scale=None, bool need_bias=False, bool allow_tf32=False) "
+      "-> (Tensor grad_weight, Tensor grad_bias)");
   m.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? weights=None) -> Tensor");
   m.def(
       "sparse_mlp(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
       "Tensor row_of_slot, Tensor up_weight, Tensor down_weight, Tensor? up_bias=None, Tensor? down_bias=None, "
       "str activation='silu', bool gated=True, bool allow_tf32=False, bool batch_invariant=False) -> Tensor");
+  m.def("activation(Tensor linear, str activation, bool gated) -> Tensor");
+  m.def(
+      "router_stats(Tensor logits, SymInt num_groups, int top_k, Tensor? mask=None) "
+      "-> (Tensor counts, Tensor prob_sums, Tensor z_sums)");
+
+  // What gradients are made of.
+  m.def(
+      "sparse_mlp_train(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
+      "Tensor row_of_slot, Tensor up_weight, Tensor down_weight, Tensor? up_bias=None, Tensor? down_bias=None, "
+      "str activation='silu', bool gated=True, bool allow_tf32=False, bool batch_invariant=False) "
+      "-> (Tensor out, Tensor linear)");
+  m.def(
+      "activation_grad(Tensor grad_out, Tensor linear, str activation, bool gated, Tensor? row_scale=None, "
+      "Tensor? expert_offsets=None, bool with_scaled=True, bool with_grad_scale=True) "
+      "-> (Tensor grad_linear, Tensor scaled, Tensor grad_scale)");
+  m.def(
+      "unpermute_grad(Tensor grad_out, Tensor? rows, Tensor row_of_slot, Tensor token_of_row, Tensor? weights=None, "
+      "bool with_grad_rows=True) -> (Tensor grad_rows, Tensor grad_weights)");
+  m.def(
+      "route_grad(Tensor grad_weights, Tensor logits, Tensor expert_ids, str scoring='softmax', "
+      "bool renormalize=False, ScalarType? probs_dtype=None, float epsilon=0.01) -> Tensor");
+  m.def("router_stats_grad(Tensor grad_prob_sums, Tensor grad_z_sums, Tensor logits, Tensor? mask=None) -> Tensor");
 }
 
 namespace {
@@ -28,8 +55,16 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("plan", TORCH_BOX(&moekernels::plan));
   m.impl("permute", TORCH_BOX(&moekernels::permute));
   m.impl("grouped_gemm", TORCH_BOX(&moekernels::grouped_gemm));
+  m.impl("grouped_weight_grad", TORCH_BOX(&moekernels::grouped_weight_grad));
   m.impl("unpermute", TORCH_BOX(&moekernels::unpermute));
   m.impl("sparse_mlp", TORCH_BOX(&moekernels::sparse_mlp));
+  m.impl("activation", TORCH_BOX(&moekernels::activation));
+  m.impl("router_stats", TORCH_BOX(&moekernels::router_stats));
+  m.impl("sparse_mlp_train", TORCH_BOX(&moekernels::sparse_mlp_train));
+  m.impl("activation_grad", TORCH_BOX(&moekernels::activation_grad));
+  m.impl("unpermute_grad", TORCH_BOX(&moekernels::unpermute_grad));
+  m.impl("route_grad", TORCH_BOX(&moekernels::route_grad));
+  m.impl("router_stats_grad", TORCH_BOX(&moekernels::router_stats_grad));
 }
 
 }  // namespace

@@ -20,16 +20,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std:
              ", got ", top_k);
   check.that(params.scoring == Scoring::kSoftmax || top_k == 2, "scoring '", scoring, "' chooses 2 experts, got top_k ",
              top_k);
-  params.probs_dtype = DType::kFloat32;
-  if (probs_dtype.has_value()) {
-    check.that(params.scoring != Scoring::kSparsemixer, "probs_dtype does not apply to scoring 'sparsemixer'");
-    check.that(
-        *probs_dtype == ScalarType::Float || *probs_dtype == ScalarType::BFloat16 || *probs_dtype == ScalarType::Half,
-        "probs_dtype must be float32, bfloat16 or float16, got ", to_string(*probs_dtype));
-    params.probs_dtype = *probs_dtype == ScalarType::Float      ? DType::kFloat32
-                         : *probs_dtype == ScalarType::BFloat16 ? DType::kBFloat16
-                                                                : DType::kFloat16;
-  }
+  params.probs_dtype = check.probs_dtype(probs_dtype, params.scoring);
   if (noise.has_value()) {
     check.that(params.scoring != Scoring::kSoftmax, "noise does not apply to scoring 'softmax'");
     if (params.scoring == Scoring::kSparsemixer) {
@@ -66,6 +57,41 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std:
   params.epsilon = static_cast<float>(epsilon);
   launch(params, logits);
   return {weights, expert_ids};
+}
+
+Tensor route_grad(const Tensor& grad_weights, const Tensor& logits, const Tensor& expert_ids,
+                  const std::string& scoring, bool renormalize, const std::optional<ScalarType>& probs_dtype,
+                  double epsilon) {
+  const Checks check("route_grad", "logits", logits);
+  check.rank("logits", logits, 2, "[num_tokens, num_experts]");
+  check.index("expert_ids", expert_ids, 2, "[num_tokens, top_k]");
+
+  RouteGradParams params{};
+  params.logits_dtype = check.floating("logits", logits);
+  params.num_tokens = logits.size(0);
+  params.num_experts = static_cast<int32_t>(logits.size(1));
+  params.top_k = static_cast<int32_t>(expert_ids.size(1));
+  params.scoring = check.scoring(scoring);
+  params.probs_dtype = check.probs_dtype(probs_dtype, params.scoring);
+  params.renormalize = renormalize;
+  params.epsilon = static_cast<float>(epsilon);
+  check.shape("expert_ids", expert_ids, {params.num_tokens, params.top_k}, "[num_tokens, top_k]");
+  check.float_shape("grad_weights", grad_weights, {params.num_tokens, params.top_k}, "[num_tokens, top_k]");
+  check.that(params.scoring == Scoring::kSoftmax || params.top_k == 2, "scoring '", scoring,
+             "' chooses 2 experts, got top_k ", params.top_k);
+  Tensor grad_logits = torch::stable::new_empty(logits, {params.num_tokens, params.num_experts});
+  if (grad_logits.numel() == 0) return grad_logits;
+
+  const Tensor logits_rows = dense_rows(logits);
+  const Tensor dense_ids = dense(expert_ids);
+  const Tensor dense_grads = dense(grad_weights);
+  params.logits = logits_rows.data_ptr();
+  params.expert_ids = dense_ids.const_data_ptr<int32_t>();
+  params.grad_weights = dense_grads.const_data_ptr<float>();
+  params.grad_logits = grad_logits.mutable_data_ptr();
+  params.logits_stride = logits_rows.stride(0);
+  launch(params, logits);
+  return grad_logits;
 }
 
 }  // namespace moekernels

@@ -13,6 +13,7 @@ from moekernels.models.losses import (
     load_balancing_loss_by_row,
     router_z_loss,
     seq2seq_lm_loss,
+    switch_router_losses,
 )
 
 
@@ -96,5 +97,23 @@ def test_losses_of_switch_routers(num_layers: int) -> None:
         torch.testing.assert_close(ours, theirs)
         for mine, other in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits), strict=True):
             torch.testing.assert_close(mine, other)
+    z_loss, balance = switch_router_losses(logits)
+    assert torch.equal(balance, pairs[0][0]) and torch.allclose(z_loss, pairs[1][0])
     balanced = (torch.eye(4) * 1e-4).repeat(2, 1)[None]
     torch.testing.assert_close(load_balancing_loss_by_row([balanced]), torch.tensor(1.0))
+
+
+def test_slopes_of_router_losses() -> None:
+    """Finite differences along a random direction, padding included; the choices stay what they are."""
+    logits, direction = torch.randn(2, 9, 6) * 2, torch.randn(2, 9, 6)
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+
+    def loss(logits: Tensor) -> Tensor:
+        z_loss, balance = switch_router_losses([logits, logits.flip(0)])
+        return z_loss + balance + load_balancing_loss([logits.flatten(0, 1)], 2, mask)
+
+    (grad,) = torch.autograd.grad(loss(logits.requires_grad_()), logits)
+    step = 2e-4
+    with torch.no_grad():
+        slope = (loss(logits + step * direction) - loss(logits - step * direction)) / (2 * step)
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=5e-3, atol=5e-3)

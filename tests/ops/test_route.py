@@ -177,17 +177,6 @@ def test_logits_that_are_not_contiguous(device: torch.device) -> None:
         assert_same_routing(ops.route(logits, 4), reference.route(logits, 4))
 
 
-def test_gradient_of_the_weights(device: torch.device) -> None:
-    logits = torch.randn(9, 12, device=device, requires_grad=True)
-    direction = torch.randn(9, 3, device=device)
-    for renormalize in (False, True):
-        (actual,) = torch.autograd.grad((ops.route(logits, 3, renormalize=renormalize)[0] * direction).sum(), logits)
-        (expected,) = torch.autograd.grad(
-            (reference.route(logits, 3, renormalize=renormalize)[0] * direction).sum(), logits
-        )
-        torch.testing.assert_close(actual, expected)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import pytest
 import torch
 
@@ -96,24 +93,6 @@ def test_equals_the_chain_of_small_ops(device: torch.device) -> None:
     inner = ops.grouped_gemm(rows, x.up_weight, plan.expert_offsets, activation="silu", gated=True)
     rows = ops.grouped_gemm(inner, x.down_weight, plan.expert_offsets)
     assert torch.equal(run(ops, x, plan, shape), ops.unpermute(rows, plan.row_of_slot, x.expert_weights))
-
-
-@pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
-def test_gradients(device: torch.device, shape: LayerShape) -> None:
-    x = layer_inputs(shape, 11, device=device)
-    plan = ops.plan(x.expert_ids, shape.num_experts, capacity=4)
-    direction = torch.randn_like(x.hidden)
-
-    def gradients(layer: Callable[..., torch.Tensor], x: LayerInputs) -> list[torch.Tensor]:
-        tensors = (x.hidden, x.expert_weights, x.up_weight, x.down_weight, x.up_bias, x.down_bias)
-        leaves = [tensor.requires_grad_() for tensor in tensors if tensor is not None]
-        return list(torch.autograd.grad((layer(x, plan, shape) * direction.to(x.hidden.dtype)).sum(), leaves))
-
-    actual = gradients(partial(run, ops), x)
-    truth = gradients(partial(run, reference), x.to(torch.float64))
-    plain_gradients = gradients(plain, x)
-    for a, t, p in zip(actual, truth, plain_gradients, strict=True):
-        assert_accurate(a, t.double(), p)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,23 +134,11 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
         top_k: choices per token.
         attention_mask: ``[B, S]`` with ``B * S = T``; tokens with 0 do not count.
     """
-    num_experts = router_logits[0].shape[-1]
-    device = router_logits[0].device
-    chosen = torch.zeros(num_experts, device=device)
-    probability = torch.zeros(num_experts, device=device)
-    weights = None if attention_mask is None else attention_mask.reshape(-1).to(device, torch.float32)
-    for logits in router_logits:
-        logits = logits.to(device)
-        probs = torch.softmax(logits.float(), dim=-1)
-        with torch.no_grad():
-            expert_ids = ops.route(logits, top_k)[1]
-            # Zeros and ones, summed by a matrix product: exact, and no atomics.
-            choices = torch.zeros_like(probs).scatter_(-1, expert_ids.long(), 1.0)
-        row_weights = weights if weights is not None else probs.new_ones(probs.shape[0])
-        chosen = chosen + row_weights @ choices
-        probability = probability + row_weights @ probs
-    rows = sum(logits.shape[0] for logits in router_logits) if weights is None else len(router_logits) * weights.sum()
-    return num_experts * (chosen / rows * (probability / rows)).sum()
+    first = router_logits[0]
+    mask = None if attention_mask is None else attention_mask.reshape(-1).to(first.device, torch.float32)
+    stats = _summed_stats(router_logits, top_k, mask=mask)
+    tokens = sum(logits.shape[0] for logits in router_logits) if mask is None else len(router_logits) * mask.sum()
+    return first.shape[-1] * (stats.counts / tokens * (stats.prob_sums / tokens)).sum()
 
 
 def load_balancing_loss_by_row(router_logits: Sequence[Tensor]) -> Tensor:
@@ -162,11 +151,7 @@ def load_balancing_loss_by_row(router_logits: Sequence[Tensor]) -> Tensor:
     Args:
         router_logits: one ``[B, S, E]`` per layer.
     """
-    logits = torch.cat([layer.to(router_logits[0].device) for layer in router_logits], dim=1).float()
-    num_experts = logits.shape[-1]
-    probs = torch.softmax(logits, dim=-1)
-    chosen = F.one_hot(logits.argmax(dim=-1), num_experts).to(probs.dtype)
-    return num_experts * (chosen.mean(dim=1) * probs.mean(dim=1)).sum(dim=-1).mean()
+    return switch_router_losses(router_logits)[1]
 
 
 def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
@@ -176,5 +161,30 @@ def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
     Args:
         router_logits: one ``[..., E]`` per layer.
     """
-    logits = torch.cat([layer.to(router_logits[0].device).flatten(0, -2) for layer in router_logits])
-    return torch.logsumexp(logits.float(), dim=-1).square().mean()
+    stats = _summed_stats([logits.flatten(0, -2) for logits in router_logits], top_k=1)
+    return stats.z_sums.sum() / _count_tokens(router_logits)
+
+
+def switch_router_losses(router_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """:func:`router_z_loss` and :func:`load_balancing_loss_by_row` from one pass over the logits.
+
+    Args:
+        router_logits: one ``[B, S, E]`` per layer.
+    """
+    batch_size, _, num_experts = router_logits[0].shape
+    stats = _summed_stats([logits.flatten(0, 1) for logits in router_logits], top_k=1, num_groups=batch_size)
+    num_tokens = _count_tokens(router_logits)
+    row_length = num_tokens // batch_size
+    balance = num_experts * (stats.counts / row_length * (stats.prob_sums / row_length)).sum(dim=-1).mean()
+    return stats.z_sums.sum() / num_tokens, balance
+
+
+def _summed_stats(router_logits: Sequence[Tensor], top_k: int, **options: Any) -> ops.RouterStats:
+    """:func:`moekernels.ops.router_stats` of every layer, added up where the first layer's logits are."""
+    device = router_logits[0].device
+    layers = [ops.router_stats(logits.to(device), top_k, **options) for logits in router_logits]
+    return ops.RouterStats(*(torch.stack(sums).sum(dim=0) for sums in zip(*layers, strict=True)))
+
+
+def _count_tokens(router_logits: Sequence[Tensor]) -> int:
+    return sum(logits.shape[:-1].numel() for logits in router_logits)

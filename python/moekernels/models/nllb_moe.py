@@ -369,7 +369,8 @@ class NllbMoeSparseMLP(nn.Module):
         logits = self.router.logits(hidden)
         weights, _, plan = self.router.route(logits, hidden.dtype, kept)
         if self.training and (self.moe_token_dropout or self.activation_dropout):
-            rows = self.experts(ops.permute(hidden, plan.token_of_row), plan.expert_offsets, self.activation_dropout)
+            rows = ops.permute(hidden, plan.token_of_row, plan.row_of_slot)
+            rows = self.experts(rows, plan.expert_offsets, self.activation_dropout)
             out = ops.unpermute(F.dropout(rows, self.moe_token_dropout), plan.row_of_slot, weights)
         else:
             out = self.experts.forward_fused(hidden, weights * (1 - self.moe_token_dropout), plan)

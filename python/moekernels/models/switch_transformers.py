@@ -28,7 +28,7 @@ from moekernels.models.encoder_decoder import (
     clamp_float16,
     encode_and_decode,
 )
-from moekernels.models.losses import load_balancing_loss_by_row, router_z_loss
+from moekernels.models.losses import switch_router_losses
 from moekernels.models.outputs import MoEModelOutput, Seq2SeqMoEModelOutput
 from moekernels.nn import GroupedExperts, Linear, RMSNorm
 from moekernels.nn.activations import activation_function, op_activation
@@ -333,7 +333,8 @@ class SwitchTransformersSparseMLP(nn.Module):
         logits, weights, _, plan = self.router.route(hidden_states, kept)
         hidden = hidden_states.reshape(-1, shape[-1])
         if self.training and self.dropout:
-            rows = self.experts(ops.permute(hidden, plan.token_of_row), plan.expert_offsets, self.dropout)
+            rows = ops.permute(hidden, plan.token_of_row, plan.row_of_slot)
+            rows = self.experts(rows, plan.expert_offsets, self.dropout)
             out = ops.unpermute(rows, plan.row_of_slot, weights)
         else:
             out = self.experts.forward_fused(hidden, weights, plan)
@@ -645,7 +646,7 @@ class SwitchTransformersForConditionalGeneration(  # type: ignore[override]
             logits = getattr(outputs, f"{stack}_router_logits")
             if not logits:
                 continue
-            z_loss, aux_loss = router_z_loss(logits), load_balancing_loss_by_row(logits)
+            z_loss, aux_loss = switch_router_losses(logits)
             fields |= {f"{stack}_z_loss": z_loss, f"{stack}_aux_loss": aux_loss}
             if loss is not None:
                 added = self.config.router_z_loss_coef * z_loss + self.config.router_aux_loss_coef * aux_loss

@@ -57,7 +57,7 @@ class LocalDispatcher:
 
     def dispatch(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Dispatched:
         plan = self.plan(expert_ids)
-        rows = ops.permute(hidden, plan.token_of_row)
+        rows = ops.permute(hidden, plan.token_of_row, plan.row_of_slot)
         return Dispatched(rows, plan.expert_offsets, (plan.row_of_slot, expert_weights))
 
     def combine(self, rows: Tensor, context: Any) -> Tensor:

@@ -15,7 +15,7 @@ class Routing(NamedTuple):
     """What a router decides. T tokens, E experts, K choices per token.
 
     Attributes:
-        logits: ``[T, E]``, in the dtype of the router's weight.
+        logits: ``[T, E]``, in the dtype of the router's weight, or in that of autocast.
         expert_weights: ``[T, K]`` float32.
         expert_ids: ``[T, K]`` int32, -1 where a token is not routed.
     """

@@ -14,6 +14,9 @@ from moekernels.nn.sparsemixer import SparsemixerRouter
 class SparseMLP(nn.Module):
     """Router and experts in place of a dense MLP: each token visits `top_k` of `num_experts` experts.
 
+    Under `torch.autocast` router and experts compute in its dtype, as linear layers do; choosing and weighting stay in
+    float32.
+
     Args:
         hidden_size: width of a token.
         ffn_size: inner width of one expert.
@@ -73,15 +76,16 @@ class SparseMLP(nn.Module):
         """Apply the layer.
 
         Args:
-            hidden: ``[..., H]``; computed in the dtype of the weights.
+            hidden: ``[..., H]``; computed in the dtype of the weights, or in that of autocast.
             mask: optional, one entry per token; tokens with 0 visit no expert and yield zero.
 
         Returns:
             The output ``[..., H]``, and the router's logits ``[T, E]`` for an auxiliary loss.
         """
         shape = hidden.shape
-        # Under autocast the weights stay what they are, and the input follows them.
-        hidden = hidden.reshape(-1, shape[-1]).to(self.experts.down_proj.dtype)
+        hidden = hidden.reshape(-1, shape[-1])
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.experts.down_proj.dtype)
         mask = None if mask is None else mask.reshape(-1)
         logits, expert_weights, expert_ids = self.gate(hidden, mask)
         if isinstance(self.dispatcher, LocalDispatcher):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
     """Call a registered op; what its checks found wrong becomes a ValueError."""
@@ -15,3 +18,17 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         if message.startswith("moekernels::"):
             raise ValueError(message) from None
         raise
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may come."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors of a matrix product: in autocast's dtype where that is on, as they are where it is off."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)

@@ -6,12 +6,14 @@ from torch import Tensor
 from moekernels.ops._call import call
 
 
-def permute(hidden: Tensor, token_of_row: Tensor) -> Tensor:
+def permute(hidden: Tensor, token_of_row: Tensor, row_of_slot: Tensor | None = None) -> Tensor:
     """Copy tokens into expert order: ``rows[i] = hidden[token_of_row[i]]``.
 
     Args:
         hidden: ``[T, H]``, float32, bfloat16 or float16.
         token_of_row: ``[N]`` int32, as :func:`plan` returns it; a row whose token is outside ``[0, T)`` becomes zero.
+        row_of_slot: ``[T, K]`` int32 of the same plan. The gradient finds each token's rows in it, and without it sorts
+            them.
 
     Returns:
         ``[N, H]`` in the dtype of ``hidden``.
@@ -19,7 +21,7 @@ def permute(hidden: Tensor, token_of_row: Tensor) -> Tensor:
     Raises:
         ValueError: for wrong shapes, dtypes or devices.
     """
-    return call(torch.ops.moekernels.permute.default, hidden, token_of_row)
+    return call(torch.ops.moekernels.permute.default, hidden, token_of_row, row_of_slot)
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -29,7 +31,8 @@ def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) 
 
     Args:
         rows: ``[N, H]``, float32, bfloat16 or float16.
-        row_of_slot: ``[T, K]`` int32, as :func:`plan` returns it; a slot of -1 adds nothing.
+        row_of_slot: ``[T, K]`` int32, as :func:`plan` returns it; a slot of -1 adds nothing. For the gradient no row
+            may belong to two tokens.
         weights: ``[T, K]`` float32; None: all ones.
 
     Returns:

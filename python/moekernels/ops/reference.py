@@ -9,6 +9,8 @@ Letters: T tokens, E experts, K choices per token, N = T * K rows, H hidden size
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +24,14 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+
+
+def _activate(x: Tensor, activation: str, gated: bool) -> Tensor:
+    act = _ACTIVATIONS[activation]
+    if not gated:
+        return act(x)
+    gate, value = x.chunk(2, dim=-1)
+    return act(gate) * value
 
 
 def _accumulator(x: Tensor) -> Tensor:
@@ -114,6 +124,70 @@ def _sparsemixer(scores: Tensor, epsilon: float, noise: Tensor | None) -> tuple[
     return torch.cat([first_weight, second_weight], dim=-1), torch.cat([first, second], dim=-1)
 
 
+def route_grad(
+    grad_weights: Tensor,
+    logits: Tensor,
+    expert_ids: Tensor,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    probs_dtype: torch.dtype | None = None,
+    epsilon: float = 0.01,
+) -> Tensor:
+    """For the choice made; what was rounded counts as rounded, but rounding passes gradients on unchanged."""
+    chosen = expert_ids >= 0
+    ids = expert_ids.long().clamp(min=0)
+    if scoring == "sparsemixer":
+        others = logits.scatter(-1, ids[:, :1], float("-inf"))
+        kept = [near_ties(logits, candidates, epsilon) for candidates in (logits, others)]
+        probs = torch.softmax(_accumulator(torch.stack(kept, dim=1)), dim=-1)
+        probs_dtype = logits.dtype
+    else:
+        probs = torch.softmax(_accumulator(logits), dim=-1).unsqueeze(1).expand(-1, ids.shape[1], -1)
+    prob = probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    grad = torch.where(chosen, grad_weights.to(prob.dtype), 0.0)
+    if renormalize:
+        rounded = torch.where(chosen, prob if probs_dtype is None else prob.to(probs_dtype).to(prob.dtype), 0.0)
+        total = rounded.sum(dim=-1, keepdim=True)
+        smallest = torch.finfo(probs_dtype or torch.float32).eps if scoring == "top2_gate" else 0.0
+        mean = (grad * rounded).sum(dim=-1, keepdim=True) / total
+        grad = torch.where(total < smallest, grad / smallest if smallest else grad, (grad - mean) / total)
+    is_chosen = F.one_hot(ids, logits.shape[-1]).to(prob.dtype)
+    grad_logits = ((grad * prob).unsqueeze(-1) * (is_chosen - probs)).sum(dim=1)
+    return torch.where(chosen.any(dim=-1, keepdim=True), grad_logits, 0.0).to(logits.dtype)
+
+
+def router_stats(
+    logits: Tensor, top_k: int, *, num_groups: int = 1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _accumulator(logits)
+    choices = torch.zeros_like(logits).scatter(-1, _largest(logits, top_k), 1.0)
+
+    def total(values: Tensor) -> Tensor:
+        if mask is not None:
+            weight = mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+            values = torch.where(weight == 0, 0.0, values * weight)
+        return values.unflatten(0, (num_groups, -1)).sum(dim=1)
+
+    z = torch.logsumexp(logits, dim=-1).square()
+    return total(choices), total(torch.softmax(logits, dim=-1)), total(z)
+
+
+def router_stats_grad(
+    grad_prob_sums: Tensor, grad_z_sums: Tensor, logits: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    x = _accumulator(logits)
+    probs, lse = torch.softmax(x, dim=-1), torch.logsumexp(x, dim=-1, keepdim=True)
+    group_size = logits.shape[0] // grad_prob_sums.shape[0]
+    of_probs = grad_prob_sums.repeat_interleave(group_size, dim=0)
+    of_z = grad_z_sums.repeat_interleave(group_size, dim=0).unsqueeze(-1)
+    grad = probs * (of_probs - (of_probs * probs).sum(dim=-1, keepdim=True) + 2 * lse * of_z)
+    if mask is not None:
+        weight = mask.to(grad.dtype).unsqueeze(-1)
+        grad = torch.where(weight == 0, 0.0, grad * weight)
+    return grad.to(logits.dtype)
+
+
 def plan(
     expert_ids: Tensor,
     num_experts: int,
@@ -155,7 +229,7 @@ def plan(
     return Plan(index(expert_offsets), index(token_of_row), index(row_of_slot).view(num_tokens, top_k))
 
 
-def permute(hidden: Tensor, token_of_row: Tensor) -> Tensor:
+def permute(hidden: Tensor, token_of_row: Tensor, row_of_slot: Tensor | None = None) -> Tensor:
     valid = (token_of_row >= 0) & (token_of_row < hidden.shape[0])
     if hidden.shape[0] == 0:
         return hidden.new_zeros(token_of_row.shape[0], hidden.shape[1])
@@ -173,22 +247,19 @@ def grouped_gemm(
     gated: bool = False,
     row_scale: Tensor | None = None,
     token_of_row: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     if token_of_row is not None:
         rows = permute(rows, token_of_row)
+    if transposed:
+        weight = weight.transpose(1, 2)
     offsets = expert_offsets.tolist()
-    act = _ACTIVATIONS[activation]
     outputs = []
     for e in range(weight.shape[0]):
         y = _accumulator(rows[offsets[e] : offsets[e + 1]]) @ _accumulator(weight[e]).T
         if bias is not None:
             y = y + _accumulator(bias[e])
-        if gated:
-            gate, value = y.chunk(2, dim=-1)
-            y = act(gate) * value
-        else:
-            y = act(y)
-        outputs.append(y)
+        outputs.append(_activate(y, activation, gated))
     width = weight.shape[1] // (2 if gated else 1)
     outputs.append(_accumulator(rows).new_zeros(rows.shape[0] - offsets[-1], width))
     out = torch.cat(outputs)
@@ -201,6 +272,27 @@ def grouped_gemm(
     return out.to(rows.dtype)
 
 
+def grouped_weight_grad(
+    grad_rows: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    *,
+    grad_token_of_row: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+    bias_scale: Tensor | None = None,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor]:
+    grads = _accumulator(grad_rows if grad_token_of_row is None else permute(grad_rows, grad_token_of_row))
+    inputs = _accumulator(rows if token_of_row is None else permute(rows, token_of_row))
+    scaled = grads if bias_scale is None else grads * bias_scale.to(grads.dtype).unsqueeze(-1)
+    offsets = expert_offsets.tolist()
+    of_expert = [slice(begin, end) for begin, end in pairwise(offsets)]
+    grad_weight = torch.stack([grads[e].T @ inputs[e] for e in of_expert]).to(rows.dtype)
+    if not need_bias:
+        return grad_weight, grad_weight.new_empty(0)
+    return grad_weight, torch.stack([scaled[e].sum(dim=0) for e in of_expert]).to(rows.dtype)
+
+
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
     num_tokens, top_k = row_of_slot.shape
     out = _accumulator(rows).new_zeros(num_tokens, rows.shape[1])
@@ -211,6 +303,51 @@ def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) 
             taken = torch.where(kept, taken * weights[:, k, None].to(taken.dtype), taken)
         out = out + taken
     return out.to(rows.dtype)
+
+
+def unpermute_grad(
+    grad_out: Tensor, rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    grad = _accumulator(grad_out)
+    grad_rows = grad.new_zeros(rows.shape)
+    grad_weights = grad.new_zeros(row_of_slot.shape)
+    for k in range(row_of_slot.shape[1]):
+        slots = row_of_slot[:, k]
+        kept = (slots >= 0).nonzero().squeeze(-1)
+        weight = grad.new_ones(len(kept)) if weights is None else weights[kept, k].to(grad.dtype)
+        grad_rows[slots[kept].long()] += weight.unsqueeze(-1) * grad[kept]
+        grad_weights[:, k] = (permute(_accumulator(rows), slots) * grad).sum(dim=-1)
+    return grad_rows.to(rows.dtype), grad_weights
+
+
+def activation(linear: Tensor, activation: str, *, gated: bool = False) -> Tensor:
+    return _activate(_accumulator(linear), activation, gated).to(linear.dtype)
+
+
+def activation_grad(
+    grad_out: Tensor,
+    linear: Tensor,
+    activation: str,
+    *,
+    gated: bool = False,
+    row_scale: Tensor | None = None,
+    expert_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad_out` is the gradient of ``row_scale * activation(linear)``, but for the factor `row_scale`."""
+    with torch.enable_grad():
+        x = _accumulator(linear).detach().requires_grad_()
+        out = _activate(x, activation, gated)
+    grad = grad_out.to(out.dtype)
+    scale = grad.new_ones(linear.shape[0], 1) if row_scale is None else row_scale.to(grad.dtype).unsqueeze(-1)
+    (grad_linear,) = torch.autograd.grad(out, x, scale * grad)
+    out = out.detach()
+    rows = torch.arange(linear.shape[0], device=linear.device).unsqueeze(-1)
+    used = rows >= 0 if expert_offsets is None else rows < expert_offsets[-1]
+    return (
+        torch.where(used, grad_linear, 0.0).to(linear.dtype),
+        torch.where(used, scale * out, 0.0).to(linear.dtype),
+        torch.where(used, grad * out, 0.0).sum(dim=-1),
+    )
 
 
 def sparse_mlp(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekernels._settings import is_batch_invariant
-from moekernels.ops._call import call
+from moekernels.ops._call import autocast, call, wants_gradient
 from moekernels.ops._types import Plan
 
 
@@ -23,7 +23,10 @@ def sparse_mlp(
     """Send each token through its experts and sum their weighted outputs: a whole MoE layer after the routing.
 
     The same as :func:`permute`, :func:`grouped_gemm` up, :func:`grouped_gemm` down and :func:`unpermute`, as one op
-    whose up-projection gathers its own rows.
+    whose up-projection gathers its own rows. Under autocast the hidden states, weights and biases are cast first.
+
+    For a gradient this keeps, besides its arguments, the up-projection before its activation: ``T * K * 2F`` elements
+    when gated, ``T * K * F`` when not.
 
     Args:
         hidden: ``[T, H]``, float32, bfloat16 or float16.
@@ -42,8 +45,8 @@ def sparse_mlp(
     Raises:
         ValueError: for wrong shapes, dtypes or devices, or an unknown activation.
     """
-    return call(
-        torch.ops.moekernels.sparse_mlp.default,
+    hidden, up_weight, down_weight, up_bias, down_bias = autocast(hidden, up_weight, down_weight, up_bias, down_bias)
+    arguments = (
         hidden,
         expert_weights,
         plan.expert_offsets,
@@ -58,3 +61,7 @@ def sparse_mlp(
         torch.backends.cuda.matmul.allow_tf32,
         is_batch_invariant(),
     )
+    if wants_gradient(hidden, expert_weights, up_weight, down_weight, up_bias, down_bias):
+        out, _ = call(torch.ops.moekernels.sparse_mlp_train.default, *arguments)
+        return out
+    return call(torch.ops.moekernels.sparse_mlp.default, *arguments)

@@ -1,0 +1,160 @@
+"""One MoE layer after the routing forwards and backwards, at the real shapes, beside what a PyTorch user has today.
+
+    python benchmarks/training.py --shapes olmoe-1b-7b --tokens 2048 --dtypes bfloat16 --save out.json
+    python benchmarks/training.py --tokens 512 --frozen-experts --skip eager
+
+A step is one forward and one backward pass with the gradients of the hidden states, the expert weights and, unless
+they are frozen, the experts. Baselines as in moe_layer.py: an eager loop over experts, torch._grouped_mm and, where
+transformers 5 is installed, each of its experts implementations (if gated). Beside the times stand, per contestant, the
+memory kept between the two passes (all saved tensors but the parameters) and the peak of a step above what was in use
+before, gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.baselines import eager_loop, grouped_mm_layer, transformers_experts, working
+from benchmarks.harness import Roofs, Row, machine, measure_roofs, name_of, render, save
+from benchmarks.memory import peak_bytes
+from benchmarks.moe_layer import ours
+from benchmarks.timing import Run, interleaved_medians, make_clock
+from tests.generators import REAL_LAYERS, ROUTINGS, LayerInputs, LayerShape, layer_inputs
+
+
+def leaves_of(x: LayerInputs, frozen_experts: bool) -> list[Tensor]:
+    """The tensors that get a gradient."""
+    experts = [] if frozen_experts else [x.up_weight, x.down_weight, x.up_bias, x.down_bias]
+    return [leaf.requires_grad_() for leaf in (x.hidden, x.expert_weights, *experts) if leaf is not None]
+
+
+def as_step(forward: Callable[[], Tensor], leaves: Sequence[Tensor], direction: Tensor) -> Run:
+    return lambda: torch.autograd.grad(forward(), leaves, direction)
+
+
+def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor | None]) -> int:
+    """What a forward pass keeps for the backward pass, besides the parameters."""
+    of_parameters = {p.untyped_storage().data_ptr() for p in parameters if p is not None}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in of_parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(num_bytes for num_bytes, _ in kept.values())
+
+
+def work(x: LayerInputs, shape: LayerShape, frozen_experts: bool) -> tuple[float, float]:
+    """FLOPs of a step: each product once forwards and, for two operands or one, twice or once backwards. Bytes it must
+    move: each touched expert's weights once forwards and once backwards, every gradient once, tokens in and out."""
+    num_rows = x.expert_ids.numel()
+    projections = 3 if shape.gated else 2
+    passes = 2 if frozen_experts else 3
+    flops = passes * 2 * projections * num_rows * shape.hidden_size * shape.ffn_size
+    element = x.hidden.element_size()
+    expert = projections * shape.hidden_size * shape.ffn_size * element
+    weights = 2 * torch.unique(x.expert_ids).numel() * expert
+    gradients = 0 if frozen_experts else shape.num_experts * expert
+    return flops, weights + gradients + 4 * x.hidden.numel() * element
+
+
+def check_agreement(contestants: dict[str, Run]) -> None:
+    """All find the same gradients, up to the rounding of the dtype."""
+    (_, truth), *others = ((name, run()) for name, run in contestants.items())
+    for name, grads in others:
+        for grad, expected in zip(grads, truth, strict=True):
+            scale = 0.05 * expected.float().abs().max().item()
+            torch.testing.assert_close(grad, expected, rtol=0.1, atol=scale, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def measure(
+    shape: LayerShape, num_tokens: int, dtype: torch.dtype, routing: str, roofs: Roofs, args: argparse.Namespace
+) -> tuple[Row, dict[str, tuple[int, int]]]:
+    """The times as a row, and per contestant the bytes kept and at the peak."""
+    x = layer_inputs(shape, num_tokens, dtype, args.device, routing)
+    leaves, direction = leaves_of(x, args.frozen_experts), torch.randn_like(x.hidden)
+    forwards: dict[str, Run] = {"moekernels": ours(x, shape)}
+    if args.baselines:
+        others = {"eager loop": eager_loop(x, shape), **transformers_experts(x, shape)}
+        if not shape.bias:
+            others["torch grouped_mm"] = grouped_mm_layer(x, shape)
+        forwards |= {name: run for name, run in others.items() if not any(part in name for part in args.skip)}
+    contestants = {name: as_step(forward, leaves, direction) for name, forward in forwards.items()}
+    contestants = working(contestants, args.device)
+    check_agreement(contestants)
+    memory = {
+        name: (kept_bytes(forwards[name], leaves[2:]), peak_bytes(run, args.device))
+        for name, run in contestants.items()
+    }
+    medians = interleaved_medians(contestants, args.device, args.budget)
+    seconds = medians.pop("moekernels")
+    flops, num_bytes = work(x, shape, args.frozen_experts)
+    name = shape.name + (" frozen experts" if args.frozen_experts else "")
+    roof = roofs.seconds(flops, num_bytes, dtype) / seconds
+    clock = make_clock(args.device).name
+    return Row(name, num_tokens, routing, name_of(dtype), seconds, flops, num_bytes, roof, medians, clock), memory
+
+
+def render_memory(row: Row, memory: dict[str, tuple[int, int]]) -> str:
+    lines = [
+        f"{row.shape}, {row.tokens} tokens, {row.routing}, {row.dtype}",
+        "",
+        "| | kept for the backward pass MiB | peak of a step MiB |",
+        "| --- | --- | --- |",
+    ]
+    for name, (kept, peak) in memory.items():
+        lines.append(f"| {name} | {kept / 2**20:.1f} | {peak / 2**20:.1f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    shapes = {shape.name: shape for shape in REAL_LAYERS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=shapes, default=["olmoe-1b-7b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
+    parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["uniform"])
+    parser.add_argument("--frozen-experts", action="store_true", help="no gradients of the experts' weights and biases")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false")
+    parser.add_argument("--skip", nargs="+", default=[], help="leave out baselines whose name holds one of these")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of measuring per row")
+    parser.add_argument("--save", type=Path, help="write the rows to this .json, and the tables to an .md beside it")
+    args = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+
+    command = "python benchmarks/training.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    roofs, about = measure_roofs(args.device, dtypes), machine(args.device)
+    rows, tables = [], []
+    for name in args.shapes:
+        for dtype in dtypes:
+            for routing in args.routing:
+                for num_tokens in args.tokens:
+                    row, memory = measure(shapes[name], num_tokens, dtype, routing, roofs, args)
+                    rows.append(row)
+                    tables.append(render_memory(row, memory))
+                    print(f"{row.shape} T={row.tokens} {row.dtype}: {row.seconds * 1e3:.1f} ms", file=sys.stderr)
+                    if args.save:  # after every row, so that a run that is cut short leaves what it has
+                        save(args.save, rows, roofs, about, command)
+                        with args.save.with_suffix(".md").open("a") as file:
+                            file.write("\n" + "\n\n".join(tables) + "\n")
+    print(render(rows, roofs, about), *tables, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

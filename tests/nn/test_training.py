@@ -1,0 +1,172 @@
+"""Training a layer: autocast, compilation, and several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moekernels import ops
+from moekernels.nn import GroupedExperts, SparseMLP, TopKRouter
+
+
+def make(dtype: torch.dtype = torch.float32, **options: object) -> SparseMLP:
+    mlp = SparseMLP(16, 12, 6, 2, dtype=dtype, **options)
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return mlp
+
+
+def gradients_of(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+    """The same as a layer of that dtype, forwards and backwards, with gradients in the dtype of the parameters."""
+    mlp = make(bias=True)
+    half = make(dtype, bias=True)
+    half.load_state_dict(mlp.state_dict())
+    hidden, direction = torch.randn(5, 3, 16), torch.randn(5, 3, 16)
+    with torch.autocast("cpu", dtype=dtype):
+        out, logits = mlp(hidden)
+    expected, expected_logits = half(hidden)
+    assert out.dtype == logits.dtype == dtype
+    assert torch.equal(out, expected) and torch.equal(logits, expected_logits)
+    actual = gradients_of(mlp, (out.float() * direction).sum() + logits.float().logsumexp(-1).sum())
+    of_half = gradients_of(half, (expected.float() * direction).sum() + expected_logits.float().logsumexp(-1).sum())
+    for name, grad in actual.items():
+        assert grad.dtype == torch.float32 and torch.equal(grad, of_half[name].float()), name
+
+
+def test_autocast_of_the_parts() -> None:
+    router, experts = TopKRouter(16, 6, 2), GroupedExperts(16, 12, 6)
+    hidden = torch.randn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, weights, ids = router(hidden)
+        plan = ops.plan(ids, 6)
+        rows = experts(ops.permute(hidden, plan.token_of_row), plan.expert_offsets)
+        with torch.autocast("cpu", enabled=False):
+            apart = experts(ops.permute(hidden, plan.token_of_row), plan.expert_offsets)
+    assert logits.dtype == rows.dtype == torch.bfloat16 and apart.dtype == weights.dtype == torch.float32
+    assert torch.equal(logits, F.linear(hidden.bfloat16(), router.weight.bfloat16()))
+    half = GroupedExperts(16, 12, 6, dtype=torch.bfloat16)
+    half.load_state_dict(experts.state_dict())
+    assert torch.equal(rows, half(ops.permute(hidden, plan.token_of_row).bfloat16(), plan.expert_offsets))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "gated": False, "renormalize": True}], ids=["gated", "biased"])
+def test_compiles_forwards_and_backwards(options: dict) -> None:
+    """One graph for every number of tokens."""
+    mlp = make(**options)
+
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        out, logits = mlp(hidden)
+        return out, ops.router_stats(logits, 2).prob_sums
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def run(function: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor) -> list[Tensor]:
+        hidden = hidden.clone().requires_grad_()
+        out, sums = function(hidden)
+        loss = (out * out.detach().cos()).sum() + sums.square().sum()
+        return [out, sums, *torch.autograd.grad(loss, [hidden, *mlp.parameters()])]
+
+    run(compiled, torch.randn(6, 16))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_tokens in (9, 2, 31, 6):
+            hidden = torch.randn(num_tokens, 16)
+            for actual, expected in zip(run(compiled, hidden), run(forward, hidden), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiles_under_autocast() -> None:
+    mlp, hidden = make(), torch.randn(7, 16)
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = compiled(hidden)
+        expected, _ = mlp(hidden)
+    assert torch.equal(out, expected)
+    compiled_grads, grads = gradients_of(mlp, out.float().sum()), gradients_of(mlp, expected.float().sum())
+    assert all(torch.equal(compiled_grads[name], grad) for name, grad in grads.items())
+
+
+def test_a_layer_learns() -> None:
+    """Loss falls under a stock optimiser: gradients point the right way, through the router too."""
+    mlp = make(renormalize=True)
+    hidden, target = torch.randn(64, 16), torch.randn(64, 16) * 0.3
+    optimiser = torch.optim.AdamW(mlp.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = F.mse_loss(mlp(hidden)[0], target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A sparse layer between two dense ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mlp, self.last = nn.Linear(8, 16), make(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(hidden + self.mlp(hidden)[0])
+
+
+def model_and_batch() -> tuple[Model, Tensor]:
+    torch.manual_seed(0)
+    return Model(), torch.randn(2, 10, 8)
+
+
+def train_in_parallel(rank: int, directory: str) -> None:
+    """One process of two: its half of the batch, and the gradients of all of it into a file."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    try:
+        replicated, batch = model_and_batch()
+        sharded, _ = model_and_batch()
+        mesh = dist.init_device_mesh("cpu", (2,))
+        fully_shard(sharded.mlp, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        for parallel in (DistributedDataParallel(replicated), sharded):
+            parallel(batch[rank]).square().sum().backward()
+        grads = {
+            "ddp": {name: p.grad for name, p in replicated.named_parameters()},
+            "fsdp": {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
+        }
+        if rank == 0:
+            torch.save(grads, f"{directory}/grads.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def parallel_gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    directory = tmp_path_factory.mktemp("parallel")
+    torch.multiprocessing.spawn(train_in_parallel, args=(str(directory),), nprocs=2)
+    return torch.load(directory / "grads.pt")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes(parallel_gradients: dict[str, dict[str, Tensor]], how: str) -> None:
+    """The mean of both halves' gradients, as one process finds it."""
+    model, batch = model_and_batch()
+    (sum(model(half).square().sum() for half in batch) / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parallel_gradients[how][name], parameter.grad)
