@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 from moekernels._library import _C
 
 _batch_invariant = False
@@ -50,3 +52,10 @@ def cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _C.set_cpu_isa(previous)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on a device; None where it is off or unknown (the meta device)."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -59,6 +59,14 @@ def test_autocast_of_the_parts() -> None:
     assert torch.equal(rows, half(ops.permute(hidden, plan.token_of_row).bfloat16(), plan.expert_offsets))
 
 
+def test_no_autocast_on_the_meta_device() -> None:
+    """Shapes can be asked for without memory, under another device's autocast too."""
+    mlp = SparseMLP(16, 12, 6, 2, device="meta")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, logits = mlp(torch.empty(3, 4, 16, device="meta", dtype=torch.float16))
+    assert out.shape == (3, 4, 16) and logits.shape == (12, 6) and out.dtype == torch.float32
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": True, "gated": False, "renormalize": True}], ids=["gated", "biased"])
 def test_compiles_forwards_and_backwards(options: dict) -> None:
     """One graph for every number of tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moekernels._settings import autocast_dtype
 from moekernels.nn.dispatcher import Dispatcher, LocalDispatcher
 from moekernels.nn.experts import GroupedExperts
 from moekernels.nn.router import TopKRouter
@@ -84,7 +85,7 @@ class SparseMLP(nn.Module):
         """
         shape = hidden.shape
         hidden = hidden.reshape(-1, shape[-1])
-        if not torch.is_autocast_enabled(hidden.device.type):
+        if autocast_dtype(hidden.device) is None:
             hidden = hidden.to(self.experts.down_proj.dtype)
         mask = None if mask is None else mask.reshape(-1)
         logits, expert_weights, expert_ids = self.gate(hidden, mask)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekernels._settings import autocast_dtype
+
 
 def call(op: Callable[..., Any], *args: Any) -> Any:
     """Call a registered op; what its checks found wrong becomes a ValueError."""
@@ -27,8 +29,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors of a matrix product: in autocast's dtype where that is on, as they are where it is off."""
-    device = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(next(tensor for tensor in tensors if tensor is not None).device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
