@@ -3,12 +3,20 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernel_table.h"
 
 namespace moekernels {
 namespace {
 
-constexpr CpuIsa kAll[] = {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16};
+constexpr CpuIsa kAll[] = {CpuIsa::kPortable, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16, CpuIsa::kAmx};
 
 const cpu::KernelTable* table_of(CpuIsa isa) {
   switch (isa) {
@@ -20,9 +28,31 @@ const cpu::KernelTable* table_of(CpuIsa isa) {
       return cpu::avx512_kernels();
     case CpuIsa::kAvx512Bf16:
       return cpu::avx512bf16_kernels();
+    case CpuIsa::kAmx:
+      return cpu::amx_kernels();
   }
   return nullptr;
 }
+
+#if defined(__x86_64__)
+bool has_amx_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBf16) != 0 && (edx & kTile) != 0;
+}
+
+// Tile registers are large, so Linux lets a process use them only after it has asked. Refused where the kernel is too
+// old or a thread's signal stack too small for them.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool machine_has(CpuIsa isa) {
 #if defined(__x86_64__)
@@ -39,6 +69,8 @@ bool machine_has(CpuIsa isa) {
       return avx512;
     case CpuIsa::kAvx512Bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16");
+    case CpuIsa::kAmx:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && may_use_tiles();
   }
   return false;
 #else
@@ -81,12 +113,14 @@ const char* name_of(CpuIsa isa) {
       return "avx512";
     case CpuIsa::kAvx512Bf16:
       return "avx512_bf16";
+    case CpuIsa::kAmx:
+      return "amx";
   }
   return "unknown";
 }
 
 CpuIsa best_cpu_isa() {
-  static const CpuIsa best = clamp_to_best(CpuIsa::kAvx512Bf16);
+  static const CpuIsa best = clamp_to_best(CpuIsa::kAmx);
   return best;
 }
 

@@ -29,14 +29,15 @@ inline GemmBlocking gemm_blocking(const GemmKernel& kernel, int64_t rows, int64_
   b.rows = clamp(rows, 1, b.rows);
   b.depth = clamp(elements / b.rows / kernel.chunk * kernel.chunk, kernel.chunk, all_depth);
   b.cols = kWeightRows / (gated ? 2 : 1);
-  b.weights_offset = round_up(b.rows * b.depth * kernel.packed_element_size, kLine);
+  const int64_t room = round_up(b.rows, kernel.row_granule);
+  b.weights_offset = round_up(room * b.depth * kernel.packed_element_size, kLine);
   b.sums_offset = b.weights_offset;
   if (transposed_element_size > 0) {
     // One line more than a power of two, lest all columns compete for the same few places of the first-level cache.
     b.weights_stride = clamp(kernel.chunk, 0, all_depth) + kLine / transposed_element_size;
     b.sums_offset += kWeightRows * b.weights_stride * transposed_element_size;
   }
-  b.scratch_bytes = round_up(b.sums_offset + b.rows * kWeightRows * static_cast<int64_t>(sizeof(float)), kLine);
+  b.scratch_bytes = round_up(b.sums_offset + room * kWeightRows * static_cast<int64_t>(sizeof(float)), kLine);
   return b;
 }
 

@@ -34,7 +34,7 @@ void transpose_rows(const Source& source, int64_t n, int64_t cols, T* target, in
   const T* rows[kTransposedRows<T>];
   for (int64_t i = 0; i < n; i += kTransposedRows<T>) {
     block_rows(source, i, n, rows);
-    transpose_block(rows, cols, target + i, stride);
+    transpose_block(rows, 0, cols, target + i, stride);
   }
 }
 
@@ -88,7 +88,7 @@ class PackedRows {
     const Weight* sources[kBlock];
     for (int64_t k = 0; k < n; k += kBlock) {
       block_rows(source, k, n, sources);
-      transpose_block(sources, rows_, block, kBlock);
+      transpose_block(sources, 0, rows_, block, kBlock);
       const int64_t end = smaller(kBlock, depth_ - k);
       const Weight* row = block;
       for (int64_t tile = 0; tile < tiles_; ++tile) {

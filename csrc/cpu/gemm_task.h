@@ -12,9 +12,10 @@
 // memory first, and its panels are read from there.
 #pragma once
 
+#include "gathered_rows.h"
+#include "gemm_epilogue.h"
 #include "gemm_pack.h"
 #include "kernel_table.h"
-#include "vector_math.h"
 
 namespace moekernels::cpu {
 namespace {
@@ -28,6 +29,8 @@ class GemmTaskRunner {
       : p_(params),
         blocking_(blocking),
         task_(task),
+        source_(params.rows, params.row_stride, params.token_of_row, params.num_source_rows),
+        epilogue_(params, task.expert),
         rows_(scratch, task.row_end - task.row_begin),
         weights_(reinterpret_cast<Weight*>(static_cast<char*>(scratch) + blocking.weights_offset)),
         sums_(reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset)),
@@ -63,22 +66,8 @@ class GemmTaskRunner {
     return cols;
   }
 
-  const Weight* source_row(int64_t row) const {
-    int64_t source = task_.row_begin + row;
-    if (p_.token_of_row != nullptr) {
-      source = p_.token_of_row[source];
-      if (source < 0 || source >= p_.num_source_rows) return nullptr;
-    }
-    return static_cast<const Weight*>(p_.rows) + source * p_.row_stride;
-  }
-
   void pack(int64_t k, int64_t n) {
-    rows_.pack(
-        [this, k](int64_t row) {
-          const Weight* source = source_row(row);
-          return source == nullptr ? nullptr : source + k;
-        },
-        n);
+    rows_.pack([&](int64_t row) { return source_.at(task_.row_begin + row, k); }, n);
   }
 
   // The weight rows of a panel; gate panels come first, then value panels. Past the last column it repeats.
@@ -151,36 +140,20 @@ class GemmTaskRunner {
     for (int64_t i = 0; i < rows_.rows() * cols.sums_stride; ++i) sums_[i] = 0.0f;
   }
 
-  const Weight* bias_at(int64_t column) const {
-    if (p_.bias == nullptr) return nullptr;
-    return static_cast<const Weight*>(p_.bias) + task_.expert * p_.bias_stride + column;
-  }
-
   void finish(const Columns& cols, int64_t row) {
-    const int64_t out_width = p_.gated ? p_.out_features / 2 : p_.out_features;
-    const int64_t out_row = task_.row_begin + row;
     const float* sums = sums_ + row * cols.sums_stride;
-    const Weight* gate_bias = bias_at(cols.begin);
-    const Weight* value_bias = p_.gated ? bias_at(cols.begin + out_width) : nullptr;
-    Weight* out = static_cast<Weight*>(p_.out) + out_row * out_width + cols.begin;
     for (int64_t c = 0; c < cols.count; c += kLanes) {
       const int64_t n = cols.count - c;
-      VecF x = load_n(sums + c, n);
-      if (gate_bias != nullptr) x += load_n(gate_bias + c, n);
-      x = activate(p_.activation, x);
-      if (p_.gated) {
-        VecF value = load_n(sums + cols.width + c, n);
-        if (value_bias != nullptr) value += load_n(value_bias + c, n);
-        x *= value;
-      }
-      if (p_.row_scale != nullptr) x *= p_.row_scale[out_row];
-      store_n(out + c, x, n);
+      const VecF value = p_.gated ? load_n(sums + cols.width + c, n) : VecF{};
+      epilogue_.store(task_.row_begin + row, cols.begin + c, n, load_n(sums + c, n), value);
     }
   }
 
   const GroupedGemmParams& p_;
   const GemmBlocking& blocking_;
   const GemmTask& task_;
+  const GatheredRows<Weight> source_;
+  const GemmEpilogue<Weight> epilogue_;
   PackedRows<Dot> rows_;
   Weight* const weights_;  // [columns][weights_stride] of the current chunk of K, if transposed
   float* const sums_;      // [rows][sums_stride] of the current columns

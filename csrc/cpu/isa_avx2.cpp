@@ -7,9 +7,18 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "kernels.h"
 
-const moekernels::cpu::KernelTable* moekernels::cpu::avx2_kernels() {
+namespace moekernels::cpu {
+namespace {
+
+constexpr KernelTable kKernels = kernel_table(gemm_kernel<DotBFloat16>());
+
+}  // namespace
+
+const KernelTable* avx2_kernels() {
   return &kKernels;
 }
+
+}  // namespace moekernels::cpu
 #else
 const moekernels::cpu::KernelTable* moekernels::cpu::avx2_kernels() {
   return nullptr;

@@ -7,9 +7,18 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "kernels.h"
 
-const moekernels::cpu::KernelTable* moekernels::cpu::avx512_kernels() {
+namespace moekernels::cpu {
+namespace {
+
+constexpr KernelTable kKernels = kernel_table(gemm_kernel<DotBFloat16>());
+
+}  // namespace
+
+const KernelTable* avx512_kernels() {
   return &kKernels;
 }
+
+}  // namespace moekernels::cpu
 #else
 const moekernels::cpu::KernelTable* moekernels::cpu::avx512_kernels() {
   return nullptr;

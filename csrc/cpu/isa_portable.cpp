@@ -4,6 +4,15 @@
 
 #include "kernels.h"
 
-const moekernels::cpu::KernelTable* moekernels::cpu::portable_kernels() {
+namespace moekernels::cpu {
+namespace {
+
+constexpr KernelTable kKernels = kernel_table(gemm_kernel<DotBFloat16>());
+
+}  // namespace
+
+const KernelTable* portable_kernels() {
   return &kKernels;
 }
+
+}  // namespace moekernels::cpu

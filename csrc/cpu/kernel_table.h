@@ -41,6 +41,7 @@ constexpr int64_t kMaxTransposedCols = 128;  // rows or columns of a task that l
 struct GemmKernel {
   int64_t packed_element_size;  // bytes of one element of packed rows
   int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
+  int64_t row_granule;          // scratch holds a multiple of so many rows
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
   void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
                       void* scratch);
@@ -66,6 +67,7 @@ const KernelTable* portable_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
 const KernelTable* avx512bf16_kernels();
+const KernelTable* amx_kernels();
 
 // The table of current_cpu_isa().
 const KernelTable& kernels();

@@ -1,4 +1,4 @@
-// The table of the instruction set that the including isa_*.cpp is compiled for.
+// The table of the instruction set that the including isa_*.cpp is compiled for, but for its bfloat16.
 #pragma once
 
 #include "activation_kernels.h"
@@ -9,29 +9,25 @@
 namespace moekernels::cpu {
 namespace {
 
-#if MOEKERNELS_NATIVE_BFLOAT16
-using BestDotBFloat16 = DotBFloat16Native;
-#else
-using BestDotBFloat16 = DotBFloat16;
-#endif
-
 template <class Dot>
 constexpr GemmKernel gemm_kernel() {
-  return {sizeof(typename Dot::Packed), Dot::kChunk, run_gemm_task<Dot>, run_weight_grad_task<Dot>};
+  return {sizeof(typename Dot::Packed), Dot::kChunk, 1, run_gemm_task<Dot>, run_weight_grad_task<Dot>};
 }
 
-constexpr KernelTable kKernels = {
-    {gemm_kernel<DotFloat32>(), gemm_kernel<BestDotBFloat16>(), gemm_kernel<DotFloat16>()},
-    unpermute,
-    unpermute_grad_rows,
-    unpermute_grad_weights,
-    activation,
-    activation_grad,
-    widen,
-    narrow,
-    softmax,
-    round,
-};
+constexpr KernelTable kernel_table(GemmKernel bfloat16_gemm) {
+  return {
+      {gemm_kernel<DotFloat32>(), bfloat16_gemm, gemm_kernel<DotFloat16>()},
+      unpermute,
+      unpermute_grad_rows,
+      unpermute_grad_weights,
+      activation,
+      activation_grad,
+      widen,
+      narrow,
+      softmax,
+      round,
+  };
+}
 
 }  // namespace
 }  // namespace moekernels::cpu

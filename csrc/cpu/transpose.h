@@ -91,21 +91,21 @@ MOEKERNELS_INLINE VecU block_word(const Half* const* rows, int j, int64_t c) {
   return low | high << 16;
 }
 
-// rows [kTransposedRows][cols] -> target [cols][kTransposedRows], columns `stride` elements apart
+// Columns first .. first + cols of rows [kTransposedRows] -> target [cols][kTransposedRows], `stride` elements apart
 template <class T>
-MOEKERNELS_INLINE void transpose_block(const T* const (&rows)[kTransposedRows<T>], int64_t cols, T* target,
-                                       int64_t stride) {
+MOEKERNELS_INLINE void transpose_block(const T* const (&rows)[kTransposedRows<T>], int64_t first, int64_t cols,
+                                       T* target, int64_t stride) {
   VecU v[kLanes];
   int64_t c = 0;
   for (; c + kLanes <= cols; c += kLanes) {
     MOEKERNELS_UNROLL
-    for (int j = 0; j < kLanes; ++j) v[j] = block_word(rows, j, c);
+    for (int j = 0; j < kLanes; ++j) v[j] = block_word(rows, j, first + c);
     transpose(v);
     MOEKERNELS_UNROLL
     for (int j = 0; j < kLanes; ++j) *reinterpret_cast<VecUMemory*>(target + (c + j) * stride) = v[j];
   }
   for (; c < cols; ++c) {
-    for (int i = 0; i < kTransposedRows<T>; ++i) target[c * stride + i] = rows[i][c];
+    for (int i = 0; i < kTransposedRows<T>; ++i) target[c * stride + i] = rows[i][first + c];
   }
 }
 

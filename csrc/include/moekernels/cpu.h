@@ -20,7 +20,7 @@ struct Parallel {
 const Parallel& serial();
 
 // The instruction sets that kernels were written for, best last.
-enum class CpuIsa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class CpuIsa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 const char* name_of(CpuIsa isa);
 CpuIsa best_cpu_isa();         // what this machine has (and this build contains)

@@ -1,0 +1,104 @@
+// Products of bfloat16 by tile registers (AMX): 16 rows x 32 elements of K x 16 columns in one instruction.
+//
+//   left   16 rows along K: a weight as it lies in memory, or packed
+//   right  16 pairs of K by 16 columns, always packed: elements 0 and 1 of column 0, of column 1, ..., then 2 and 3,
+//   ... sums   16 x 16 float32, row by row
+//
+// Packed operands are a tile of 1 KB after the other. An output adds up its products from the first element of K to the
+// last, whatever is computed beside it. Operands and sums that are subnormal count as zero.
+#pragma once
+
+#include "simd.h"
+
+namespace moekernels::cpu {
+namespace {
+
+constexpr int kAmxRows = 16;                                  // of left and sums; columns of right and sums
+constexpr int kAmxDepth = 32;                                 // elements of K
+constexpr int kAmxElements = kAmxRows * kAmxDepth;            // bfloat16 in a tile
+constexpr int kAmxSums = kAmxRows * kAmxRows;                 // float32 in a tile
+constexpr int64_t kAmxStride = kAmxDepth * sizeof(BFloat16);  // bytes of a row of a tile in scratch memory
+
+// All eight tile registers at full size, for as long as the object lives.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    struct alignas(64) Config {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t bytes_per_row[16];
+      uint8_t rows[16];
+    };
+    static const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&config);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+};
+
+struct AmxLeft {
+  const BFloat16* data;
+  int64_t row_stride;   // elements
+  int64_t tile_stride;  // elements to the next tile along K
+};
+
+// Some rows of what will be multiplied next, a cache line for each tile along K.
+struct AmxFetch {
+  const BFloat16* data;
+  int64_t row_stride;
+  int64_t rows = 0;
+};
+
+// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side.
+template <int kLefts, int kRights>
+void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2], int64_t tiles, float* sums,
+                    int64_t sums_stride, bool add, const AmxFetch& fetch) {
+  asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
+  const auto sums_at = [=](int l, int r) { return sums + l * sums_stride + r * kAmxSums; };
+  if (add) {
+    _tile_loadd(0, sums_at(0, 0), kAmxStride);
+    if constexpr (kRights > 1) _tile_loadd(1, sums_at(0, 1), kAmxStride);
+    if constexpr (kLefts > 1) _tile_loadd(2, sums_at(1, 0), kAmxStride);
+    if constexpr (kLefts > 1 && kRights > 1) _tile_loadd(3, sums_at(1, 1), kAmxStride);
+  } else {
+    _tile_zero(0);
+    if constexpr (kRights > 1) _tile_zero(1);
+    if constexpr (kLefts > 1) _tile_zero(2);
+    if constexpr (kLefts > 1 && kRights > 1) _tile_zero(3);
+  }
+  for (int64_t i = 0; i < tiles; ++i) {
+    for (int64_t row = 0; row < fetch.rows; ++row) {
+      __builtin_prefetch(fetch.data + row * fetch.row_stride + i * kAmxDepth, 0, 2);
+    }
+    _tile_loadd(4, left[0].data + i * left[0].tile_stride, left[0].row_stride * int64_t(sizeof(BFloat16)));
+    _tile_loadd(6, right[0] + i * kAmxElements, kAmxStride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kRights > 1) {
+      _tile_loadd(7, right[1] + i * kAmxElements, kAmxStride);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kLefts > 1) {
+      _tile_loadd(5, left[1].data + i * left[1].tile_stride, left[1].row_stride * int64_t(sizeof(BFloat16)));
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kLefts > 1 && kRights > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums_at(0, 0), kAmxStride);
+  if constexpr (kRights > 1) _tile_stored(1, sums_at(0, 1), kAmxStride);
+  if constexpr (kLefts > 1) _tile_stored(2, sums_at(1, 0), kAmxStride);
+  if constexpr (kLefts > 1 && kRights > 1) _tile_stored(3, sums_at(1, 1), kAmxStride);
+}
+
+MOEKERNELS_INLINE void multiply_tiles(int64_t lefts, int64_t rights, const AmxLeft (&left)[2],
+                                      const BFloat16* const (&right)[2], int64_t tiles, float* sums,
+                                      int64_t sums_stride, bool add, const AmxFetch& fetch) {
+  if (lefts > 1) {
+    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add, fetch);
+    return multiply_tiles<2, 1>(left, right, tiles, sums, sums_stride, add, fetch);
+  }
+  if (rights > 1) return multiply_tiles<1, 2>(left, right, tiles, sums, sums_stride, add, fetch);
+  return multiply_tiles<1, 1>(left, right, tiles, sums, sums_stride, add, fetch);
+}
+
+}  // namespace
+}  // namespace moekernels::cpu

@@ -1,0 +1,32 @@
+// One task of the weight gradient in bfloat16 by tile registers: grad_rows, transposed, on the left, rows on the right.
+#pragma once
+
+#include "amx_product.h"
+#include "bias_grad.h"
+#include "kernel_table.h"
+
+namespace moekernels::cpu {
+namespace {
+
+void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocking& blocking,
+                              const WeightGradTask& task, void* scratch) {
+  const GatheredRows<BFloat16> grads(p.grad_rows, p.grad_row_stride, p.grad_token_of_row, p.num_source_grad_rows);
+  const GatheredRows<BFloat16> inputs(p.rows, p.row_stride, p.token_of_row, p.num_source_rows);
+  if (p.grad_bias != nullptr && task.col_begin == 0) {
+    sum_bias(p, task, grads, reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset));
+  }
+  if (p.grad_weight == nullptr) return;
+  BFloat16* out = static_cast<BFloat16*>(p.grad_weight) + task.expert * p.out_features * p.in_features;
+  amx_product(
+      blocking, scratch, task.row_end - task.row_begin, task.end - task.begin, task.col_begin, task.col_end,
+      [&](AmxPacked& left, int64_t num_rows, int64_t k, int64_t n) {
+        left.pack_left_transposed(num_rows, n, [&](int64_t i) { return grads.at(task.begin + k + i, task.row_begin); });
+      },
+      [&](int64_t i, int64_t col) { return inputs.at(task.begin + i, col); },
+      [&](int64_t row, int64_t col, int64_t n, VecF x) {
+        store_n(out + (task.row_begin + row) * p.in_features + col, x, n);
+      });
+}
+
+}  // namespace
+}  // namespace moekernels::cpu

@@ -1,0 +1,37 @@
+// What becomes of a finished sum of the grouped GEMM: bias, activation, gate, scale, rounding.
+#pragma once
+
+#include "moekernels/params.h"
+#include "vector_math.h"
+
+namespace moekernels::cpu {
+namespace {
+
+template <class T>
+class GemmEpilogue {
+ public:
+  GemmEpilogue(const GroupedGemmParams& params, int64_t expert)
+      : p_(params),
+        bias_(params.bias == nullptr ? nullptr : static_cast<const T*>(params.bias) + expert * params.bias_stride),
+        width_(params.gated ? params.out_features / 2 : params.out_features) {}
+
+  // Elements column .. column + n (at most a vector) of an output row; `value` counts only where the weight is gated.
+  MOEKERNELS_INLINE void store(int64_t row, int64_t column, int64_t n, VecF x, VecF value) const {
+    if (bias_ != nullptr) x += load_n(bias_ + column, n);
+    x = activate(p_.activation, x);
+    if (p_.gated) {
+      if (bias_ != nullptr) value += load_n(bias_ + width_ + column, n);
+      x *= value;
+    }
+    if (p_.row_scale != nullptr) x *= p_.row_scale[row];
+    store_n(static_cast<T*>(p_.out) + row * width_ + column, x, n);
+  }
+
+ private:
+  const GroupedGemmParams& p_;
+  const T* const bias_;
+  const int64_t width_;
+};
+
+}  // namespace
+}  // namespace moekernels::cpu

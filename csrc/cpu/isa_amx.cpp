@@ -1,0 +1,29 @@
+// Compiled with -mamx-tile -mamx-bf16 on top of the flags of isa_avx512bf16.cpp.
+#define MOEKERNELS_VECTOR_BYTES 64
+#define MOEKERNELS_NATIVE_BFLOAT16 1
+
+#include "kernel_table.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "amx_gemm_task.h"
+#include "amx_weight_grad_task.h"
+#include "kernels.h"
+
+namespace moekernels::cpu {
+namespace {
+
+constexpr KernelTable kKernels =
+    kernel_table({sizeof(BFloat16), kAmxChunk, kAmxRows, run_amx_gemm_task, run_amx_weight_grad_task});
+
+}  // namespace
+
+const KernelTable* amx_kernels() {
+  return &kKernels;
+}
+
+}  // namespace moekernels::cpu
+#else
+const moekernels::cpu::KernelTable* moekernels::cpu::amx_kernels() {
+  return nullptr;
+}
+#endif
