@@ -90,7 +90,7 @@ class AmxGemmTaskRunner {
           const int64_t rights = smaller(2, row_groups_ - right);
           const BFloat16* packed[2] = {rows_.at(right, k / kAmxDepth), rows_.at(right + rights - 1, k / kAmxDepth)};
           multiply_tiles(lefts, rights, left, packed, groups_of(n, kAmxDepth),
-                         sums_ + (group * row_groups_ + right) * kAmxSums, row_groups_ * kAmxSums, k_begin + k > 0, {});
+                         sums_ + (group * row_groups_ + right) * kAmxSums, row_groups_ * kAmxSums, k_begin + k > 0);
         }
       }
     }

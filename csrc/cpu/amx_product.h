@@ -15,7 +15,7 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr int64_t kAmxChunk = 512;  // elements of K: the operands of multiply_tiles stay in the first-level cache
+constexpr int64_t kAmxChunk = 256;  // elements of K: the operands of multiply_tiles stay in the first-level cache
 
 MOEKERNELS_INLINE int64_t groups_of(int64_t n, int64_t size = kAmxRows) {
   return (n + size - 1) / size;
@@ -54,7 +54,7 @@ void amx_product(const GemmBlocking& blocking, void* scratch, int64_t rows, int6
           AmxLeft pair[2] = {};
           for (int64_t l = 0; l < lefts; ++l) pair[l] = {left.at(r + l, part / kAmxDepth), kAmxDepth, kAmxElements};
           multiply_tiles(lefts, 2, pair, packed, groups_of(n, kAmxDepth), sums + r * stride + c * kAmxSums, stride,
-                         begin > 0, {});
+                         begin > 0);
         }
       }
     }

@@ -42,17 +42,10 @@ struct AmxLeft {
   int64_t tile_stride;  // elements to the next tile along K
 };
 
-// Some rows of what will be multiplied next, a cache line for each tile along K.
-struct AmxFetch {
-  const BFloat16* data;
-  int64_t row_stride;
-  int64_t rows = 0;
-};
-
 // sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side.
 template <int kLefts, int kRights>
 void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2], int64_t tiles, float* sums,
-                    int64_t sums_stride, bool add, const AmxFetch& fetch) {
+                    int64_t sums_stride, bool add) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
   const auto sums_at = [=](int l, int r) { return sums + l * sums_stride + r * kAmxSums; };
   if (add) {
@@ -67,9 +60,6 @@ void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2],
     if constexpr (kLefts > 1 && kRights > 1) _tile_zero(3);
   }
   for (int64_t i = 0; i < tiles; ++i) {
-    for (int64_t row = 0; row < fetch.rows; ++row) {
-      __builtin_prefetch(fetch.data + row * fetch.row_stride + i * kAmxDepth, 0, 2);
-    }
     _tile_loadd(4, left[0].data + i * left[0].tile_stride, left[0].row_stride * int64_t(sizeof(BFloat16)));
     _tile_loadd(6, right[0] + i * kAmxElements, kAmxStride);
     _tile_dpbf16ps(0, 4, 6);
@@ -91,13 +81,13 @@ void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2],
 
 MOEKERNELS_INLINE void multiply_tiles(int64_t lefts, int64_t rights, const AmxLeft (&left)[2],
                                       const BFloat16* const (&right)[2], int64_t tiles, float* sums,
-                                      int64_t sums_stride, bool add, const AmxFetch& fetch) {
+                                      int64_t sums_stride, bool add) {
   if (lefts > 1) {
-    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add, fetch);
-    return multiply_tiles<2, 1>(left, right, tiles, sums, sums_stride, add, fetch);
+    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add);
+    return multiply_tiles<2, 1>(left, right, tiles, sums, sums_stride, add);
   }
-  if (rights > 1) return multiply_tiles<1, 2>(left, right, tiles, sums, sums_stride, add, fetch);
-  return multiply_tiles<1, 1>(left, right, tiles, sums, sums_stride, add, fetch);
+  if (rights > 1) return multiply_tiles<1, 2>(left, right, tiles, sums, sums_stride, add);
+  return multiply_tiles<1, 1>(left, right, tiles, sums, sums_stride, add);
 }
 
 }  // namespace

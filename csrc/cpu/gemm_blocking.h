@@ -15,17 +15,15 @@ inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
 // that are transposed into scratch; 0: they are not.
 inline GemmBlocking gemm_blocking(const GemmKernel& kernel, int64_t rows, int64_t depth, bool gated,
                                   int64_t transposed_element_size) {
-  constexpr int64_t kMaxRows = 128;             // per task; fewer where K is long,
-  constexpr int64_t kMinRows = 48;              // but no fewer than make good use of each weight
-  constexpr int64_t kPackedBytes = 512 * 1024;  // of packed rows
-  constexpr int64_t kWeightRows = 128;          // per block of columns; gate and value count separately
+  constexpr int64_t kMinRows = 48;      // per task, where K is long: no fewer than make good use of each weight
+  constexpr int64_t kWeightRows = 128;  // per block of columns; gate and value count separately
   constexpr int64_t kLine = 64;
-  static_assert(kMaxRows <= kMaxTransposedCols && kWeightRows <= kMaxTransposedCols);
+  static_assert(kWeightRows <= kMaxTransposedCols);
 
-  const int64_t elements = kPackedBytes / kernel.packed_element_size;
+  const int64_t elements = kernel.packed_bytes / kernel.packed_element_size;
   const int64_t all_depth = round_up(depth > 0 ? depth : 1, kernel.chunk);
   GemmBlocking b{};
-  b.rows = clamp(elements / all_depth, kMinRows, kMaxRows);
+  b.rows = clamp(elements / all_depth, kMinRows, kernel.max_rows);
   b.rows = clamp(rows, 1, b.rows);
   b.depth = clamp(elements / b.rows / kernel.chunk * kernel.chunk, kernel.chunk, all_depth);
   b.cols = kWeightRows / (gated ? 2 : 1);

@@ -12,8 +12,8 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr KernelTable kKernels =
-    kernel_table({sizeof(BFloat16), kAmxChunk, kAmxRows, run_amx_gemm_task, run_amx_weight_grad_task});
+constexpr KernelTable kKernels = kernel_table(
+    {sizeof(BFloat16), kAmxChunk, kAmxRows, 256, 1024 * 1024, run_amx_gemm_task, run_amx_weight_grad_task});
 
 }  // namespace
 

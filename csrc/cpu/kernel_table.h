@@ -36,12 +36,14 @@ struct GemmBlocking {
   int64_t scratch_bytes;
 };
 
-constexpr int64_t kMaxTransposedCols = 128;  // rows or columns of a task that lie across K
+constexpr int64_t kMaxTransposedCols = 256;  // rows or columns of a task that lie across K
 
 struct GemmKernel {
   int64_t packed_element_size;  // bytes of one element of packed rows
   int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
   int64_t row_granule;          // scratch holds a multiple of so many rows
+  int64_t max_rows;             // of a task: as many as amortise what is done once for each block of weights
+  int64_t packed_bytes;         // of those rows: they stay in the second-level cache
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
   void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
                       void* scratch);

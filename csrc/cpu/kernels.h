@@ -11,7 +11,7 @@ namespace {
 
 template <class Dot>
 constexpr GemmKernel gemm_kernel() {
-  return {sizeof(typename Dot::Packed), Dot::kChunk, 1, run_gemm_task<Dot>, run_weight_grad_task<Dot>};
+  return {sizeof(typename Dot::Packed), Dot::kChunk, 1, 128, 512 * 1024, run_gemm_task<Dot>, run_weight_grad_task<Dot>};
 }
 
 constexpr KernelTable kernel_table(GemmKernel bfloat16_gemm) {
