@@ -150,7 +150,10 @@ void run_amx_transposed_gemm_task(const GroupedGemmParams& p, const GemmBlocking
         left.pack_left(num_rows, n, [&](int64_t row) { return rows.at(task.row_begin + row, k); });
       },
       [&](int64_t k, int64_t col) { return weight + k * p.weight_row_stride + col; },
-      [&](int64_t row, int64_t col, int64_t n, VecF x) { epilogue.store(task.row_begin + row, col, n, x, VecF{}); });
+      [&](int64_t row, int64_t col, int64_t n, VecF low, VecF high) {
+        epilogue.store(task.row_begin + row, col, n, low, VecF{});
+        if (n > kLanes) epilogue.store(task.row_begin + row, col + kLanes, n - kLanes, high, VecF{});
+      });
 }
 
 void run_amx_gemm_task(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task,

@@ -65,14 +65,13 @@ class AmxPacked {
     const BFloat16* rows[kAmxDepth];
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       block_rows(source, tile * kAmxDepth, n, rows);
-      for (int64_t first = 0; first < cols; first += 2 * kAmxRows) {
-        BFloat16* low = target(first / kAmxRows, tile);
-        BFloat16* high = target(first / kAmxRows + 1, tile);
-        for (int64_t pair = 0; pair < kAmxRows; ++pair) {
+      for (int64_t pair = 0; pair < kAmxRows; ++pair) {
+        BFloat16* low = target(0, tile) + pair * kAmxDepth;
+        for (int64_t first = 0; first < cols; first += 2 * kAmxRows, low += 2 * tiles_ * kAmxElements) {
           const __m512i even = (__m512i)words(rows[2 * pair], first, cols);
           const __m512i odd = (__m512i)words(rows[2 * pair + 1], first, cols);
-          store_word(low + pair * kAmxDepth, (VecU)_mm512_unpacklo_epi16(even, odd));
-          store_word(high + pair * kAmxDepth, (VecU)_mm512_unpackhi_epi16(even, odd));
+          store_word(low, (VecU)_mm512_unpacklo_epi16(even, odd));
+          store_word(low + tiles_ * kAmxElements, (VecU)_mm512_unpackhi_epi16(even, odd));
         }
       }
     }

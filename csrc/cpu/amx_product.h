@@ -26,7 +26,7 @@ MOEKERNELS_INLINE void clear_sums(float* sums, int64_t tiles) {
 }
 
 // pack_left(packed, rows, k, n) packs elements k .. k + n of all rows; right_row(k, col) is row k of right from a
-// column on, or null for zeros; store(row, col, n, x) takes the sums of n columns, at most a vector.
+// column on, or null for zeros; store(row, col, n, low, high) takes the sums of n columns, at most two vectors.
 template <class PackLeft, class RightRow, class Store>
 void amx_product(const GemmBlocking& blocking, void* scratch, int64_t rows, int64_t depth, int64_t col_begin,
                  int64_t col_end, const PackLeft& pack_left, const RightRow& right_row, const Store& store) {
@@ -64,8 +64,7 @@ void amx_product(const GemmBlocking& blocking, void* scratch, int64_t rows, int6
         VecF low = load(of_row + c / kAmxRows * kAmxSums);
         VecF high = load(of_row + (c / kAmxRows + 1) * kAmxSums);
         AmxPacked::in_order(low, high);
-        store(row, col + c, cols - c, low);
-        if (cols - c > kLanes) store(row, col + c + kLanes, cols - c - kLanes, high);
+        store(row, col + c, cols - c, low, high);
       }
     }
   }

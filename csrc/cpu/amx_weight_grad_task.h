@@ -23,8 +23,14 @@ void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocki
         left.pack_left_transposed(num_rows, n, [&](int64_t i) { return grads.at(task.begin + k + i, task.row_begin); });
       },
       [&](int64_t i, int64_t col) { return inputs.at(task.begin + i, col); },
-      [&](int64_t row, int64_t col, int64_t n, VecF x) {
-        store_n(out + (task.row_begin + row) * p.in_features + col, x, n);
+      [&](int64_t row, int64_t col, int64_t n, VecF low, VecF high) {
+        BFloat16* target = out + (task.row_begin + row) * p.in_features + col;
+        if (n >= 2 * kLanes) {
+          _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+          return;
+        }
+        store_n(target, low, n);
+        if (n > kLanes) store_n(target + kLanes, high, n - kLanes);
       });
 }
 

@@ -12,8 +12,16 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr KernelTable kKernels = kernel_table(
-    {sizeof(BFloat16), kAmxChunk, kAmxRows, 256, 1024 * 1024, run_amx_gemm_task, run_amx_weight_grad_task});
+constexpr KernelTable kKernels = kernel_table({
+    .packed_element_size = sizeof(BFloat16),
+    .chunk = kAmxChunk,
+    .row_granule = kAmxRows,
+    .max_rows = 256,
+    .packed_bytes = 1024 * 1024,
+    .weight_rows = 256,
+    .run = run_amx_gemm_task,
+    .weight_grad = run_amx_weight_grad_task,
+});
 
 }  // namespace
 

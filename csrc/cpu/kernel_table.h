@@ -36,7 +36,7 @@ struct GemmBlocking {
   int64_t scratch_bytes;
 };
 
-constexpr int64_t kMaxTransposedCols = 256;  // rows or columns of a task that lie across K
+constexpr int64_t kMaxTransposedCols = 256;  // no task has more rows, no block more columns
 
 struct GemmKernel {
   int64_t packed_element_size;  // bytes of one element of packed rows
@@ -44,6 +44,7 @@ struct GemmKernel {
   int64_t row_granule;          // scratch holds a multiple of so many rows
   int64_t max_rows;             // of a task: as many as amortise what is done once for each block of weights
   int64_t packed_bytes;         // of those rows: they stay in the second-level cache
+  int64_t weight_rows;          // per block of columns; gate and value count separately
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
   void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
                       void* scratch);

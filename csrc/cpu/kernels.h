@@ -11,7 +11,16 @@ namespace {
 
 template <class Dot>
 constexpr GemmKernel gemm_kernel() {
-  return {sizeof(typename Dot::Packed), Dot::kChunk, 1, 128, 512 * 1024, run_gemm_task<Dot>, run_weight_grad_task<Dot>};
+  return {
+      .packed_element_size = sizeof(typename Dot::Packed),
+      .chunk = Dot::kChunk,
+      .row_granule = 1,
+      .max_rows = 128,
+      .packed_bytes = 512 * 1024,
+      .weight_rows = 128,
+      .run = run_gemm_task<Dot>,
+      .weight_grad = run_weight_grad_task<Dot>,
+  };
 }
 
 constexpr KernelTable kernel_table(GemmKernel bfloat16_gemm) {

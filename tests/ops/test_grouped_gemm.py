@@ -85,6 +85,16 @@ def test_a_transposed_weight_whose_rows_do_not_fit_the_scratch_memory(device: to
 
 @pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_and_columns_than_a_block(dtype: torch.dtype, isa: str) -> None:
+    rows = torch.randn(300, 530).to(dtype)
+    weight = (torch.randn(2, 530, 530) * 530**-0.5).to(dtype)
+    with moekernels.cpu_isa(isa):
+        check(rows, weight, offsets_of([17, 283]), gated=True, activation="silu")
+        check(rows, weight, offsets_of([283, 17]), transposed=True)
+
+
+@pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
 def test_every_instruction_set(shape: LayerShape, dtype: torch.dtype, isa: str) -> None:
     features = shape.ffn_size * (2 if shape.gated else 1)
