@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -42,7 +43,7 @@ Tensor grouped_gemm(const Tensor& rows, const Tensor& weight, const Tensor& expe
     check.dtype("row_scale", *row_scale, ScalarType::Float);
     check.same_device("row_scale", *row_scale);
   }
-  Tensor out = torch::stable::new_empty(rows, {params.num_rows, gated ? out_features / 2 : out_features});
+  Tensor out = new_empty(rows, {params.num_rows, gated ? out_features / 2 : out_features});
   if (out.numel() == 0) return out;
 
   const Tensor source = dense_rows(rows);

@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -40,9 +41,8 @@ std::tuple<Tensor, Tensor> grouped_weight_grad(const Tensor& grad_rows, const Te
   params.in_features = rows.size(1);
   params.num_experts = static_cast<int32_t>(num_experts);
   params.allow_tf32 = allow_tf32;
-  Tensor grad_weight = torch::stable::new_empty(grad_rows, {num_experts, params.out_features, params.in_features});
-  Tensor grad_bias = need_bias ? torch::stable::new_empty(grad_rows, {num_experts, params.out_features})
-                               : torch::stable::new_empty(grad_rows, {0});
+  Tensor grad_weight = new_empty(grad_rows, {num_experts, params.out_features, params.in_features});
+  Tensor grad_bias = need_bias ? new_empty(grad_rows, {num_experts, params.out_features}) : new_empty(grad_rows, {0});
   if (grad_weight.numel() == 0 && grad_bias.numel() == 0) return {grad_weight, grad_bias};
 
   const Tensor source_grads = dense_rows(grad_rows);

@@ -69,6 +69,10 @@ def test_every_instruction_set(dtype: torch.dtype, isa: str) -> None:
             check(grad_rows, rows, offsets_of(counts), need_bias=True)
 
 
+def test_a_gradient_of_many_megabytes(device: torch.device) -> None:
+    check(torch.randn(9, 1100, device=device), torch.randn(9, 1030, device=device), offsets_of([2, 0, 7], device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gathering_equals_permuting_first(device: torch.device, dtype: torch.dtype) -> None:
     ids = torch.rand(40, 6, device=device).argsort(-1)[:, :3].int()
