@@ -110,7 +110,8 @@ class PackedRows {
 // What is fetched while a panel of weights is multiplied, a chunk of K at a time.
 template <class Weight>
 struct PanelFetch {
-  const Weight* far[kTileCols];   // from memory, by the first tiles, which share them; unless has_far is false
+  const Weight* far[kTileCols];   // from memory, by the first tiles, which share them; unless has_far is false,
+                                  // and where MOEKERNELS_FETCH_FROM_MEMORY says that it pays
   const Weight* near[kTileCols];  // from the second-level cache, by the last one; unless has_near is false
   bool has_far = false;
   bool has_near = false;
@@ -124,7 +125,7 @@ MOEKERNELS_INLINE void multiply_panel(const PackedRows<Dot>& rows, int64_t k, fl
     const int64_t tile_rows = rows.tile_rows(tile);
     t.rows = rows.at(tile, k);
     t.sums = sums + rows.tile_begin(tile) * t.sums_stride;
-    if (fetch.has_far && tile < kTileCols) {
+    if (MOEKERNELS_FETCH_FROM_MEMORY && fetch.has_far && tile < kTileCols) {
       const int64_t sharers = smaller(rows.tiles(), kTileCols);
       for (int c = 0; c < kTileCols; ++c) t.prefetch[c] = c % sharers == tile ? fetch.far[c] : t.weight[c];
       multiply_tile<Dot, Prefetch::kToSecondLevel>(tile_rows, t);

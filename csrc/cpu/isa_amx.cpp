@@ -1,6 +1,7 @@
 // Compiled with -mamx-tile -mamx-bf16 on top of the flags of isa_avx512bf16.cpp.
 #define MOEKERNELS_VECTOR_BYTES 64
 #define MOEKERNELS_NATIVE_BFLOAT16 1
+#define MOEKERNELS_FETCH_FROM_MEMORY 0  // such processors do it better themselves
 
 #include "kernel_table.h"
 

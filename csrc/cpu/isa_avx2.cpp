@@ -1,6 +1,7 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #define MOEKERNELS_VECTOR_BYTES 32
 #define MOEKERNELS_NATIVE_BFLOAT16 0
+#define MOEKERNELS_FETCH_FROM_MEMORY 1
 
 #include "kernel_table.h"
 

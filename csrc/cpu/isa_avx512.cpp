@@ -1,6 +1,7 @@
 // Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c.
 #define MOEKERNELS_VECTOR_BYTES 64
 #define MOEKERNELS_NATIVE_BFLOAT16 0
+#define MOEKERNELS_FETCH_FROM_MEMORY 1
 
 #include "kernel_table.h"
 

@@ -1,6 +1,7 @@
 // Compiled with -mavx512bf16 on top of the flags of isa_avx512.cpp.
 #define MOEKERNELS_VECTOR_BYTES 64
 #define MOEKERNELS_NATIVE_BFLOAT16 1
+#define MOEKERNELS_FETCH_FROM_MEMORY 1
 
 #include "kernel_table.h"
 

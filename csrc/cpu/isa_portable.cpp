@@ -1,6 +1,7 @@
 // Compiled for the baseline of the target: SSE2, NEON, or whatever the compiler makes of vectors of four floats.
 #define MOEKERNELS_VECTOR_BYTES 16
 #define MOEKERNELS_NATIVE_BFLOAT16 0
+#define MOEKERNELS_FETCH_FROM_MEMORY 1
 
 #include "kernels.h"
 
