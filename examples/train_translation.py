@@ -1,6 +1,6 @@
 """Train a tiny NLLB-MoE to translate written-out numbers, in about a minute on two cores. Copy it and change it.
 
-    python examples/train_translation.py
+python examples/train_translation.py
 """
 
 from __future__ import annotations

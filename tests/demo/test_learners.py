@@ -32,8 +32,8 @@ def test_held_out_numbers_are_never_trained_on(corpus: Corpus) -> None:
 def test_learns_saves_and_loads(name: str, corpus: Corpus, tmp_path: Path) -> None:
     torch.manual_seed(0)
     learner = LEARNERS[name].create(corpus)
-    losses = list(train(learner, corpus, num_steps=12, batch_size=16))
-    assert losses[-1] < 0.8 * losses[0] and not learner.model.training
+    losses = list(train(learner, corpus, num_steps=15, batch_size=16))
+    assert losses[-1] < 0.85 * losses[0] and not learner.model.training
 
     pairs = corpus.held_out_pairs()[:6]
     batch = learner.batch(pairs)

@@ -34,13 +34,15 @@ def add_parser(commands: Any) -> None:
         "demo",
         help="train a tiny model to translate, check it and look into it; no download",
         description="Train a tiny mixture of experts to translate written-out numbers between English, French and "
-        "German, save it, load it, translate numbers it has never seen, check every sparse layer against the definition "
-        "of its ops, and show which experts each language uses. Exit code 1 if less than 99 % of the translations are "
-        "right to the letter, or a check fails.",
+        "German, save it, load it, translate numbers it has never seen, check every sparse layer against the "
+        "definition of its ops, and show which experts each language uses. Exit code 1 if less than 99 percent of the "
+        "translations are right to the letter, or a check fails.",
     )
     parser.add_argument("--model", choices=LEARNERS, default="nllb-moe", help="the architecture (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of training (default: enough)")
-    parser.add_argument("--keep", metavar="DIR", help="write the checkpoint and the picture to DIR, and leave them there")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="write the checkpoint and the picture to DIR, and leave them there"
+    )
     add_device_argument(parser)
     parser.set_defaults(run=run)
 
@@ -74,24 +76,23 @@ def _trained(name: str, corpus: Corpus, steps: int, device: torch.device) -> Lea
         torch.manual_seed(_SEED)
         learner = LEARNERS[name].create(corpus)
         learner.model.to(device)
-        print(
-            listing(
-                {
-                    "kernels": _kernels(device),
-                    "task": f"numbers in words, {', '.join(LANGUAGES)}; {len(corpus.held_out)} of "
-                    f"{len(corpus.held_out) + len(corpus.train):,} numbers are held out",
-                    "model": f"{type(learner.model).__name__}, {learner.model.num_parameters() / 1e6:.1f} million weights",
-                    "example": f"{corpus.held_out_pairs()[0].source!r} in {corpus.held_out_pairs()[0].source_language}",
-                }
-            ),
-            flush=True,
-        )
+        print(listing(_described(learner, corpus, device)), flush=True)
         losses = train(learner, corpus, num_steps=steps, seed=_SEED)
         with tqdm(losses, total=steps, desc="training", unit="step", disable=None) as bar:
             for loss in bar:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     print(f"\ntrained {steps} steps; the last loss was {loss:.4f}")
     return learner
+
+
+def _described(learner: Learner, corpus: Corpus, device: torch.device) -> dict[str, str]:
+    num_held_out, num_train = len(corpus.held_out), len(corpus.train)
+    weights = learner.model.num_parameters() / 1e6
+    return {
+        "kernels": _kernels(device),
+        "task": f"numbers in words, {', '.join(LANGUAGES)}; {num_held_out} of {num_held_out + num_train:,} held out",
+        "model": f"{type(learner.model).__name__}, {weights:.1f} million weights",
+    }
 
 
 def _translated(learner: Learner, corpus: Corpus, directory: Path, kept: bool) -> bool:
@@ -102,16 +103,21 @@ def _translated(learner: Learner, corpus: Corpus, directory: Path, kept: bool) -
     shown = pairs[:_SHOWN]
     texts = learner.translate(shown, num_beams=4)
     rows = [
-        (f"{pair.source_language} to {pair.target_language}", pair.source, text, "right" if text == pair.target else "WRONG")
+        (
+            f"{pair.source_language} to {pair.target_language}",
+            pair.source,
+            text,
+            "right" if text == pair.target else "WRONG",
+        )
         for pair, text in zip(shown, texts, strict=True)
     ]
     enough = right >= _REQUIRED * len(pairs)
+    matches = f"{right:,} of {len(pairs):,} translations are right to the letter ({right / len(pairs):.2%})"
     print(
         listing(
             {
-                "checkpoint": f"{directory}{'' if kept else ' (temporary)'}, {size / 1e6:.1f} MB, saved and loaded again",
-                "held out": f"{right:,} of {len(pairs):,} translations are right to the letter ({right / len(pairs):.2%})"
-                + ("" if enough else f": FAILED, less than {_REQUIRED:.0%}"),
+                "checkpoint": f"{directory}{'' if kept else ' (temporary)'}, {size / 1e6:.1f} MB, saved and loaded",
+                "held out": matches if enough else f"{matches}: FAILED, less than {_REQUIRED:.0%}",
             }
         )
     )

@@ -99,14 +99,15 @@ class EncoderDecoderLearner(Learner):
 
 
 class NllbMoeLearner(EncoderDecoderLearner):
-    """Languages are tokens: the source begins with its own, and the decoder is made to begin with that of the target."""
+    """Languages are tokens: the source begins with its own, and the decoder is made to begin with the target's."""
 
     name = "nllb-moe"
 
     @classmethod
     def create(cls, corpus: Corpus) -> NllbMoeLearner:
-        with _sentencepiece(corpus.texts(), unk_id=0, bos_id=1, eos_id=2) as file:
+        with _SentencePieceFile(corpus.texts(), unk_id=0, bos_id=1, eos_id=2) as file:
             tokenizer = NllbTokenizer(file, additional_special_tokens=list(LANGUAGES))
+        assert tokenizer.pad_token_id is not None
         config = NllbMoeConfig(
             vocab_size=len(tokenizer),
             d_model=_WIDTH,
@@ -169,7 +170,7 @@ class SwitchLearner(EncoderDecoderLearner):
 
     @classmethod
     def create(cls, corpus: Corpus) -> SwitchLearner:
-        with _sentencepiece(corpus.texts(), pad_id=0, eos_id=1, unk_id=2, bos_id=-1) as file:
+        with _SentencePieceFile(corpus.texts(), pad_id=0, eos_id=1, unk_id=2, bos_id=-1) as file:
             tokenizer = T5Tokenizer(file, extra_ids=0, additional_special_tokens=list(LANGUAGES))
         config = SwitchTransformersConfig(
             vocab_size=len(tokenizer),
@@ -279,7 +280,7 @@ class PhimoeLearner(DecoderLearner):
 
     @classmethod
     def create(cls, corpus: Corpus) -> PhimoeLearner:
-        with _sentencepiece(corpus.texts(), unk_id=0, bos_id=1, eos_id=2) as file:
+        with _SentencePieceFile(corpus.texts(), unk_id=0, bos_id=1, eos_id=2) as file:
             tokenizer = LlamaTokenizer(
                 file, pad_token="<unk>", padding_side="left", additional_special_tokens=list(LANGUAGES)
             )
@@ -307,20 +308,14 @@ LEARNERS: dict[str, type[Learner]] = {
 }
 
 
-class _sentencepiece:
+class _SentencePieceFile:
     """A sentencepiece model trained on texts, as a file while the context lasts."""
 
     def __init__(self, texts: Iterable[str], **special: int) -> None:
         model = io.BytesIO()
+        options: dict[str, Any] = {"model_type": "bpe", "vocab_size": _VOCAB_SIZE, "character_coverage": 1.0, **special}
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=_VOCAB_SIZE,
-            character_coverage=1.0,
-            num_threads=1,
-            minloglevel=2,
-            **special,
+            sentence_iterator=iter(texts), model_writer=model, num_threads=1, minloglevel=2, **options
         )
         self._model = model.getvalue()
         self._directory = tempfile.TemporaryDirectory()
@@ -337,5 +332,3 @@ class _sentencepiece:
 def _byte_letters(text: str) -> str:
     """The letters that byte-level BPE writes the bytes of a text with."""
     return "".join(piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text))
-
-

@@ -6,25 +6,27 @@ from collections.abc import Callable
 
 LIMIT = 10_000
 
-_ENGLISH = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_ENGLISH_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_FRENCH = (
-    "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit "
-    "dix-neuf"
-).split()
-_FRENCH_TENS = "vingt trente quarante cinquante soixante".split()
-_GERMAN = (
-    "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn "
-    "achtzehn neunzehn"
-).split()
-_GERMAN_TENS = "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
+# fmt: off
+_ENGLISH = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+_ENGLISH_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_FRENCH = [
+    "zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix", "onze", "douze", "treize",
+    "quatorze", "quinze", "seize", "dix-sept", "dix-huit", "dix-neuf",
+]
+_FRENCH_TENS = ["vingt", "trente", "quarante", "cinquante", "soixante"]
+_GERMAN = [
+    "null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf",
+    "dreizehn", "vierzehn", "fünfzehn", "sechzehn", "siebzehn", "achtzehn", "neunzehn",
+]
+_GERMAN_TENS = ["zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig"]
+# fmt: on
 
 
 def english(n: int) -> str:
-    """"four thousand two hundred and seven"."""
+    """ "four thousand two hundred and seven"."""
     if n >= 1000:
         return _joined(f"{english(n // 1000)} thousand", n % 1000, english, "and " if 0 < n % 1000 < 100 else "")
     if n >= 100:
@@ -35,7 +37,7 @@ def english(n: int) -> str:
 
 
 def french(n: int) -> str:
-    """"quatre mille deux cent sept", with the spelling of before 1990: hyphens below a hundred only."""
+    """ "quatre mille deux cent sept", with the spelling of before 1990: hyphens below a hundred only."""
     if n >= 1000:
         return _joined("mille" if n < 2000 else f"{french(n // 1000)} mille", n % 1000, french)
     if n >= 100:
@@ -53,7 +55,7 @@ def french(n: int) -> str:
 
 
 def german(n: int) -> str:
-    """"viertausendzweihundertsieben": one word, the unit before the ten."""
+    """ "viertausendzweihundertsieben": one word, the unit before the ten."""
     if n >= 1000:
         head = "ein" if n < 2000 else german(n // 1000)
         return f"{head}tausend{german(n % 1000) if n % 1000 else ''}"

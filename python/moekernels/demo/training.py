@@ -11,7 +11,13 @@ from moekernels.demo.learners import Learner
 
 
 def train(
-    learner: Learner, corpus: Corpus, *, num_steps: int, batch_size: int = 128, learning_rate: float = 3e-3, seed: int = 0
+    learner: Learner,
+    corpus: Corpus,
+    *,
+    num_steps: int,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
 ) -> Iterator[float]:
     """Trains the learner's model, and yields the loss of every step; in the end the model is in evaluation mode."""
     model = learner.model.train()

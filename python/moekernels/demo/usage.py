@@ -55,9 +55,7 @@ def expert_usage(learner: Learner, pairs: Sequence[Pair], languages: Sequence[st
             batch = learner.batch(mine)
             output = learner.model(**batch, output_router_logits=True)
             for layer, logits, mask in _routers(part, output, batch):
-                counts = usage.counts.setdefault(
-                    layer, torch.zeros(len(languages), logits.shape[-1], dtype=torch.long)
-                )
+                counts = usage.counts.setdefault(layer, torch.zeros(len(languages), logits.shape[-1], dtype=torch.long))
                 _count(usage, counts[languages.index(language)], learner.model.config, logits, mask)
     return usage
 
@@ -109,14 +107,14 @@ def draw(usage: Usage, file: Path) -> None:
 
     figure = Figure(figsize=(3.2 * len(usage.counts) + 1.2, 0.55 * len(usage.languages) + 1.9), layout="constrained")
     axes = figure.subplots(1, len(usage.counts), squeeze=False)[0]
-    image = None
+    images = []
     for axis, layer in zip(axes, usage.counts, strict=True):
         shares = usage.shares(layer)
-        image = axis.imshow(shares, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+        images.append(axis.imshow(shares.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto"))
         axis.set_title(layer, fontsize=10)
         axis.set_xticks(range(shares.shape[1]))
         axis.set_yticks(range(len(usage.languages)), usage.languages if axis is axes[0] else [])
         axis.set_xlabel("expert")
-    figure.colorbar(image, ax=list(axes), label="share of choices")
+    figure.colorbar(images[-1], ax=list(axes), label="share of choices")
     figure.suptitle(f"Experts by language; {usage.dropped_rate:.1%} of choices found no place", fontsize=11)
     figure.savefig(file, dpi=150)
