@@ -117,3 +117,12 @@ def test_slopes_of_router_losses() -> None:
     with torch.no_grad():
         slope = (loss(logits + step * direction) - loss(logits - step * direction)) / (2 * step)
     torch.testing.assert_close((grad * direction).sum(), slope, rtol=5e-3, atol=5e-3)
+
+
+def test_tokens_in_the_cache_are_not_counted() -> None:
+    logits = [torch.randn(6, 4) for _ in range(2)]
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 0]])
+    expected = load_balancing_loss(logits, 2, mask[:, 2:])
+    assert torch.equal(load_balancing_loss(logits, 2, mask), expected)
+    additive = torch.zeros(2, 1, 3, 5)
+    assert torch.equal(load_balancing_loss(logits, 2, additive), load_balancing_loss(logits, 2))

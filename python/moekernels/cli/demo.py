@@ -1,4 +1,4 @@
-"""`moekernels demo`: a small OLMoE from nothing to text, with every layer checked and every kernel timed."""
+"""`moekernels demo`: trains a tiny model to translate numbers that are written out, and looks into it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from moekernels import build_info
-from moekernels.cli.checks import LayerCheck, check_layers
-from moekernels.cli.demo_text import TEXT
+from moekernels.cli.checks import check_layers
 from moekernels.cli.device import add_device_argument, resolve_device
 from moekernels.cli.table import listing, table
-from moekernels.cli.timings import time_ops
-from moekernels.generation import GenerationConfig
-from moekernels.models import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
-from moekernels.tokenizers import AutoTokenizer, GPTNeoXTokenizerFast
+from moekernels.demo.corpus import Corpus
+from moekernels.demo.learners import LEARNERS, Learner
+from moekernels.demo.numbers import LANGUAGES
+from moekernels.demo.training import exact_matches, train
+from moekernels.demo.usage import Usage, draw, expert_usage
 
 _SEED = 0
-_PROMPT = "A mixture of experts"
-_VOCAB_SIZE = 768
-_NEW_TOKENS = 24
+_STEPS = {"nllb-moe": 450, "switch": 600, "olmoe": 600, "phimoe": 600}
+_REQUIRED = 0.99
+_SHOWN = 6
+_USAGE_PAIRS = 300
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
-        help="build, check, run and time a small model, without a download",
-        description="Write a small OLMoE checkpoint, load it, continue a text, check every sparse layer against the "
-        "definition of its ops in float64, and time every kernel beside plain PyTorch. Exit code 1 if a check fails.",
+        help="train a tiny model to translate, check it and look into it; no download",
+        description="Train a tiny mixture of experts to translate written-out numbers between English, French and "
+        "German, save it, load it, translate numbers it has never seen, check every sparse layer against the "
+        "definition of its ops, and show which experts each language uses. Exit code 1 if less than 99 percent of the "
+        "translations are right to the letter, or a check fails.",
     )
-    parser.add_argument("--keep", metavar="DIR", help="write the checkpoint to DIR and leave it there")
+    parser.add_argument("--model", choices=LEARNERS, default="nllb-moe", help="the architecture (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of training (default: enough)")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="write the checkpoint and the picture to DIR, and leave them there"
+    )
     add_device_argument(parser)
     parser.set_defaults(run=run)
 
@@ -43,62 +50,119 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     device = resolve_device(args.device)
+    steps = _STEPS[args.model] if args.steps is None else args.steps
+    if steps < 1:
+        raise ValueError(f"demo: --steps must be at least 1, got {steps}")
     with contextlib.ExitStack() as stack:
         if args.keep is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moekernels-demo-")))
         else:
             directory = Path(args.keep)
-        write_checkpoint(directory)
-        print(listing({"kernels": _kernels(device), "checkpoint": _described(directory, kept=args.keep is not None)}))
-        passed = _generate(directory, device)
-        for dtype in (torch.float32, torch.bfloat16):
-            passed &= _check(directory, device, dtype)
-    _time(device)
-    seconds = time.perf_counter() - start
-    print(f"\n{'all checks passed' if passed else 'A CHECK FAILED'}, {seconds:.1f} s")
+            directory.mkdir(parents=True, exist_ok=True)
+        corpus = Corpus()
+        learner = _trained(args.model, corpus, steps, device)
+        learner.save(directory)
+        learner = LEARNERS[args.model].load(directory)
+        learner.model.to(device)
+        passed = _translated(learner, corpus, directory, kept=args.keep is not None)
+        passed &= _checked(learner, corpus)
+        _shown(learner, corpus, directory, kept=args.keep is not None)
+    print(f"\n{'all checks passed' if passed else 'A CHECK FAILED'}, {time.perf_counter() - start:.1f} s")
     return 0 if passed else 1
 
 
-def write_checkpoint(directory: Path) -> None:
-    """A complete checkpoint: configurations, random weights in bfloat16, and a tokenizer trained on the spot."""
-    tokenizer = train_tokenizer()
-    config = OlmoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        num_experts=16,
-        num_experts_per_tok=4,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
+def _trained(name: str, corpus: Corpus, steps: int, device: torch.device) -> Learner:
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(_SEED)
-        model = OlmoeForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+        learner = LEARNERS[name].create(corpus)
+        learner.model.to(device)
+        print(listing(_described(learner, corpus, device)), flush=True)
+        losses = train(learner, corpus, num_steps=steps, seed=_SEED)
+        with tqdm(losses, total=steps, desc="training", unit="step", disable=None) as bar:
+            for loss in bar:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    print(f"\ntrained {steps} steps; the last loss was {loss:.4f}")
+    return learner
 
 
-def train_tokenizer() -> GPTNeoXTokenizerFast:
-    """Byte-level BPE, as OLMoE has it, with a vocabulary of the demo's text."""
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def _described(learner: Learner, corpus: Corpus, device: torch.device) -> dict[str, str]:
+    num_held_out, num_train = len(corpus.held_out), len(corpus.train)
+    weights = learner.model.num_parameters() / 1e6
+    return {
+        "kernels": _kernels(device),
+        "task": f"numbers in words, {', '.join(LANGUAGES)}; {num_held_out} of {num_held_out + num_train:,} held out",
+        "model": f"{type(learner.model).__name__}, {weights:.1f} million weights",
+    }
+
+
+def _translated(learner: Learner, corpus: Corpus, directory: Path, kept: bool) -> bool:
+    """Exact matches of the saved checkpoint on all that was held out, and a few translations by beam search."""
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    pairs = corpus.held_out_pairs()
+    right = exact_matches(learner, pairs)
+    shown = pairs[:_SHOWN]
+    texts = learner.translate(shown, num_beams=4)
+    rows = [
+        (
+            f"{pair.source_language} to {pair.target_language}",
+            pair.source,
+            text,
+            "right" if text == pair.target else "WRONG",
+        )
+        for pair, text in zip(shown, texts, strict=True)
+    ]
+    enough = right >= _REQUIRED * len(pairs)
+    matches = f"{right:,} of {len(pairs):,} translations are right to the letter ({right / len(pairs):.2%})"
+    print(
+        listing(
+            {
+                "checkpoint": f"{directory}{'' if kept else ' (temporary)'}, {size / 1e6:.1f} MB, saved and loaded",
+                "held out": matches if enough else f"{matches}: FAILED, less than {_REQUIRED:.0%}",
+            }
+        )
     )
-    backend.train_from_iterator([TEXT], trainer)
-    return GPTNeoXTokenizerFast(tokenizer_object=backend, pad_token="<|padding|>", padding_side="left")
+    print("\nnumbers it has never seen, by beam search\n")
+    print(table(("", "source", "translation", ""), rows, left=4))
+    return enough
+
+
+def _checked(learner: Learner, corpus: Corpus) -> bool:
+    """Every sparse layer against the definition of its ops in float64."""
+    batch = learner.batch(corpus.held_out_pairs()[:32])
+    checks = check_layers(learner.model, batch)
+    print("\nevery sparse layer against the definition of its ops in float64\n")
+    rows = [
+        (c.layer, f"{c.error:.1e}", f"{c.plain_error:.1e}", f"{c.allowed:.1e}", "ok" if c.passed else "FAILED")
+        for c in checks
+    ]
+    print(table(("layer", "error", "plain PyTorch", "allowed", ""), rows))
+    return bool(checks) and all(check.passed for check in checks)
+
+
+def _shown(learner: Learner, corpus: Corpus, directory: Path, kept: bool) -> None:
+    """Which experts each language uses, as a table and, where matplotlib is, as a picture."""
+    usage = expert_usage(learner, corpus.held_out_pairs()[:_USAGE_PAIRS], tuple(LANGUAGES))
+    print("\nexperts by language, in percent of its tokens' choices\n")
+    print(table(("layer", "language", *map(str, range(_num_experts(usage)))), _usage_rows(usage), left=2))
+    print(f"\nwith the capacity of training, {usage.dropped_rate:.1%} of {usage.chosen:,} choices find no place")
+    try:
+        draw(usage, directory / "experts.png")
+    except ImportError:
+        print("(no picture: pip install matplotlib)")
+    else:
+        print(f"picture: {directory / 'experts.png'}" if kept else "picture: drawn; --keep DIR keeps it")
+
+
+def _num_experts(usage: Usage) -> int:
+    return next(iter(usage.counts.values())).shape[1]
+
+
+def _usage_rows(usage: Usage) -> list[tuple[str, ...]]:
+    return [
+        (layer, language, *(f"{share:.0%}".removesuffix("%") for share in shares))
+        for layer in usage.counts
+        for language, shares in zip(usage.languages, usage.shares(layer).tolist(), strict=True)
+    ]
 
 
 def _kernels(device: torch.device) -> str:
@@ -106,65 +170,3 @@ def _kernels(device: torch.device) -> str:
     if device.type == "cuda":
         return f"CUDA ({', '.join(build['cuda_archs'])}) on {torch.cuda.get_device_name(device)}"
     return f"CPU, {build['cpu_isa']}, {torch.get_num_threads()} threads; torch {build['torch_running']}"
-
-
-def _described(directory: Path, kept: bool) -> str:
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    return f"{directory}{'' if kept else ' (temporary)'}: {len(list(directory.iterdir()))} files, {size / 1e6:.1f} MB"
-
-
-def _generate(directory: Path, device: torch.device) -> bool:
-    """Continues the prompt with and without a cache, which must not matter."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device=device, progress=False)
-    inputs = tokenizer(_PROMPT, return_tensors="pt").to(device)
-    length = inputs.input_ids.shape[1]
-    start = time.perf_counter()
-    ids = model.generate(**inputs)
-    seconds = time.perf_counter() - start
-    same = torch.equal(ids, model.generate(**inputs, use_cache=False))
-    drawn = model.generate(**inputs, do_sample=True, temperature=0.8, seed=_SEED)
-    print(
-        listing(
-            {
-                "prompt": repr(_PROMPT),
-                "greedy": repr(tokenizer.decode(ids[0, length:])),
-                "sampled": repr(tokenizer.decode(drawn[0, length:])),
-                "": "(the weights are random, and so is the text)",
-                "speed": f"{(ids.shape[1] - length) / seconds:.0f} tokens/s",
-                "with cache": "the same tokens as without" if same else "OTHER TOKENS than without: FAILED",
-            }
-        )
-    )
-    return same
-
-
-def _check(directory: Path, device: torch.device, dtype: torch.dtype) -> bool:
-    """Runs the demo's text through the model and holds every sparse layer against the reference."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device=device, progress=False)
-    ids = AutoTokenizer.from_pretrained(directory)(TEXT[:400], return_tensors="pt").input_ids.to(device)
-    checks = check_layers(model, ids)
-    name = str(dtype).removeprefix("torch.")
-    print(f"\nevery sparse layer on {ids.shape[1]} tokens in {name}, against the reference in float64\n")
-    print(table(("layer", "routing", "error", "plain PyTorch", "allowed", ""), [_row(check) for check in checks]))
-    return bool(checks) and all(check.passed for check in checks)
-
-
-def _row(check: LayerCheck) -> tuple[str, ...]:
-    return (
-        check.layer,
-        "same" if check.routed else "OTHER",
-        f"{check.error:.1e}",
-        f"{check.plain_error:.1e}",
-        f"{check.allowed:.1e}",
-        "ok" if check.passed else "FAILED",
-    )
-
-
-def _time(device: torch.device) -> None:
-    dtype = torch.bfloat16
-    tokens, hidden, ffn, experts, top_k = 256, 512, 256, 32, 4
-    print(f"\neach kernel, {tokens} tokens, {experts} experts, {top_k} per token (best of many)\n")
-    rows = time_ops(tokens, hidden, ffn, experts, top_k, dtype, device)
-    rows += [row for row in time_ops(1, hidden, ffn, experts, top_k, dtype, device) if row[0] == "sparse_mlp"]
-    print(table(("kernel", "shape", "dtype", "µs", "rate", "vs eager"), rows, left=3))

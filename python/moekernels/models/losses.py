@@ -132,10 +132,14 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_m
     Args:
         router_logits: one ``[T, E]`` per layer.
         top_k: choices per token.
-        attention_mask: ``[B, S]`` with ``B * S = T``; tokens with 0 do not count.
+        attention_mask: ``[B, S]`` with ``B * S = T``; tokens with 0 do not count. Columns before the last S belong to
+            tokens in a cache, and a mask of more dimensions does not say which tokens there are: neither counts.
     """
     first = router_logits[0]
-    mask = None if attention_mask is None else attention_mask.reshape(-1).to(first.device, torch.float32)
+    mask = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        length = first.shape[0] // max(attention_mask.shape[0], 1)
+        mask = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).to(first.device, torch.float32)
     stats = _summed_stats(router_logits, top_k, mask=mask)
     tokens = sum(logits.shape[0] for logits in router_logits) if mask is None else len(router_logits) * mask.sum()
     return first.shape[-1] * (stats.counts / tokens * (stats.prob_sums / tokens)).sum()

@@ -519,6 +519,4 @@ def _balance(router_logits: tuple[Tensor, ...] | None, attention_mask: Tensor | 
     """The load-balancing loss of a stack, without its padding; None if it has no sparse layer."""
     if not router_logits:
         return None
-    num_tokens = router_logits[0].shape[0]
-    usable = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.numel() == num_tokens
-    return load_balancing_loss(router_logits, _TOP_K, attention_mask if usable else None)
+    return load_balancing_loss(router_logits, _TOP_K, attention_mask)
