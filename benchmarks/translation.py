@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Roofs, Row, machine, measure_roofs, name_of, render, save
 from benchmarks.memory import layer_memory
-from benchmarks.timing import Run, interleaved_medians, make_clock
+from moekernels.bench.clocks import Run, interleaved_medians, make_clock
+from moekernels.bench.machine import machine
+from moekernels.bench.roofs import Roofs, measure_roofs, name_of
+from moekernels.bench.table import Row, render, save
 from moekernels.checkpoint import KEY_MAPS, checkpoint_tensors
 from moekernels.models import AutoConfig, AutoModelForSeq2SeqLM
 from moekernels.nn import EncoderDecoderCache, GroupedExperts

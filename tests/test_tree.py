@@ -25,7 +25,7 @@ def test_inline_ptx_lives_in_one_place() -> None:
 
 
 # Each package may import those before it, and itself.
-LAYERS = ("checkpoint", "ops", "nn", "generation", "tokenizers", "models", "pipelines", "cli")
+LAYERS = ("checkpoint", "ops", "nn", "bench", "generation", "tokenizers", "models", "pipelines", "cli")
 
 
 def test_imports_point_one_way() -> None:
@@ -34,3 +34,9 @@ def test_imports_point_one_way() -> None:
         for path in (PYTHON / layer).rglob("*.py"):
             found = re.search(rf"^\s*(from|import) moekernels\.({later})\b", path.read_text(), re.MULTILINE)
             assert not found, f"{path}: {found and found[0]}"
+
+
+def test_only_the_command_measures() -> None:
+    for path in PYTHON.rglob("*.py"):
+        if path.relative_to(PYTHON).parts[0] not in ("bench", "cli"):
+            assert "moekernels.bench" not in path.read_text(), path

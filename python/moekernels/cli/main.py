@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moekernels._version import __version__
-from moekernels.cli import chat, demo, generate, info, run, translate
+from moekernels.cli import bench, chat, demo, generate, info, run, translate
 
 _EPILOG = """\
 examples:
@@ -20,6 +20,7 @@ examples:
   moekernels run --task summarization --model DIR FILE   run a task on lines of text
   moekernels translate --model DIR --src-lang eng_Latn --tgt-lang fra_Latn FILE
                                                          translate one sentence per line
+  moekernels bench --model olmoe-1b-7b --check           how fast each kernel is here, and whether it is right
   moekernels info --json                                 what to put into a bug report
 
 `moekernels COMMAND --help` explains a command. Exit codes: 0 success, 1 a check failed, 2 wrong use.
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moekernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, generate, chat, translate, run, demo):
+    for command in (info, generate, chat, translate, run, demo, bench):
         command.add_parser(commands)
     return parser
 

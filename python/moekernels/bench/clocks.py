@@ -54,20 +54,39 @@ def make_clock(device: torch.device) -> WallClock | EventClock:
     return EventClock(device) if device.type == "cuda" else WallClock()
 
 
-def interleaved_medians(
-    contestants: Mapping[str, Run], device: torch.device, budget: float = 2.0, max_rounds: int = 200
-) -> dict[str, float]:
-    """Median seconds per call of each contestant; `budget` is the time all rounds together may take."""
+def interleaved_times(
+    contestants: Mapping[str, Run],
+    device: torch.device,
+    budget: float = 2.0,
+    max_rounds: int = 200,
+    min_rounds: int = 3,
+) -> dict[str, list[float]]:
+    """Seconds of the calls of each contestant.
+
+    `budget` is the time that all rounds and the call before them may take; only `min_rounds` come before it.
+    """
     clock = make_clock(device)
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    begin = time.perf_counter()
     for run in contestants.values():
         clock.measure(run)
-    begin = time.perf_counter()
-    for round_number in range(max_rounds):
+    for round_number in range(1, max_rounds + 1):
         for name, run in contestants.items():
             times[name].append(clock.measure(run))
-        if round_number >= 2 and time.perf_counter() - begin > budget:
+        if round_number >= min_rounds and time.perf_counter() - begin > budget:
             break
+    return times
+
+
+def interleaved_medians(
+    contestants: Mapping[str, Run],
+    device: torch.device,
+    budget: float = 2.0,
+    max_rounds: int = 200,
+    min_rounds: int = 3,
+) -> dict[str, float]:
+    """The medians of :func:`interleaved_times`."""
+    times = interleaved_times(contestants, device, budget, max_rounds, min_rounds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

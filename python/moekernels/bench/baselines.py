@@ -1,0 +1,105 @@
+"""What plain PyTorch has for each kernel and for a layer after the routing, each as a function without arguments.
+
+The definitions in :mod:`moekernels.ops.reference` are written to be read; these are written as one would for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moekernels import ops
+from moekernels.bench.clocks import Run
+from moekernels.bench.shapes import LayerInputs, LayerShape
+from moekernels.ops import Plan, reference
+
+EAGER = "torch eager"
+GROUPED_MM = "torch grouped_mm"
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activate(y: Tensor, shape: LayerShape) -> Tensor:
+    act = ACTIVATIONS[shape.activation]
+    if not shape.gated:
+        return act(y)
+    gate, value = y.chunk(2, dim=-1)
+    return act(gate) * value
+
+
+def route(logits: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor]:
+    if shape.scoring != "softmax":
+        return reference.route(logits, shape.top_k, scoring=shape.scoring)
+    return torch.softmax(logits, dim=-1, dtype=torch.float32).topk(shape.top_k)
+
+
+def plan(expert_ids: Tensor, num_experts: int) -> Plan:
+    ids = expert_ids.flatten()
+    order = torch.argsort(ids, stable=True)
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    offsets[1:] = torch.bincount(ids, minlength=num_experts).cumsum(0)
+    row_of_slot = torch.empty_like(order).scatter_(0, order, torch.arange(ids.numel(), device=ids.device))
+    return Plan(offsets, order // expert_ids.shape[1], row_of_slot.view(expert_ids.shape))
+
+
+def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> Tensor:
+    return (rows[row_of_slot] * weights.unsqueeze(-1)).sum(1)
+
+
+def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One product per expert that has rows."""
+    outputs = [
+        F.linear(rows[begin:end], weight[e], None if bias is None else bias[e])
+        for e, (begin, end) in enumerate(pairwise(expert_offsets.tolist()))
+        if end > begin
+    ]
+    return torch.cat(outputs) if outputs else rows.new_empty(0, weight.shape[1])
+
+
+def eager_loop(x: LayerInputs, shape: LayerShape) -> Run:
+    weights = x.expert_weights.to(x.hidden.dtype)
+
+    def run() -> Tensor:
+        out = torch.zeros_like(x.hidden)
+        for e in torch.unique(x.expert_ids).tolist():
+            tokens, slots = (x.expert_ids == e).nonzero(as_tuple=True)
+            y = F.linear(x.hidden[tokens], x.up_weight[e], None if x.up_bias is None else x.up_bias[e])
+            y = activate(y, shape)
+            y = F.linear(y, x.down_weight[e], None if x.down_bias is None else x.down_bias[e])
+            out.index_add_(0, tokens, y * weights[tokens, slots, None])
+        return out
+
+    return run
+
+
+def grouped_mm_layer(x: LayerInputs, shape: LayerShape) -> Run:
+    """torch._grouped_mm twice, on rows gathered in expert order; no host synchronisation. Without biases only."""
+    plan = ops.plan(x.expert_ids, shape.num_experts)
+    token_of_row = plan.token_of_row.long()
+    row_of_slot = plan.row_of_slot.long()
+    ends = plan.expert_offsets[1:]
+    up, down = x.up_weight.transpose(1, 2), x.down_weight.transpose(1, 2)
+    weights = x.expert_weights.to(x.hidden.dtype)
+
+    def run() -> Tensor:
+        inner = activate(torch._grouped_mm(x.hidden[token_of_row], up, offs=ends), shape)
+        return unpermute(torch._grouped_mm(inner, down, offs=ends), row_of_slot, weights)
+
+    return run
+
+
+def batched_matmul(weight: Tensor, num_rows: int) -> Run:
+    """A product [E, rows, K] x [E, K, M] of as many FLOPs, every expert with the same number of rows."""
+    a = torch.randn(weight.shape[0], max(num_rows // weight.shape[0], 1), weight.shape[2], device=weight.device)
+    a, b = a.to(weight.dtype), weight.transpose(1, 2)
+    return lambda: torch.bmm(a, b)

@@ -1,0 +1,100 @@
+"""Whether what is timed is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekernels.ops import Plan, reference
+
+Definition = Callable[[torch.dtype], Any]  # the op's definition on inputs in that dtype
+
+# One rounding of the largest element, for where plain PyTorch happens to be exact.
+_ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# How far baselines may be apart, of the largest element: they round in other places.
+_APART = 0.05
+
+
+class Mismatch(RuntimeError):
+    """A kernel computed something else than it must."""
+
+
+def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def check_definition(name: str, outputs: Any, definition: Definition) -> None:
+    """Indices must be those of the definition. Values may err from it in float64 at most twice as much as the
+    definition does in their own dtype, and by one rounding.
+
+    Raises:
+        Mismatch: they do not.
+    """
+    actual = tensors_of(outputs)
+    dtype = next((x.dtype for x in actual if x.is_floating_point()), torch.float32)
+    plain, truth = tensors_of(definition(dtype)), tensors_of(definition(torch.float64))
+    for position, (mine, rough, exact) in enumerate(zip(actual, plain, truth, strict=True)):
+        which = f"{name}, output {position}" if len(actual) > 1 else name
+        if mine.shape != exact.shape:
+            raise Mismatch(f"{which}: has the shape {tuple(mine.shape)}, by its definition {tuple(exact.shape)}")
+        if not mine.is_floating_point():
+            if not torch.equal(mine, exact):
+                raise Mismatch(f"{which}: differs from its definition in {int((mine != exact).sum())} places")
+        elif mine.numel():
+            error, allowed = _largest_difference(mine, exact), 2 * _largest_difference(rough, exact)
+            allowed += _ROUNDING[mine.dtype] * exact.abs().max().item()
+            if not error <= allowed:
+                raise Mismatch(f"{which}: differs from its definition by {error:.3g}, allowed is {allowed:.3g}")
+
+
+def check_agreement(name: str, outputs: dict[str, Any]) -> None:
+    """All found the same as the first, up to rounding.
+
+    Raises:
+        Mismatch: one did not.
+    """
+    (first, expected), *others = outputs.items()
+    for other, found in others:
+        for mine, theirs in zip(tensors_of(expected), tensors_of(found), strict=True):
+            # Written so that NaN fails.
+            if mine.numel() and not _largest_difference(mine, theirs) <= _APART * mine.double().abs().max().item():
+                raise Mismatch(f"{name}: {first} and {other} compute different things")
+
+
+def check_same(name: str, before: Any, after: Any) -> None:
+    """The same input gives the same bits.
+
+    Raises:
+        Mismatch: it does not.
+    """
+    if not all(torch.equal(a, b) for a, b in zip(tensors_of(before), tensors_of(after), strict=True)):
+        raise Mismatch(f"{name}: two calls gave different results")
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def grouped_gemm(
+    rows: Tensor, weight: Tensor, plan: Plan, dtype: torch.dtype, *, bias: Tensor | None = None, gather: bool = False,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """`reference.grouped_gemm` in a dtype, expert by expert: never are all weights there in that dtype."""
+    outputs = []
+    for e, (begin, end) in enumerate(pairwise(plan.expert_offsets.tolist())):
+        chosen = reference.permute(rows, plan.token_of_row[begin:end]) if gather else rows[begin:end]
+        offsets = torch.tensor([0, end - begin])
+        outputs.append(
+            reference.grouped_gemm(
+                chosen.to(dtype),
+                weight[e : e + 1].to(dtype),
+                offsets,
+                bias=None if bias is None else bias[e : e + 1].to(dtype),
+                **options,
+            )
+        )
+    return torch.cat(outputs)

@@ -1,0 +1,96 @@
+"""The kernels and the layer of one shape, over token counts, routings and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moekernels.bench.case import Case, Note, measure, say
+from moekernels.bench.check import Mismatch
+from moekernels.bench.kernels import KERNELS, cases
+from moekernels.bench.layer import layer_case
+from moekernels.bench.roofs import Roofs, name_of
+from moekernels.bench.shapes import LayerInputs, LayerShape, layer_inputs, with_tokens
+from moekernels.bench.table import Row
+
+LAYERS = {"layer": False, "layer-with-routing": True}
+PARTS = (*KERNELS, *LAYERS)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to be measured.
+
+    Attributes:
+        parts: some of :data:`PARTS`.
+        budget: seconds per row; see :func:`~moekernels.bench.case.measure`, also for `check` and `baselines`.
+    """
+
+    shape: LayerShape
+    tokens: Sequence[int]
+    dtypes: Sequence[torch.dtype]
+    routings: Sequence[str]
+    device: torch.device
+    parts: Sequence[str] = PARTS
+    budget: float = 1.0
+    check: bool = False
+    baselines: bool = True
+
+    def __len__(self) -> int:
+        return len(self.tokens) * len(self.dtypes) * len(self.routings) * len(self.parts)
+
+    def require_memory(self, free: int) -> None:
+        """Raises ValueError if the largest inputs and results take more than `free` bytes."""
+        dtype = max(self.dtypes, key=lambda dtype: dtype.itemsize)
+        num_tokens = max(self.tokens)
+        needed = memory_needed(self.shape, num_tokens, dtype, self.check)
+        if needed > free:
+            raise ValueError(
+                f"{self.shape} with {num_tokens} tokens in {name_of(dtype)} takes about {needed / 2**30:.1f} GiB, "
+                f"and {free / 2**30:.1f} GiB are free on {self.device}"
+            )
+
+    def run(self, roofs: Roofs | None, note: Note = say) -> Iterator[Row | Mismatch]:
+        """Measures one row after the other; what computed something else comes as a :class:`Mismatch`."""
+        for dtype in self.dtypes:
+            weights = layer_inputs(self.shape, 0, dtype, self.device)
+            for routing in self.routings:
+                for num_tokens in self.tokens:
+                    x = with_tokens(weights, self.shape, num_tokens, routing)
+                    for case in self._cases(x, note):
+                        try:
+                            yield measure(
+                                case, self.shape, x, routing, roofs, self.budget,
+                                check=self.check, baselines=self.baselines, note=note,
+                            )  # fmt: skip
+                        except Mismatch as mismatch:
+                            yield mismatch
+
+    def _cases(self, x: LayerInputs, note: Note) -> Iterator[Case]:
+        yield from cases(x, self.shape, self.parts)
+        for part, with_routing in LAYERS.items():
+            if part in self.parts:
+                yield layer_case(x, self.shape, with_routing, note)
+
+
+def memory_needed(shape: LayerShape, num_tokens: int, dtype: torch.dtype, check: bool = False) -> int:
+    """Bytes of a layer's weights, and of what its kernels and their baselines keep at once; roughly."""
+    weights = shape.num_experts * shape.expert_size * dtype.itemsize
+    row = 2 * shape.hidden_size + shape.up_features + shape.ffn_size
+    rows = num_tokens * shape.top_k * row * (2 * dtype.itemsize + (8 if check else 0))
+    one_expert = 8 * shape.expert_size
+    return weights + rows + one_expert
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device; what Linux says of itself on a CPU, and no limit where it says nothing."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62

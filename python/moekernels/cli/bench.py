@@ -1,0 +1,188 @@
+"""`moekernels bench`: how fast each kernel and a layer are here, beside plain PyTorch and what the machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from moekernels.bench.baselines import ACTIVATIONS
+from moekernels.bench.check import Mismatch
+from moekernels.bench.files import write_whole
+from moekernels.bench.machine import described, machine
+from moekernels.bench.roofs import measure_roofs
+from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape
+from moekernels.bench.sweep import PARTS, Sweep, free_memory
+from moekernels.bench.table import Row, cells, record
+from moekernels.cli.device import add_device_argument, resolve_device
+from moekernels.cli.table import listing, table
+
+_MODELS = {shape.name: shape for shape in REAL_LAYERS}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time every kernel and a whole layer, beside plain PyTorch and the limits of this machine",
+        description="Time each kernel and a whole MoE layer at the sizes of a model, with random weights, beside what "
+        "else computes the same here: plain PyTorch, torch's grouped matrix product, and transformers where it is "
+        "installed. All take turns in one process; a row is the median. The roof is the nearer of memory bandwidth and "
+        "matrix product rate, measured in the same run. Exit code 1 if results differ.",
+    )
+    layer = parser.add_argument_group("the layer", "That of a model; sizes that are given take the place of its own.")
+    layer.add_argument("--model", choices=_MODELS, default="olmoe-1b-7b", help="default: olmoe-1b-7b")
+    layer.add_argument("--hidden-size", type=int, metavar="N")
+    layer.add_argument("--ffn-size", type=int, metavar="N", help="inner size of an expert")
+    layer.add_argument("--experts", type=int, metavar="N")
+    layer.add_argument("--top-k", type=int, metavar="N", help="experts per token")
+    layer.add_argument("--activation", choices=ACTIVATIONS)
+    layer.add_argument("--gated", action=argparse.BooleanOptionalAction, help="whether experts multiply by a gate")
+    layer.add_argument("--bias", action=argparse.BooleanOptionalAction, help="whether experts have biases")
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 16, 512], metavar="N", help="tokens at a time (default: 1 16 512)"
+    )
+    what.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16"], help="default: bfloat16")
+    what.add_argument(
+        "--routing", nargs="+", choices=ROUTINGS, default=["uniform"], help="who gets the tokens (default: uniform)"
+    )
+    what.add_argument(
+        "--kernels", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=f"some of {', '.join(PARTS)}"
+    )
+    what.add_argument("--no-baselines", dest="baselines", action="store_false", help="only moekernels")
+    what.add_argument("--check", action="store_true", help="hold every result against the definition of its op")
+    running = parser.add_argument_group("running")
+    add_device_argument(running)
+    running.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: PyTorch's)")
+    running.add_argument(
+        "--budget", type=float, default=1.0, metavar="SECONDS", help="time for each row (default: 1); more is steadier"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write the rows, the machine and its roofs as JSON")
+    output.add_argument("--plot", metavar="FILE", help="draw the roofline and the speed-ups as a PNG")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    sweep = Sweep(
+        resolve_shape(args),
+        _positive("--tokens", args.tokens),
+        [getattr(torch, name) for name in args.dtype],
+        args.routing,
+        resolve_device(args.device),
+        [part for part in PARTS if part in args.kernels],
+        args.budget,
+        args.check,
+        args.baselines,
+    )
+    if not args.budget > 0:
+        raise ValueError(f"--budget must be greater than 0, got {args.budget}")
+    sweep.require_memory(free_memory(sweep.device))
+    for option, name in (("--json", args.json), ("--plot", args.plot)):
+        if name is not None and not Path(name).resolve().parent.is_dir():
+            raise ValueError(f"{option}: there is no directory {str(Path(name).parent)!r}")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'moekernels[plot]'")
+
+    with _threads(args.threads), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # baselines warn of what they are about to change
+        about = machine(sweep.device)
+        buffer_bytes = min(1 << 30, free_memory(sweep.device) // 8)
+        roofs = measure_roofs(sweep.device, sweep.dtypes, min(args.budget, 1.0), buffer_bytes)
+        print(listing({"layer": _described(sweep.shape), "machine": described(about), "roofs": str(roofs), "": ""}))
+        rows, mismatches = _measure(sweep, roofs)
+    header, body = cells(rows)
+    print(table(header, [[name.removeprefix(f"{sweep.shape.name} "), *values] for name, *values in body]))
+    for mismatch in mismatches:
+        print(f"FAILED: {mismatch}")
+    if args.check and not mismatches:
+        print("\nall results are those of the definitions")
+    if args.json is not None:
+        text = record(rows, roofs, about, "moekernels bench", [str(mismatch) for mismatch in mismatches])
+        write_whole(Path(args.json), text.encode())
+    if args.plot is not None:
+        from moekernels.bench.plot import draw
+
+        write_whole(Path(args.plot), draw(rows, roofs, about, sweep.shape.name))
+    return 1 if mismatches else 0
+
+
+def resolve_shape(args: argparse.Namespace) -> LayerShape:
+    """The model's layer, or one of the sizes that are given.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    options = ("hidden_size", "ffn_size", "experts", "top_k", "activation", "gated", "bias")
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    shape = _MODELS[args.model]
+    if not given:
+        return shape
+    for name in ("hidden_size", "ffn_size", "experts", "top_k"):
+        if name in given:
+            _positive(f"--{name.replace('_', '-')}", [given[name]])
+    if "experts" in given:
+        given["num_experts"] = given.pop("experts")
+    shape = replace(shape, **given)
+    if shape.top_k > shape.num_experts:
+        raise ValueError(f"--top-k {shape.top_k}: there are {shape.num_experts} experts")
+    if shape.scoring != "softmax" and shape.top_k != 2:
+        raise ValueError(f"--top-k {shape.top_k}: {args.model} routes by {shape.scoring}, which chooses 2 experts")
+    return replace(shape, name=f"{shape.hidden_size}x{shape.ffn_size}, {shape.top_k} of {shape.num_experts}")
+
+
+def _positive(option: str, values: list[int]) -> list[int]:
+    for value in values:
+        if value < 1:
+            raise ValueError(f"{option} must be a positive integer, got {value}")
+    return values
+
+
+def _described(shape: LayerShape) -> str:
+    kind = [shape.activation, *(["gated"] if shape.gated else []), *(["with biases"] if shape.bias else [])]
+    return (
+        f"{shape.name}: hidden size {shape.hidden_size}, {shape.num_experts} experts of {shape.ffn_size} "
+        f"({', '.join(kind)}), {shape.top_k} per token, routed by {shape.scoring}"
+    )
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(_positive("--threads", [number])[0])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(sweep: Sweep, roofs: Any) -> tuple[list[Row], list[Mismatch]]:
+    rows: list[Row] = []
+    mismatches: list[Mismatch] = []
+    said: set[str] = set()
+    with tqdm(total=len(sweep), desc="Measuring", unit="row", disable=not sys.stderr.isatty()) as progress:
+
+        def note(text: str) -> None:
+            if text not in said:
+                said.add(text)
+                progress.write(f"  {text}", file=sys.stderr)
+
+        for found in sweep.run(roofs, note):
+            if isinstance(found, Row):
+                rows.append(found)
+                progress.set_description(f"{found.shape}, {found.tokens} tokens")
+            else:
+                mismatches.append(found)
+            progress.update()
+    return rows, mismatches
