@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.harness import machine, name_of
 from moekernels import GenerationConfig, OlmoeConfig, OlmoeForCausalLM
+from moekernels.bench.machine import described, machine
+from moekernels.bench.roofs import name_of
 from moekernels.generation import GenerationMixin
 from moekernels.nn import DynamicCache
 
@@ -129,7 +127,7 @@ def main() -> None:
     stand_in = NoModel(dtype, args.device)
     ids = torch.randint(stand_in.config.vocab_size, (1, args.prompt), device=args.device)
     about = machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(described(about))
     print(f"a step of OLMoE-1B-7B in {name_of(dtype)}: {model_step * 1e6:.0f} µs\n")
     print("| decoding | loop, µs per step | % of the model's step | start of a call, µs |\n| --- | --- | --- | --- |")
     rows = []

@@ -127,10 +127,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().out
 
     top = text("--help")
-    for word in ("info", "generate", "chat", "translate", "run", "demo", "--version", "examples:"):
+    for word in ("info", "generate", "chat", "translate", "run", "demo", "bench", "--version", "examples:"):
         assert word in top
     assert text("--version") == f"moekernels {__version__}\n"
-    for command in ("info", "generate", "chat", "translate", "run", "demo"):
+    for command in ("info", "generate", "chat", "translate", "run", "demo", "bench"):
         assert f"usage: moekernels {command}" in text(command, "--help")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if args.check and not mismatches:
         print("\nall results are those of the definitions")
     if args.json is not None:
-        text = record(rows, roofs, about, "moekernels bench", [str(mismatch) for mismatch in mismatches])
+        command = f"moekernels {shlex.join(sys.argv[1:])}"
+        text = record(rows, roofs, about, command, [str(mismatch) for mismatch in mismatches])
         write_whole(Path(args.json), text.encode())
     if args.plot is not None:
         from moekernels.bench.plot import draw

@@ -1,0 +1,142 @@
+"""Every case at tiny sizes: all contestants agree, and a wrong one is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moekernels import ops
+from moekernels.bench import case as case_module
+from moekernels.bench.case import Case, measure
+from moekernels.bench.check import Mismatch
+from moekernels.bench.kernels import KERNELS, cases
+from moekernels.bench.layer import definition, layer_case, ours, work
+from moekernels.bench.roofs import Roofs
+from moekernels.bench.shapes import LayerInputs, layer_inputs, router_logits
+from moekernels.ops import reference
+from tests.bench.conftest import KINDS, SteppingClock
+from tests.generators import LayerShape
+from tests.tolerance import assert_accurate
+
+ROOFS = Roofs(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9})
+
+
+def all_cases(x: LayerInputs, shape: LayerShape) -> list[Case]:
+    return [*cases(x, shape), layer_case(x, shape), layer_case(x, shape, with_routing=True)]
+
+
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_tokens", "routing"), [(1, "uniform"), (33, "zipf"), (9, "one-expert")])
+def test_all_contestants_compute_the_definition(
+    shape: LayerShape, dtype: torch.dtype, num_tokens: int, routing: str
+) -> None:
+    x = layer_inputs(shape, num_tokens, dtype, routing=routing)
+    notes: list[str] = []
+    found = [
+        measure(case, shape, x, routing, ROOFS, 1e-9, check=True, bounds=True, note=notes.append)
+        for case in all_cases(x, shape)
+    ]
+    assert [row.shape.removeprefix(f"{shape} ") for row in found] == [*KERNELS, "layer", "layer with routing"]
+    assert all(row.seconds > 0 and row.bytes > 0 and row.roof is not None and row.baselines for row in found)
+    assert [row.flops > 0 for row in found] == [name in ("up", "down") for name in KERNELS] + [True, True]
+    assert notes == []
+    baselines = set().union(*(row.baselines for row in found))
+    expected = {"torch eager", "transformers 4 block"} | (set() if shape.bias else {"torch grouped_mm"})
+    assert expected <= baselines | ({"transformers 4 block"} if not has_transformers_4() else set())
+
+
+def has_transformers_4() -> bool:
+    try:
+        from transformers.models.olmoe import modeling_olmoe
+    except ImportError:
+        return False
+    return not hasattr(modeling_olmoe, "OlmoeExperts")
+
+
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+def test_definition_of_the_layer(shape: LayerShape) -> None:
+    """That of the ops in one piece, from which the benchmark's differs by never converting all weights at once."""
+    x = layer_inputs(shape, 21)
+    y, logits = x.to(torch.float64), router_logits(x, shape)
+    plan = reference.plan(x.expert_ids, shape.num_experts)
+    biases = {"up_bias": y.up_bias, "down_bias": y.down_bias}
+    activation = {"activation": shape.activation, "gated": shape.gated}
+    truth = reference.sparse_mlp(y.hidden, x.expert_weights, plan, y.up_weight, y.down_weight, **biases, **activation)
+    torch.testing.assert_close(definition(x, shape, None, torch.float64), truth)
+    routed = definition(x, shape, logits, torch.float64)
+    assert not torch.allclose(routed, truth) or shape.top_k == 1
+    assert_accurate(ours(x, shape, logits)(), routed, definition(x, shape, logits, torch.float32))
+
+
+def test_work_of_a_layer() -> None:
+    shape = LayerShape("a", 10, 3, 4, 2)
+    x = layer_inputs(shape, 5, torch.bfloat16, routing="one-expert")
+    assert work(x, shape) == (6.0 * 5 * 2 * 10 * 3, 2.0 * (2 * 90 + 2 * 5 * 10))
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("route", "route"), ("plan", "plan"), ("permute", "permute"), ("grouped_gemm", "up"), ("unpermute", "unpermute"),
+     ("sparse_mlp", "layer")],
+)  # fmt: skip
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, op: str, name: str) -> None:
+    """By its definition if no baseline is there, and by any baseline."""
+    shape = KINDS[0]
+    x = layer_inputs(shape, 40)
+    right = getattr(ops, op)
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        out = right(*args, **kwargs)
+        if op == "route":
+            return out[0], out[1].flip(1)
+        if op == "plan":
+            return out._replace(token_of_row=out.token_of_row.roll(1))
+        return torch.where(torch.arange(len(out)).unsqueeze(1) == 3, 2 * out, out)
+
+    measured = next(case for case in all_cases(x, shape) if case.name == name)
+    monkeypatch.setattr(ops, op, wrong)
+    for options in ({"check": True, "baselines": False}, {"check": False, "baselines": True}):
+        with pytest.raises(Mismatch, match=rf"^olmoe {name}, 40 tokens, uniform, float32"):
+            measure(measured, shape, x, "uniform", ROOFS, 1e-9, **options)  # type: ignore[arg-type]
+
+
+def test_nan_and_wrong_shapes_are_found() -> None:
+    shape = KINDS[0]
+    x = layer_inputs(shape, 4)
+    for out in (torch.full((2, 2), float("nan")), torch.zeros(2, 3)):
+        case = Case("k", lambda out=out: out, {}, 1.0, definition=lambda dtype: torch.zeros(2, 2, dtype=dtype))  # type: ignore[misc]
+        with pytest.raises(Mismatch):
+            measure(case, shape, x, "uniform", ROOFS, 1e-9, check=True)
+    case = Case("k", lambda: torch.zeros(2), {"other": lambda: torch.full((2,), float("nan"))}, 1.0)
+    with pytest.raises(Mismatch, match="moekernels and other compute different things"):
+        measure(case, shape, x, "uniform", ROOFS, 1e-9)
+
+
+def test_two_calls_must_give_the_same_bits() -> None:
+    shape = KINDS[0]
+    x = layer_inputs(shape, 4)
+    case = Case("k", lambda: 1.0 + 1e-6 * torch.rand(3), {}, 1.0, definition=lambda dtype: torch.ones(3, dtype=dtype))
+    with pytest.raises(Mismatch, match="two calls gave different results"):
+        measure(case, shape, x, "uniform", ROOFS, 1e-9, check=True)
+
+
+def test_row_of_a_case(stepping: SteppingClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case_module, "make_clock", lambda device: stepping)
+    shape, out, notes = KINDS[0], torch.zeros(2), []
+
+    def of(seconds: float) -> object:
+        run = stepping.takes(seconds)
+        return lambda: (run(), out)[1]
+
+    def broken() -> None:
+        raise NotImplementedError("not in float32\nand more")
+
+    case = Case("k", of(2.0), {"slow": of(6.0), "broken": broken}, 1e9, 3e9, bounds={"bound": of(1.0)})  # type: ignore[arg-type, dict-item]
+    row = measure(case, shape, layer_inputs(shape, 4), "zipf", ROOFS, 1.0, bounds=True, note=notes.append)
+    assert (row.shape, row.tokens, row.routing, row.dtype, row.clock) == ("olmoe k", 4, "zipf", "float32", "stepping")
+    assert (row.seconds, row.baselines, row.roof) == (2.0, {"slow": 6.0, "bound": 1.0}, 1.5)
+    assert notes == ["without broken: not in float32"]
+    case.captured, case.captured_calls = (lambda: {"moekernels": of(8.0), "torch grouped_mm": of(1.0)}), 8  # type: ignore[assignment]
+    row = measure(case, shape, layer_inputs(shape, 4), "zipf", None, 1.0, note=notes.append)
+    assert (row.seconds, row.baselines, row.roof, row.clock) == (1.0, {"slow": 6.0}, None, "CUDA graph of 8 layers")
