@@ -3,7 +3,8 @@
     python benchmarks/kernels.py --shapes olmoe-1b-7b --tokens 16 512
     python benchmarks/kernels.py --device cuda --tokens 1 8 512 8192 --save benchmarks/results/kernels.json
 
-See moekernels.bench.kernels for what is timed. `moekernels bench` shows the same for one model at a time.
+See moekernels.bench.kernels and moekernels.bench.backward for what is timed. `moekernels bench` shows the same for one
+model at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import torch
 
+from moekernels.bench import backward, kernels
+from moekernels.bench.backward import BACKWARD
 from moekernels.bench.case import measure
-from moekernels.bench.kernels import KERNELS, cases
+from moekernels.bench.kernels import KERNELS
 from moekernels.bench.machine import machine
 from moekernels.bench.roofs import measure_roofs
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, layer_inputs, with_tokens
@@ -29,7 +32,7 @@ from moekernels.bench.table import Row, render, save
 def main(arguments: Sequence[str] | None = None) -> None:
     shapes = {shape.name: shape for shape in REAL_LAYERS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS + BACKWARD, default=KERNELS)
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=["olmoe-1b-7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for routing in args.routing:
                 for num_tokens in args.tokens:
                     x = with_tokens(weights, shape, num_tokens, routing)
-                    for case in cases(x, shape, args.kernels):
+                    for case in (*kernels.cases(x, shape, args.kernels), *backward.cases(x, shape, args.kernels)):
                         row = measure(case, shape, x, routing, roofs, args.budget, bounds=True, min_rounds=3)
                         rows.append(row)
                         print(f"{row.shape} T={num_tokens}: {row.seconds * 1e6:.1f} µs", file=sys.stderr)

@@ -24,22 +24,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.baselines import eager_loop, grouped_mm_layer, transformers_experts, working
-from benchmarks.harness import Roofs, Row, machine, measure_roofs, name_of, render, save
 from benchmarks.memory import peak_bytes
-from benchmarks.moe_layer import ours
-from benchmarks.timing import Run, interleaved_medians, make_clock
-from tests.generators import REAL_LAYERS, ROUTINGS, LayerInputs, LayerShape, layer_inputs
-
-
-def leaves_of(x: LayerInputs, frozen_experts: bool) -> list[Tensor]:
-    """The tensors that get a gradient."""
-    experts = [] if frozen_experts else [x.up_weight, x.down_weight, x.up_bias, x.down_bias]
-    return [leaf.requires_grad_() for leaf in (x.hidden, x.expert_weights, *experts) if leaf is not None]
-
-
-def as_step(forward: Callable[[], Tensor], leaves: Sequence[Tensor], direction: Tensor) -> Run:
-    return lambda: torch.autograd.grad(forward(), leaves, direction)
+from moekernels.bench.case import working
+from moekernels.bench.check import check_agreement
+from moekernels.bench.clocks import Run, interleaved_medians, make_clock
+from moekernels.bench.layer import baselines, ours
+from moekernels.bench.machine import machine
+from moekernels.bench.roofs import Roofs, measure_roofs, name_of
+from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape, layer_inputs
+from moekernels.bench.table import Row, render, save
+from moekernels.bench.training import as_leaves, as_step, work
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor | None]) -> int:
@@ -58,44 +52,21 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor | None
     return sum(num_bytes for num_bytes, _ in kept.values())
 
 
-def work(x: LayerInputs, shape: LayerShape, frozen_experts: bool) -> tuple[float, float]:
-    """FLOPs of a step: each product once forwards and, for two operands or one, twice or once backwards. Bytes it must
-    move: each touched expert's weights once forwards and once backwards, every gradient once, tokens in and out."""
-    num_rows = x.expert_ids.numel()
-    projections = 3 if shape.gated else 2
-    passes = 2 if frozen_experts else 3
-    flops = passes * 2 * projections * num_rows * shape.hidden_size * shape.ffn_size
-    element = x.hidden.element_size()
-    expert = projections * shape.hidden_size * shape.ffn_size * element
-    weights = 2 * torch.unique(x.expert_ids).numel() * expert
-    gradients = 0 if frozen_experts else shape.num_experts * expert
-    return flops, weights + gradients + 4 * x.hidden.numel() * element
-
-
-def check_agreement(contestants: dict[str, Run]) -> None:
-    """All find the same gradients, up to the rounding of the dtype."""
-    (_, truth), *others = ((name, run()) for name, run in contestants.items())
-    for name, grads in others:
-        for grad, expected in zip(grads, truth, strict=True):
-            scale = 0.05 * expected.float().abs().max().item()
-            torch.testing.assert_close(grad, expected, rtol=0.1, atol=scale, msg=lambda m, name=name: f"{name}: {m}")
-
-
 def measure(
     shape: LayerShape, num_tokens: int, dtype: torch.dtype, routing: str, roofs: Roofs, args: argparse.Namespace
 ) -> tuple[Row, dict[str, tuple[int, int]]]:
     """The times as a row, and per contestant the bytes kept and at the peak."""
     x = layer_inputs(shape, num_tokens, dtype, args.device, routing)
-    leaves, direction = leaves_of(x, args.frozen_experts), torch.randn_like(x.hidden)
+    x, leaves = as_leaves(x, args.frozen_experts)
+    direction = torch.randn_like(x.hidden)
     forwards: dict[str, Run] = {"moekernels": ours(x, shape)}
     if args.baselines:
-        others = {"eager loop": eager_loop(x, shape), **transformers_experts(x, shape)}
-        if not shape.bias:
-            others["torch grouped_mm"] = grouped_mm_layer(x, shape)
-        forwards |= {name: run for name, run in others.items() if not any(part in name for part in args.skip)}
+        forwards |= baselines(x, shape)
     contestants = {name: as_step(forward, leaves, direction) for name, forward in forwards.items()}
-    contestants = working(contestants, args.device)
-    check_agreement(contestants)
+    outputs = working(contestants, args.device)
+    check_agreement(f"{shape.name}, {num_tokens} tokens", outputs)
+    contestants = {name: contestants[name] for name in outputs}
+    del outputs
     memory = {
         name: (kept_bytes(forwards[name], leaves[2:]), peak_bytes(run, args.device))
         for name, run in contestants.items()

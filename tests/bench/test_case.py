@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moekernels import ops
+from moekernels.bench import backward
 from moekernels.bench import case as case_module
 from moekernels.bench.case import Case, measure
 from moekernels.bench.check import Mismatch
@@ -13,16 +14,26 @@ from moekernels.bench.kernels import KERNELS, cases
 from moekernels.bench.layer import definition, layer_case, ours, work
 from moekernels.bench.roofs import Roofs
 from moekernels.bench.shapes import LayerInputs, layer_inputs, router_logits
+from moekernels.bench.training import as_leaves, as_step, step_case
+from moekernels.bench.training import definition as definition_of_step
+from moekernels.bench.training import work as work_of_step
 from moekernels.ops import reference
 from tests.bench.conftest import KINDS, SteppingClock
 from tests.generators import LayerShape
 from tests.tolerance import assert_accurate
 
+NAMES = [*KERNELS, "layer", "layer with routing", *backward.BACKWARD, "layer forward+backward"]
 ROOFS = Roofs(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9})
 
 
 def all_cases(x: LayerInputs, shape: LayerShape) -> list[Case]:
-    return [*cases(x, shape), layer_case(x, shape), layer_case(x, shape, with_routing=True)]
+    return [
+        *cases(x, shape),
+        layer_case(x, shape),
+        layer_case(x, shape, with_routing=True),
+        *backward.cases(x, shape),
+        step_case(x, shape),
+    ]
 
 
 @pytest.mark.parametrize("shape", KINDS, ids=str)
@@ -37,9 +48,9 @@ def test_all_contestants_compute_the_definition(
         measure(case, shape, x, routing, ROOFS, 1e-9, check=True, bounds=True, note=notes.append)
         for case in all_cases(x, shape)
     ]
-    assert [row.shape.removeprefix(f"{shape} ") for row in found] == [*KERNELS, "layer", "layer with routing"]
+    assert [row.shape.removeprefix(f"{shape} ") for row in found] == NAMES
     assert all(row.seconds > 0 and row.bytes > 0 and row.roof is not None and row.baselines for row in found)
-    assert [row.flops > 0 for row in found] == [name in ("up", "down") for name in KERNELS] + [True, True]
+    assert [row.flops > 0 for row in found] == [name.startswith(("up", "down", "layer")) for name in NAMES]
     assert notes == []
     baselines = set().union(*(row.baselines for row in found))
     expected = {"torch eager", "transformers 4 block"} | (set() if shape.bias else {"torch grouped_mm"})
@@ -69,16 +80,41 @@ def test_definition_of_the_layer(shape: LayerShape) -> None:
     assert_accurate(ours(x, shape, logits)(), routed, definition(x, shape, logits, torch.float32))
 
 
-def test_work_of_a_layer() -> None:
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+def test_definition_of_a_step(shape: LayerShape) -> None:
+    """That of PyTorch's autograd on the definition of the layer."""
+    x = layer_inputs(shape, 13).to(torch.float64)
+    y, leaves = as_leaves(x)
+    plan = reference.plan(x.expert_ids, shape.num_experts)
+    direction = torch.randn_like(x.hidden)
+
+    def layer() -> torch.Tensor:
+        return reference.sparse_mlp(
+            y.hidden, y.expert_weights, plan, y.up_weight, y.down_weight, up_bias=y.up_bias, down_bias=y.down_bias,
+            activation=shape.activation, gated=shape.gated,
+        )  # fmt: skip
+
+    expected = as_step(layer, leaves, direction)()
+    found = definition_of_step(x, shape, direction, torch.float64)
+    assert len(found) == len(leaves) == (6 if shape.bias else 4)
+    for mine, theirs in zip(found, expected, strict=True):  # type: ignore[call-overload]
+        torch.testing.assert_close(mine, theirs.double(), rtol=1e-6, atol=1e-6)
+    assert len(as_leaves(x, frozen_experts=True)[1]) == 2
+
+
+def test_work() -> None:
     shape = LayerShape("a", 10, 3, 4, 2)
     x = layer_inputs(shape, 5, torch.bfloat16, routing="one-expert")
-    assert work(x, shape) == (6.0 * 5 * 2 * 10 * 3, 2.0 * (2 * 90 + 2 * 5 * 10))
+    flops = 6.0 * 5 * 2 * 10 * 3
+    assert work(x, shape) == (flops, 2.0 * (2 * 90 + 2 * 5 * 10))
+    assert work_of_step(x, shape) == (3 * flops, 2.0 * (4 * 90 + 4 * 90 + 4 * 5 * 10))
+    assert work_of_step(x, shape, frozen_experts=True) == (2 * flops, 2.0 * (4 * 90 + 4 * 5 * 10))
 
 
 @pytest.mark.parametrize(
     ("op", "name"),
     [("route", "route"), ("plan", "plan"), ("permute", "permute"), ("grouped_gemm", "up"), ("unpermute", "unpermute"),
-     ("sparse_mlp", "layer")],
+     ("sparse_mlp", "layer"), ("grouped_gemm", "up-rows-grad"), ("grouped_weight_grad", "down-weight-grad")],
 )  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, op: str, name: str) -> None:
     """By its definition if no baseline is there, and by any baseline."""
@@ -92,7 +128,10 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, op: str, name:
             return out[0], out[1].flip(1)
         if op == "plan":
             return out._replace(token_of_row=out.token_of_row.roll(1))
-        return torch.where(torch.arange(len(out)).unsqueeze(1) == 3, 2 * out, out)
+        first, *more = out if op == "grouped_weight_grad" else (out,)
+        third = torch.arange(len(first)).view(-1, *[1] * (first.dim() - 1)) == 3
+        first = torch.where(third, 2 * first, first)
+        return (first, *more) if more else first
 
     measured = next(case for case in all_cases(x, shape) if case.name == name)
     monkeypatch.setattr(ops, op, wrong)

@@ -61,6 +61,28 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
+def test_backward(capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*options: str) -> list[str]:
+        assert exit_code(*QUICK, "--dtype", "float32", "--no-baselines", *options) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("---")) + 1
+        return list(dict.fromkeys(line.split("  ")[0].replace(" ", "-") for line in lines[first:]))
+
+    assert names() == list(sweep.PARTS)
+    assert names("--backward") == [*sweep.PARTS, *sweep.BACKWARD_PARTS]
+    assert names("--kernels", "up-rows-grad", "plan") == ["plan", "up-rows-grad"]
+    assert names("--kernels", "plan", "--backward") == ["plan", *sweep.BACKWARD_PARTS]
+
+
+def test_memory_that_gradients_take() -> None:
+    def needed(**options: bool) -> int:
+        return sweep.memory_needed(OLMOE, 1, torch.bfloat16, **options)
+
+    weights = 2 * 64 * OLMOE.expert_size
+    assert weights < needed() < 1.3 * weights < 3 * weights < needed(backward=True)
+    assert needed(backward=True) < needed(backward=True, check=True) < 10 * weights
+
+
 def test_a_wrong_kernel_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

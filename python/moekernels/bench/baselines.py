@@ -66,10 +66,45 @@ def grouped_gemm(rows: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Ten
     return torch.cat(outputs) if outputs else rows.new_empty(0, weight.shape[1])
 
 
-def eager_loop(x: LayerInputs, shape: LayerShape) -> Run:
-    weights = x.expert_weights.to(x.hidden.dtype)
+def grouped_weight_grad(grad_rows: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """One product per expert that has rows."""
+    bounds = expert_offsets.tolist()
+    out = rows.new_zeros(len(bounds) - 1, grad_rows.shape[1], rows.shape[1])
+    for e, (begin, end) in enumerate(pairwise(bounds)):
+        if end > begin:
+            torch.mm(grad_rows[begin:end].T, rows[begin:end], out=out[e])
+    return out
 
+
+def unpermute_grad(grad_out: Tensor, rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    grad_rows = torch.empty_like(rows)
+    grad_rows[row_of_slot] = weights.to(rows.dtype).unsqueeze(-1) * grad_out.unsqueeze(1)
+    return grad_rows, torch.einsum("tkh,th->tk", rows[row_of_slot], grad_out)
+
+
+def activation_grad(
+    grad_out: Tensor, linear: Tensor, shape: LayerShape, row_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = row_scale.to(linear.dtype).unsqueeze(-1)
+    with torch.enable_grad():
+        x = linear.detach().requires_grad_()
+        out = activate(x, shape)
+    (grad_linear,) = torch.autograd.grad(out, x, grad_out * scale)
+    out = out.detach()
+    return grad_linear, out * scale, (grad_out * out).sum(-1)
+
+
+def route_grad(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, shape: LayerShape) -> Tensor:
+    if shape.scoring == "sparsemixer":
+        return reference.route_grad(grad_weights, logits, expert_ids, scoring=shape.scoring)
+    probs = torch.softmax(logits, dim=-1)
+    grad = torch.zeros_like(probs).scatter_(1, expert_ids.long(), grad_weights)
+    return probs * (grad - (grad * probs).sum(-1, keepdim=True))
+
+
+def eager_loop(x: LayerInputs, shape: LayerShape) -> Run:
     def run() -> Tensor:
+        weights = x.expert_weights.to(x.hidden.dtype)
         out = torch.zeros_like(x.hidden)
         for e in torch.unique(x.expert_ids).tolist():
             tokens, slots = (x.expert_ids == e).nonzero(as_tuple=True)
@@ -88,10 +123,10 @@ def grouped_mm_layer(x: LayerInputs, shape: LayerShape) -> Run:
     token_of_row = plan.token_of_row.long()
     row_of_slot = plan.row_of_slot.long()
     ends = plan.expert_offsets[1:]
-    up, down = x.up_weight.transpose(1, 2), x.down_weight.transpose(1, 2)
-    weights = x.expert_weights.to(x.hidden.dtype)
 
     def run() -> Tensor:
+        up, down = x.up_weight.transpose(1, 2), x.down_weight.transpose(1, 2)
+        weights = x.expert_weights.to(x.hidden.dtype)
         inner = activate(torch._grouped_mm(x.hidden[token_of_row], up, offs=ends), shape)
         return unpermute(torch._grouped_mm(inner, down, offs=ends), row_of_slot, weights)
 

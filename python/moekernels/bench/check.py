@@ -17,6 +17,7 @@ Definition = Callable[[torch.dtype], Any]  # the op's definition on inputs in th
 _ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # How far baselines may be apart, of the largest element: they round in other places.
 _APART = 0.05
+_PART = 1 << 24
 
 
 class Mismatch(RuntimeError):
@@ -29,7 +30,7 @@ def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
 
 def check_definition(name: str, outputs: Any, definition: Definition) -> None:
     """Indices must be those of the definition. Values may err from it in float64 at most twice as much as the
-    definition does in their own dtype, and by one rounding.
+    definition does in the dtype of the kernel, which is that of the first of them, and by one rounding to it.
 
     Raises:
         Mismatch: they do not.
@@ -46,7 +47,7 @@ def check_definition(name: str, outputs: Any, definition: Definition) -> None:
                 raise Mismatch(f"{which}: differs from its definition in {int((mine != exact).sum())} places")
         elif mine.numel():
             error, allowed = _largest_difference(mine, exact), 2 * _largest_difference(rough, exact)
-            allowed += _ROUNDING[mine.dtype] * exact.abs().max().item()
+            allowed += _ROUNDING[dtype] * exact.abs().max().item()
             if not error <= allowed:
                 raise Mismatch(f"{which}: differs from its definition by {error:.3g}, allowed is {allowed:.3g}")
 
@@ -76,7 +77,15 @@ def check_same(name: str, before: Any, after: Any) -> None:
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).abs().max().item()
+    """Of two tensors of one shape, a part after the other: both in float64 at once may be too much."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    parts = zip(a.split(_PART), b.split(_PART), strict=True)
+    return torch.stack([(x.double() - y.double()).abs().max() for x, y in parts]).max().item()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def grouped_gemm(

@@ -53,6 +53,14 @@ def ours(x: LayerInputs, shape: LayerShape, logits: Tensor | None = None) -> Run
     return run
 
 
+def baselines(x: LayerInputs, shape: LayerShape) -> dict[str, Run]:
+    """Of the layer after the routing."""
+    found = {plain.EAGER: plain.eager_loop(x, shape), **transformers.experts(x, shape)}
+    if not shape.bias:
+        found[plain.GROUPED_MM] = plain.grouped_mm_layer(x, shape)
+    return found
+
+
 def _rule(x: LayerInputs, shape: LayerShape) -> dict[str, Any]:
     """How the model that the shape comes from routes."""
     if shape.scoring == "top2_gate":
@@ -102,9 +110,7 @@ def layer_case(
     if logits is not None:
         case.baselines = transformers.block(x, shape, logits)
     else:
-        case.baselines = {plain.EAGER: plain.eager_loop(x, shape), **transformers.experts(x, shape)}
-        if not shape.bias:
-            case.baselines[plain.GROUPED_MM] = plain.grouped_mm_layer(x, shape)
+        case.baselines = baselines(x, shape)
     if x.expert_ids.numel() >= shape.num_experts:
         up, down = (plain.batched_matmul(weight, x.expert_ids.numel()) for weight in (x.up_weight, x.down_weight))
         case.bounds[BOUND] = lambda: (up(), down())

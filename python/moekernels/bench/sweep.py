@@ -8,16 +8,21 @@ from pathlib import Path
 
 import torch
 
+from moekernels.bench import backward, kernels
+from moekernels.bench.backward import BACKWARD
 from moekernels.bench.case import Case, Note, measure, say
 from moekernels.bench.check import Mismatch
-from moekernels.bench.kernels import KERNELS, cases
+from moekernels.bench.kernels import KERNELS
 from moekernels.bench.layer import layer_case
 from moekernels.bench.roofs import Roofs, name_of
 from moekernels.bench.shapes import LayerInputs, LayerShape, layer_inputs, with_tokens
 from moekernels.bench.table import Row
+from moekernels.bench.training import step_case
 
 LAYERS = {"layer": False, "layer-with-routing": True}
+STEP = "layer-forward+backward"
 PARTS = (*KERNELS, *LAYERS)
+BACKWARD_PARTS = (*BACKWARD, STEP)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Sweep:
     """What is to be measured.
 
     Attributes:
-        parts: some of :data:`PARTS`.
+        parts: some of :data:`PARTS` and :data:`BACKWARD_PARTS`.
         budget: seconds per row; see :func:`~moekernels.bench.case.measure`, also for `check` and `baselines`.
     """
 
@@ -46,7 +51,8 @@ class Sweep:
         """Raises ValueError if the largest inputs and results take more than `free` bytes."""
         dtype = max(self.dtypes, key=lambda dtype: dtype.itemsize)
         num_tokens = max(self.tokens)
-        needed = memory_needed(self.shape, num_tokens, dtype, self.check)
+        backward = any(part in BACKWARD_PARTS for part in self.parts)
+        needed = memory_needed(self.shape, num_tokens, dtype, self.check, backward)
         if needed > free:
             raise ValueError(
                 f"{self.shape} with {num_tokens} tokens in {name_of(dtype)} takes about {needed / 2**30:.1f} GiB, "
@@ -70,19 +76,25 @@ class Sweep:
                             yield mismatch
 
     def _cases(self, x: LayerInputs, note: Note) -> Iterator[Case]:
-        yield from cases(x, self.shape, self.parts)
+        yield from kernels.cases(x, self.shape, self.parts)
         for part, with_routing in LAYERS.items():
             if part in self.parts:
                 yield layer_case(x, self.shape, with_routing, note)
+        yield from backward.cases(x, self.shape, self.parts)
+        if STEP in self.parts:
+            yield step_case(x, self.shape)
 
 
-def memory_needed(shape: LayerShape, num_tokens: int, dtype: torch.dtype, check: bool = False) -> int:
-    """Bytes of a layer's weights, and of what its kernels and their baselines keep at once; roughly."""
-    weights = shape.num_experts * shape.expert_size * dtype.itemsize
+def memory_needed(
+    shape: LayerShape, num_tokens: int, dtype: torch.dtype, check: bool = False, backward: bool = False
+) -> int:
+    """Bytes of a layer's weights, and of what its kernels, their baselines and definitions keep at once; roughly."""
+    stack = shape.num_experts * shape.expert_size
     row = 2 * shape.hidden_size + shape.up_features + shape.ffn_size
     rows = num_tokens * shape.top_k * row * (2 * dtype.itemsize + (8 if check else 0))
-    one_expert = 8 * shape.expert_size
-    return weights + rows + one_expert
+    # Of gradients there are those of two contestants at once, or the definition's, twice.
+    gradients = stack * ((3 * dtype.itemsize + 8 if check else 2 * dtype.itemsize) if backward else 0)
+    return stack * dtype.itemsize + rows + gradients + 8 * shape.expert_size
 
 
 def free_memory(device: torch.device) -> int:

@@ -31,7 +31,7 @@ def experts(x: LayerInputs, shape: LayerShape) -> dict[str, Run]:
     if not hasattr(olmoe, "OlmoeExperts") or not shape.gated or shape.bias:
         return {}
     names = ["eager", "grouped_mm"] + (["batched_mm"] if x.hidden.shape[0] <= BATCHED_MM_MAX_TOKENS else [])
-    ids, weights = x.expert_ids.long(), x.expert_weights.to(x.hidden.dtype)
+    ids = x.expert_ids.long()
     contestants: dict[str, Run] = {}
     for name in names:
         config = olmoe.OlmoeConfig(
@@ -47,7 +47,9 @@ def experts(x: LayerInputs, shape: LayerShape) -> dict[str, Run]:
         for parameter, weight in (("gate_up_proj", x.up_weight), ("down_proj", x.down_weight)):
             delattr(module, parameter)
             setattr(module, parameter, weight)
-        contestants[f"transformers {name}"] = lambda module=module: module(x.hidden, ids, weights)  # type: ignore[misc]
+        contestants[f"transformers {name}"] = lambda module=module: module(  # type: ignore[misc]
+            x.hidden, ids, x.expert_weights.to(x.hidden.dtype)
+        )
     return contestants
 
 

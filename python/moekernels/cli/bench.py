@@ -22,12 +22,13 @@ from moekernels.bench.files import write_whole
 from moekernels.bench.machine import described, machine
 from moekernels.bench.roofs import measure_roofs
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape
-from moekernels.bench.sweep import PARTS, Sweep, free_memory
+from moekernels.bench.sweep import BACKWARD_PARTS, PARTS, Sweep, free_memory
 from moekernels.bench.table import Row, cells, record
 from moekernels.cli.device import add_device_argument, resolve_device
 from moekernels.cli.table import listing, table
 
 _MODELS = {shape.name: shape for shape in REAL_LAYERS}
+_ALL = (*PARTS, *BACKWARD_PARTS)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -58,8 +59,9 @@ def add_parser(commands: Any) -> None:
         "--routing", nargs="+", choices=ROUTINGS, default=["uniform"], help="who gets the tokens (default: uniform)"
     )
     what.add_argument(
-        "--kernels", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=f"some of {', '.join(PARTS)}"
+        "--kernels", nargs="+", choices=_ALL, metavar="NAME", help=f"some of {', '.join(_ALL)} (default: forward ones)"
     )
+    what.add_argument("--backward", action="store_true", help="also the kernels of gradients, and a training step")
     what.add_argument("--no-baselines", dest="baselines", action="store_false", help="only moekernels")
     what.add_argument("--check", action="store_true", help="hold every result against the definition of its op")
     running = parser.add_argument_group("running")
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         [getattr(torch, name) for name in args.dtype],
         args.routing,
         resolve_device(args.device),
-        [part for part in PARTS if part in args.kernels],
+        _parts(args),
         args.budget,
         args.check,
         args.baselines,
@@ -141,6 +143,12 @@ def resolve_shape(args: argparse.Namespace) -> LayerShape:
     if shape.scoring != "softmax" and shape.top_k != 2:
         raise ValueError(f"--top-k {shape.top_k}: {args.model} routes by {shape.scoring}, which chooses 2 experts")
     return replace(shape, name=f"{shape.hidden_size}x{shape.ffn_size}, {shape.top_k} of {shape.num_experts}")
+
+
+def _parts(args: argparse.Namespace) -> list[str]:
+    """The named ones, and with `--backward` all of the backward ones too."""
+    wanted = {*(args.kernels or PARTS), *(BACKWARD_PARTS if args.backward else ())}
+    return [part for part in _ALL if part in wanted]
 
 
 def _positive(option: str, values: list[int]) -> list[int]:
