@@ -128,7 +128,7 @@ def _speedups(axes: Any, rows: Sequence[Row], layer: str) -> None:
         return
     tokens = sorted({row.tokens for row in rows})
     values = [value for points in lines.values() for _, value in points]
-    low, high = min(*values, 1.0) / 1.2, max(*values, 1.0) * 1.3
+    low, high = min(*values, 1.0) / 1.2, max(*values, 1.0) * 1.7
     axes.set(xscale="log", yscale="log", ylim=(low, high))
     axes.set_xticks(tokens, [str(n) for n in tokens])
     axes.set_xticks([], minor=True)
