@@ -3,19 +3,17 @@
     python benchmarks/translation.py --models m2m100_418M --dtypes bfloat16 --batch 1 8 --save out.json
     python benchmarks/translation.py --models --memory
 
-Baselines in the same process, over the same weights: transformers 4.56, and for M2M100 CTranslate2 where that package
-is installed (it converts the weights: `--ctranslate2`). Columns are those of every benchmark; `tokens` counts source
-tokens for an encoder, and new ones (of the best beam) for a generation. `--memory` shows what a capacity-limited layer
-allocates, beside what a mask of tokens by experts by places would take.
+The baseline in the same process, over the same weights, is transformers 4.56; benchmarks/peers/m2m_100.py puts
+CTranslate2 beside it. Columns are those of every benchmark; `tokens` counts source tokens for an encoder, and new ones
+(of the best beam) for a generation. `--memory` shows what a capacity-limited layer allocates, beside what a mask of
+tokens by experts by places would take.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,44 +146,12 @@ def decoder_runs(pair: Pair, ids: Tensor, past: int) -> Contestants:
     return runs
 
 
-def generate_runs(pair: Pair, ids: Tensor, num_beams: int, new_tokens: int, translator: Any) -> Contestants:
+def generate_runs(pair: Pair, ids: Tensor, num_beams: int, new_tokens: int) -> Contestants:
     fixed = {"num_beams": num_beams, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
     runs: Contestants = {"moekernels": lambda: pair.ours.generate(ids, **fixed)}
     if pair.theirs is not None:
         runs["transformers"] = lambda: pair.theirs.generate(ids, **fixed)
-    if translator is not None:
-        sources = [[f"t{index}" for index in row] for row in ids.tolist()]
-        lengths = {"min_decoding_length": new_tokens, "max_decoding_length": new_tokens}
-        runs["CTranslate2"] = lambda: translator.translate_batch(sources, beam_size=num_beams, **lengths)
     return runs
-
-
-def ctranslate2_model(pair: Pair, dtype: torch.dtype) -> Any:
-    """The weights in CTranslate2; None where it is not installed, or does not know the model or the dtype."""
-    try:
-        import ctranslate2
-        from ctranslate2.converters.transformers import M2M100Loader
-    except ImportError:
-        return None
-    if pair.theirs is None or not pair.name.startswith("m2m"):
-        return None
-    if name_of(dtype) not in ctranslate2.get_supported_compute_types("cpu"):
-        print(f"  without CTranslate2: it cannot compute in {name_of(dtype)} on this CPU", file=sys.stderr)
-        return None
-    theirs = copy.copy(pair.theirs)
-    spec = M2M100Loader().get_model_spec(theirs)
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{index}" for index in range(4, theirs.config.vocab_size))]
-    spec.register_source_vocabulary(tokens)
-    spec.register_target_vocabulary(tokens)
-    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
-    spec.config.decoder_start_token = "</s>"
-    spec.validate()
-    spec.optimize(quantization=name_of(dtype))
-    with tempfile.TemporaryDirectory() as directory:
-        spec.save(directory)
-        return ctranslate2.Translator(
-            directory, device="cpu", compute_type=name_of(dtype), intra_threads=torch.get_num_threads()
-        )
 
 
 def check(runs: Contestants, title: str) -> None:
@@ -204,7 +170,7 @@ def call(run: Run) -> Any:
     return run()
 
 
-def measurements(pair: Pair, args: argparse.Namespace, translator: Any) -> Iterator[tuple[str, int, Work, Contestants]]:
+def measurements(pair: Pair, args: argparse.Namespace) -> Iterator[tuple[str, int, Work, Contestants]]:
     """What is measured, its tokens and work, and who takes part."""
     encoder, decoder, head = pair.ours.get_encoder(), pair.ours.get_decoder(), pair.ours.lm_head
     for batch in args.batch:
@@ -218,7 +184,7 @@ def measurements(pair: Pair, args: argparse.Namespace, translator: Any) -> Itera
         for num_beams in args.beams:
             once, steps = work([encoder], ids.numel()), work([decoder, head], batch * num_beams)
             total = Work(*(a + args.new_tokens * b for a, b in zip(once, steps, strict=True)))
-            runs = generate_runs(pair, ids, num_beams, args.new_tokens, translator)
+            runs = generate_runs(pair, ids, num_beams, args.new_tokens)
             yield f"{pair.name} generate {batch}, {num_beams} beams", batch * args.new_tokens, total, runs
 
 
@@ -244,7 +210,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of encoder and decoder each; the real number if not given")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--no-transformers", action="store_true")
-    parser.add_argument("--ctranslate2", action="store_true", help="measure CTranslate2 too, if it is installed")
     parser.add_argument("--memory", action="store_true", help="show what a capacity-limited layer allocates")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of measuring per row")
     parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
@@ -261,13 +226,12 @@ def main() -> None:
     for name in args.models:
         for dtype in dtypes:
             pair = build(name, dtype, args.device, args.layers, not args.no_transformers)
-            translator = ctranslate2_model(pair, dtype) if args.ctranslate2 else None
-            for title, num_tokens, done, runs in measurements(pair, args, translator):
+            for title, num_tokens, done, runs in measurements(pair, args):
                 row = measure(title, num_tokens, done, runs, dtype, args.device, roofs, args.budget)
                 rows.append(row)
                 others = "".join(f", × {other} {seconds / row.seconds:.2f}" for other, seconds in row.baselines.items())
                 print(f"{row.shape} {row.dtype}: {row.seconds * 1e3:.1f} ms{others}", file=sys.stderr)
-            del pair, translator
+            del pair
     print(render(rows, roofs, about))
     if args.save:
         save(args.save, rows, roofs, about, "python benchmarks/translation.py " + shlex.join(sys.argv[1:]))

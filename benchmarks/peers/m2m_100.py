@@ -1,0 +1,117 @@
+"""Whole translations with m2m100_418M at its real size and with random weights, beside CTranslate2.
+
+    python benchmarks/peers/m2m_100.py --install --dtypes float32 --batch 1 8 --save out.json
+
+CTranslate2 gets the same weights in the same precision, threads, beams and length, in the same process; transformers
+converts them and is measured too. For each row it is said on how many tokens both agree: the weights are random, so
+that rounding alone may lead a search elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.peers.installed import add_install_argument, required
+from benchmarks.translation import Pair, Work, build, generate_runs, measure, work
+from moekernels.bench.machine import machine
+from moekernels.bench.roofs import measure_roofs, name_of
+from moekernels.bench.table import Row, render, save
+
+NAME = "CTranslate2"
+
+
+def translator_of(pair: Pair, dtype: torch.dtype, ctranslate2: ModuleType) -> Any:
+    """The model's weights in CTranslate2.
+
+    Raises:
+        SystemExit: it cannot compute in that dtype here.
+    """
+    if name_of(dtype) not in ctranslate2.get_supported_compute_types("cpu"):
+        raise SystemExit(f"{NAME} cannot compute in {name_of(dtype)} on this CPU")
+    spec = ctranslate2.converters.transformers.M2M100Loader().get_model_spec(pair.theirs)
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{index}" for index in range(4, pair.ours.config.vocab_size))]
+    spec.register_source_vocabulary(tokens)
+    spec.register_target_vocabulary(tokens)
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
+    spec.config.decoder_start_token = "</s>"
+    spec.validate()
+    spec.optimize(quantization=name_of(dtype))
+    with tempfile.TemporaryDirectory() as directory:
+        spec.save(directory)
+        return ctranslate2.Translator(
+            directory, device="cpu", compute_type=name_of(dtype), intra_threads=torch.get_num_threads()
+        )
+
+
+def agreement(ids: torch.Tensor, results: list[Any]) -> str:
+    """How many tokens are the same up to the first other one of each sentence."""
+    same = total = 0
+    for mine, result in zip(ids[:, 1:].tolist(), results, strict=True):
+        theirs = [int(token[1:]) if token[1:].isdigit() else -1 for token in result.hypotheses[0]]
+        mine = mine[: len(theirs)]
+        same += next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(theirs))
+        total += len(theirs)
+    return f"{same} of {total} tokens as {NAME} has them"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_install_argument(parser)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sentences")
+    parser.add_argument("--source-length", type=int, default=32)
+    parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="of encoder and decoder each; the real number if not given")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of measuring per row")
+    parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    ctranslate2, *_ = required(args.install, ctranslate2="ctranslate2", transformers="transformers==4.56.2")
+
+    device = torch.device("cpu")
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    roofs, about = measure_roofs(device, dtypes), {**machine(device), NAME: ctranslate2.__version__}
+    rows: list[Row] = []
+    for dtype in dtypes:
+        pair = build("m2m100_418M", dtype, device, args.layers, with_transformers=True)
+        translator = translator_of(pair, dtype, ctranslate2)
+        for batch in args.batch:
+            ids = torch.randint(4, 32000, (batch, args.source_length))
+            sources = [[f"t{index}" for index in row] for row in ids.tolist()]
+            lengths = {"min_decoding_length": args.new_tokens, "max_decoding_length": args.new_tokens}
+            for num_beams in args.beams:
+                runs = generate_runs(pair, ids, num_beams, args.new_tokens)
+
+                def theirs(sources=sources, num_beams=num_beams, lengths=lengths, translator=translator):  # type: ignore[no-untyped-def]
+                    return translator.translate_batch(sources, beam_size=num_beams, **lengths)
+
+                print(f"  {agreement(runs['moekernels'](), theirs())}", file=sys.stderr)  # type: ignore[arg-type]
+                once = work([pair.ours.get_encoder()], ids.numel())
+                step = work([pair.ours.get_decoder(), pair.ours.lm_head], batch * num_beams)
+                total = Work(*(a + args.new_tokens * b for a, b in zip(once, step, strict=True)))
+                title = f"{pair.name} generate {batch}, {num_beams} beams"
+                num_tokens = batch * args.new_tokens
+                row = measure(title, num_tokens, total, {**runs, NAME: theirs}, dtype, device, roofs, args.budget)
+                rows.append(row)
+                print(f"{row.shape}: × {NAME} {row.baselines[NAME] / row.seconds:.2f}", file=sys.stderr)
+        del pair, translator
+    print(render(rows, roofs, about))
+    if args.save:
+        save(args.save, rows, roofs, about, "python benchmarks/peers/m2m_100.py " + shlex.join(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
