@@ -52,8 +52,11 @@ def test_demo_passes_its_checks(demo: tuple[Path, subprocess.CompletedProcess[st
     assert re.search(r"all checks passed, \d+\.\d s$", result.stdout.strip())
     assert len(re.findall(r"^model\.layers\.\d\.mlp +same .* ok$", result.stdout, re.MULTILINE)) == 8
     assert "the same tokens as without" in result.stdout
-    for kernel in ("route", "plan", "permute", "up", "down", "unpermute", "layer"):
-        row = re.search(rf"^demo {kernel} +256 +uniform +bfloat16 +[\d,.]+ .*[\d.]+", result.stdout, re.MULTILINE)
+    kernels = ("route", "plan", "permute", "grouped_gemm up", "grouped_gemm down", "unpermute", "sparse_mlp")
+    for kernel in kernels:
+        row = re.search(
+            rf"^{kernel} +\S.*bfloat16 +[\d,.]+ +[\d.]+ (GFLOP|GB)/s +[\d.]+x$", result.stdout, re.MULTILINE
+        )
         assert row, kernel
     assert [path.name for path in directory.parent.iterdir()] == ["checkpoint"]  # nothing else was written
 
@@ -205,7 +208,7 @@ def test_wrong_parameters(
 def test_a_failed_check_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     failed = LayerCheck("model.layers.0.mlp", routed=True, error=1.0, plain_error=0.1, allowed=0.2)
     monkeypatch.setattr("moekernels.cli.demo.check_layers", lambda model, ids: [failed])
-    monkeypatch.setattr("moekernels.cli.demo._time", lambda device: None)
+    monkeypatch.setattr("moekernels.cli.demo.time_ops", lambda *args: [("sparse_mlp", "", "", "", "", "")])
     assert exit_code("demo", "--device", "cpu") == 1
     text = capsys.readouterr().out
     assert "FAILED" in text and "A CHECK FAILED" in text and "all checks passed" not in text

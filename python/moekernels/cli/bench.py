@@ -39,7 +39,8 @@ def add_parser(commands: Any) -> None:
         description="Time each kernel and a whole MoE layer at the sizes of a model, with random weights, beside what "
         "else computes the same here: plain PyTorch, torch's grouped matrix product, and transformers where it is "
         "installed. All take turns in one process; a row is the median. The roof is the nearer of memory bandwidth and "
-        "matrix product rate, measured in the same run. Exit code 1 if results differ.",
+        "matrix product rate, measured in the same run; data in a cache may pass it. Exit code 1 if results "
+        "differ.",
     )
     layer = parser.add_argument_group("the layer", "That of a model; sizes that are given take the place of its own.")
     layer.add_argument("--model", choices=_MODELS, default="olmoe-1b-7b", help="default: olmoe-1b-7b")
