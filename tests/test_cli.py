@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+import torch
 
 from moekernels import __version__, build_info
 from moekernels.cli import main
 from moekernels.cli.checks import LayerCheck
+from moekernels.demo.corpus import Corpus
+from moekernels.demo.learners import LEARNERS
+from moekernels.demo.numbers import LANGUAGES
 from moekernels.models import AutoModelForCausalLM
 from moekernels.tokenizers import AutoTokenizer
 
@@ -41,41 +44,54 @@ def exit_code(*args: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    return directory, run("demo", "--keep", str(directory), "--device", "cpu", cwd=directory.parent)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small OLMoE with new weights, and its tokenizer."""
+    directory = tmp_path_factory.mktemp("cli") / "checkpoint"
+    torch.manual_seed(0)
+    LEARNERS["olmoe"].create(Corpus()).save(directory)
+    return directory
 
 
-def test_demo_passes_its_checks(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    directory, result = demo
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"all checks passed, \d+\.\d s$", result.stdout.strip())
-    assert len(re.findall(r"^model\.layers\.\d\.mlp +same .* ok$", result.stdout, re.MULTILINE)) == 8
-    assert "the same tokens as without" in result.stdout
-    kernels = ("route", "plan", "permute", "grouped_gemm up", "grouped_gemm down", "unpermute", "sparse_mlp")
-    for kernel in kernels:
-        row = re.search(
-            rf"^{kernel} +\S.*bfloat16 +[\d,.]+ +[\d.]+ (GFLOP|GB)/s +[\d.]+x$", result.stdout, re.MULTILINE
-        )
-        assert row, kernel
-    assert [path.name for path in directory.parent.iterdir()] == ["checkpoint"]  # nothing else was written
+def demo(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    """The demo with few numbers and few steps, which learns next to nothing."""
+    monkeypatch.setattr("moekernels.cli.demo.Corpus", lambda: Corpus(num_held_out=8))
+    return exit_code("demo", "--steps", "3", "--device", "cpu", *options)
 
 
-def test_demo_leaves_a_whole_checkpoint(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    directory, _ = demo
-    names = {path.name for path in directory.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
-    with safe_open(directory / "model.safetensors", "pt") as tensors:
-        assert "model.layers.0.mlp.experts.15.down_proj.weight" in tensors.keys()  # noqa: SIM118
+def test_demo_that_learns_too_little_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo(monkeypatch, "--keep", str(tmp_path / "kept")) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"held out +0 of 48 translations are right to the letter \(0\.00%\): FAILED, less than 99%", text)
+    assert re.search(r"A CHECK FAILED, \d+\.\d s$", text.strip())
+    assert len(re.findall(r"^model\.(?:en|de)coder\.layers\.1\.ffn .* ok$", text, re.MULTILINE)) == 2
+    for language in LANGUAGES:
+        assert len(re.findall(rf"^(?:en|de)coder 0 +{language}(?: +\d+){{8}}$", text, re.MULTILINE)) == 2
+    assert re.search(r"\d+\.\d% of [\d,]+ choices find no place", text)
+    names = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert {"config.json", "model.safetensors", "sentencepiece.bpe.model"} <= names
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]  # nothing else was written
+
+
+def test_demo_of_a_learner_that_knows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        "moekernels.demo.learners.NllbMoeLearner.translate", lambda self, pairs, **options: [p.target for p in pairs]
+    )
+    assert demo(monkeypatch) == 0
+    assert "48 of 48 translations are right to the letter (100.00%)" in (text := capsys.readouterr().out)
+    assert re.search(r"all checks passed, \d+\.\d s$", text.strip())
+
+    failed = LayerCheck("model.encoder.layers.1.ffn", error=1.0, plain_error=0.1, allowed=0.2)
+    monkeypatch.setattr("moekernels.cli.demo.check_layers", lambda model, inputs: [failed])
+    assert demo(monkeypatch) == 1
+    assert "A CHECK FAILED" in (text := capsys.readouterr().out) and "all checks passed" not in text
+
+
+def test_generate(checkpoint: Path) -> None:
+    directory = checkpoint
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    assert model.config.vocab_size == len(tokenizer)
-    assert tokenizer.decode(tokenizer("Tokens arrive").input_ids) == "Tokens arrive"
-
-
-def test_generate(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    directory, _ = demo
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    prompt = "The router looks"
+    prompt = "eng_Latnfour hundred"
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs.input_ids.shape[1]
     expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=9)[0, length:], skip_special_tokens=True)
@@ -88,11 +104,19 @@ def test_generate(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
         assert "warning" not in result.stderr
 
 
-def test_generate_samples(
-    demo: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_samples(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def text(*options: str) -> str:
-        command = ("generate", "--model", str(demo[0]), "--prompt", "The", "--max-new-tokens", "12", "--device", "cpu")
+        command = (
+            "generate",
+            "--model",
+            str(checkpoint),
+            "--prompt",
+            "eng_Latnfour",
+            "--max-new-tokens",
+            "12",
+            "--device",
+            "cpu",
+        )
         assert exit_code(*command, *options) == 0
         return capsys.readouterr().out
 
@@ -194,21 +218,12 @@ def test_a_reader_that_stops_reading() -> None:
     ],
 )
 def test_wrong_parameters(
-    demo: tuple[Path, subprocess.CompletedProcess[str]],
+    checkpoint: Path,
     capsys: pytest.CaptureFixture[str],
     option: str,
     value: str,
     message: str,
 ) -> None:
-    assert exit_code("generate", "--model", str(demo[0]), "--prompt", "a", "--device", "cpu", option, value) == 2
+    assert exit_code("generate", "--model", str(checkpoint), "--prompt", "a", "--device", "cpu", option, value) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("moekernels: error: ") and message in last
-
-
-def test_a_failed_check_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    failed = LayerCheck("model.layers.0.mlp", routed=True, error=1.0, plain_error=0.1, allowed=0.2)
-    monkeypatch.setattr("moekernels.cli.demo.check_layers", lambda model, ids: [failed])
-    monkeypatch.setattr("moekernels.cli.demo.time_ops", lambda *args: [("sparse_mlp", "", "", "", "", "")])
-    assert exit_code("demo", "--device", "cpu") == 1
-    text = capsys.readouterr().out
-    assert "FAILED" in text and "A CHECK FAILED" in text and "all checks passed" not in text

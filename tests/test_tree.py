@@ -25,7 +25,7 @@ def test_inline_ptx_lives_in_one_place() -> None:
 
 
 # Each package may import those before it, and itself.
-LAYERS = ("checkpoint", "ops", "nn", "bench", "generation", "tokenizers", "models", "pipelines", "cli")
+LAYERS = ("checkpoint", "ops", "nn", "bench", "generation", "tokenizers", "models", "pipelines", "demo", "cli")
 
 
 def test_imports_point_one_way() -> None:
@@ -34,6 +34,16 @@ def test_imports_point_one_way() -> None:
         for path in (PYTHON / layer).rglob("*.py"):
             found = re.search(rf"^\s*(from|import) moekernels\.({later})\b", path.read_text(), re.MULTILINE)
             assert not found, f"{path}: {found and found[0]}"
+
+
+def test_integrations_stand_apart() -> None:
+    for path in PYTHON.rglob("*.py"):
+        text = path.read_text()
+        if path.is_relative_to(PYTHON / "integrations"):
+            found = re.findall(r"^\s*(?:from|import) moekernels\.(\w+)", text, re.MULTILINE)
+            assert set(found) <= {"_version", "integrations", "nn", "ops"}, path
+        else:
+            assert "moekernels.integrations" not in text, path
 
 
 def test_only_the_command_measures() -> None:

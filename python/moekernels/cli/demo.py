@@ -148,7 +148,7 @@ def _shown(learner: Learner, corpus: Corpus, directory: Path, kept: bool) -> Non
     try:
         draw(usage, directory / "experts.png")
     except ImportError:
-        print("(no picture: pip install matplotlib)")
+        print("(no picture: pip install 'moekernels[plot]')")
     else:
         print(f"picture: {directory / 'experts.png'}" if kept else "picture: drawn; --keep DIR keeps it")
 
