@@ -49,12 +49,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@torch.no_grad()
 def export(block: Block) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     sizes = {0: batch, 1: length}
     inputs = {"hidden": torch.randn(4, 5, HIDDEN), "mask": torch.ones(4, 5, dtype=torch.bool)}
     return torch.export.export(block, (), inputs, dynamic_shapes={"hidden": sizes, "mask": sizes})
+
+
+def export_for_inference(block: Block) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return export(block)
 
 
 def inputs_of(shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -70,7 +74,7 @@ def calls(graph: torch.fx.Graph) -> list[str]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_an_exported_layer_is_loaded_and_runs(options: dict[str, Any], tmp_path: Path) -> None:
     block = Block(**options)
-    torch.export.save(export(block), tmp_path / "block.pt2")
+    torch.export.save(export_for_inference(block), tmp_path / "block.pt2")
     program = torch.export.load(tmp_path / "block.pt2")
     assert calls(program.graph) == ["route", "plan", "sparse_mlp"]
     loaded = program.module()
@@ -83,7 +87,21 @@ def test_an_exported_layer_is_loaded_and_runs(options: dict[str, Any], tmp_path:
 @pytest.mark.filterwarnings(*TORCHS_OWN)
 def test_an_exported_layer_keeps_its_ops_when_others_are_decomposed() -> None:
     """What a compiler for another runtime starts from."""
-    assert calls(export(Block()).run_decompositions().graph) == ["route", "plan", "sparse_mlp"]
+    assert calls(export_for_inference(Block()).run_decompositions().graph) == ["route", "plan", "sparse_mlp"]
+
+
+def test_a_layer_exported_with_gradients_is_trained() -> None:
+    """A fine-tuned program: outside of `no_grad` the graph holds the ops that keep what a gradient needs."""
+    block = Block(bias=True)
+    program = export(block)
+    assert calls(program.graph) == ["route", "plan", "sparse_mlp_train"]
+    inputs = inputs_of((3, 7))
+
+    def gradients(module: nn.Module) -> dict[str, Tensor]:
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        return dict(zip(names, torch.autograd.grad(module(**inputs)[0].square().sum(), parameters), strict=True))
+
+    torch.testing.assert_close(gradients(program.module()), gradients(block))
 
 
 @pytest.mark.slow
@@ -93,7 +111,7 @@ def test_a_package_compiled_ahead_of_time(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     block = Block(bias=True)
     path = torch._inductor.aoti_compile_and_package(
-        export(block),
+        export_for_inference(block),
         package_path=str(tmp_path / "block.pt2"),
         inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # nothing here is worth g++'s time
     )
