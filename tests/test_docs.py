@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,27 +19,31 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from packaging.requirements import Requirement
 
-from moekernels import M2M100Config, M2M100ForConditionalGeneration, ops
-from moekernels.cli.demo import write_checkpoint
+from moekernels import ops
 from moekernels.cli.main import build_parser
-from moekernels.tokenizers import AutoTokenizer
-from tests.tokenizers.sentencepiece_builders import m2m_100
+from tests.pipelines.checkpoints import m2m100, olmoe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPS = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
 
-#: What the README's first block leaves to its reader.
-GIVEN: dict[str, dict[str, Any]] = {
-    "README.md": {
+OLMOE = "path/to/OLMoE-1B-7B-0924"
+
+
+def given(page: Path) -> dict[str, Any]:
+    """What the README leaves to its reader."""
+    if page != ROOT / "README.md":
+        return {}
+    return {
         "logits": torch.randn(6, 64),
         "hidden": torch.randn(6, 2048),
         "gate_up_proj": torch.randn(64, 4, 2048),
         "down_proj": torch.randn(64, 2048, 2),
+        "model": transformers.OlmoeForCausalLM.from_pretrained(OLMOE),
     }
-}
 
 
 class Block(NamedTuple):
@@ -94,6 +99,15 @@ def programs_of(page: Path) -> Iterator[tuple[Block, str | None]]:
             yield block, outputs.get(fence + 3)  # an empty line lies between the two
 
 
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The commands of shell lines, without what comes from files and goes to files."""
+    for line in text.splitlines():
+        words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+        for is_operator, command in itertools.groupby(words, lambda word: word in ("|", "&&")):
+            if not is_operator:
+                yield list(itertools.takewhile(lambda word: word not in ("<", ">"), command))
+
+
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -102,28 +116,22 @@ def name_of(page: Path) -> str:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small checkpoints at the paths of the documentation."""
     folder = tmp_path_factory.mktemp("docs")
-    write_checkpoint(folder / "path" / "to" / "OLMoE-1B-7B-0924")
-    translator = folder / "path" / "to" / "m2m100_418M"
-    translator.mkdir()
-    m2m_100(translator)
-    config = M2M100Config(
-        vocab_size=len(AutoTokenizer.from_pretrained(translator)),
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-    )
-    M2M100ForConditionalGeneration.from_config(config).save_pretrained(translator)
+    writers = {
+        OLMOE: olmoe,
+        "path/to/m2m100_418M": m2m100,
+        "allenai/OLMoE-1B-7B-0924": olmoe,
+        "microsoft/Phi-3.5-MoE-instruct": olmoe,  # any decoder with a chat template
+    }
+    for name, write in writers.items():
+        (folder / name).mkdir(parents=True)
+        write(folder / name)
     return folder
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(programs_of(page))], ids=name_of)
 def test_python_of_a_page(page: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoints)
-    names: dict[str, Any] = {"__name__": page.stem, **GIVEN.get(name_of(page), {})}
+    names: dict[str, Any] = {"__name__": page.stem, **given(page)}
     for block, expected in programs_of(page):
         if not all(map(is_installed, block.needs)):
             continue
@@ -142,10 +150,9 @@ def test_commands_of_a_page(page: Path) -> None:
     for block in blocks_of(page.read_text(encoding="utf-8")):
         if block.language not in ("", "sh"):
             continue
-        for command in re.split(r"\n|&&", re.sub(r"\s[<>|].*", "", block.text)):
-            words = shlex.split(command)
-            if words[:1] == ["moekernels"]:
-                assert build_parser().parse_args(words[1:]).run, command
+        for program, *arguments in commands_of(block.text):
+            if program == "moekernels":
+                assert build_parser().parse_args(arguments).run
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -178,5 +185,11 @@ def test_the_extractor() -> None:
         Block("python", 8, "b\n", ["torch>=1"]),
         Block("text", 11, "2\n", []),
         Block("", 14, "plain\n", []),
+    ]
+    assert list(commands_of("a 'b  c' && d --e f/g.h-1 < i | j > k\n\nl")) == [
+        ["a", "b  c"],
+        ["d", "--e", "f/g.h-1"],
+        ["j"],
+        ["l"],
     ]
     assert is_installed("torch>=2") and not is_installed("torch>=99") and not is_installed("no-such-package")
