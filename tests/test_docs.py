@@ -155,6 +155,12 @@ def test_commands_of_a_page(page: Path) -> None:
                 assert build_parser().parse_args(arguments).run
 
 
+def test_a_command_has_a_section() -> None:
+    sections = re.findall(r"^## (\S+)$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    (commands,) = (action.choices for action in build_parser()._actions if action.choices)
+    assert sorted(sections) == sorted(commands)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_has_a_page(name: str) -> None:
     """A page per op, with its signature, and every argument in its text."""
