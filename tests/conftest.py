@@ -5,6 +5,12 @@ import os
 import pytest
 import torch
 
+# Processes that share a machine share its threads too: with more, they wait for each other at every barrier.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+
 # A test that names a repository looks in a cache; huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -39,9 +39,9 @@ def given(page: Path) -> dict[str, Any]:
         return {}
     return {
         "logits": torch.randn(6, 64),
-        "hidden": torch.randn(6, 2048),
-        "gate_up_proj": torch.randn(64, 4, 2048),
-        "down_proj": torch.randn(64, 2048, 2),
+        "hidden": torch.randn(6, 512),
+        "gate_up_proj": torch.randn(64, 4, 512),
+        "down_proj": torch.randn(64, 512, 2),
         "model": transformers.OlmoeForCausalLM.from_pretrained(OLMOE),
     }
 

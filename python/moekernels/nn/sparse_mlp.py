@@ -87,7 +87,7 @@ class SparseMLP(nn.Module):
         hidden = hidden.reshape(-1, shape[-1])
         if autocast_dtype(hidden.device) is None:
             hidden = hidden.to(self.experts.down_proj.dtype)
-        mask = None if mask is None else mask.reshape(-1)
+        mask = None if mask is None else mask.reshape(-1) != 0
         logits, expert_weights, expert_ids = self.gate(hidden, mask)
         if isinstance(self.dispatcher, LocalDispatcher):
             out = self.experts.forward_fused(hidden, expert_weights, self.dispatcher.plan(expert_ids))
