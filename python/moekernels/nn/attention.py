@@ -221,7 +221,8 @@ def sdpa_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by PyTorch's fused kernels. Returns no probabilities."""
     batch_size, num_heads, num_queries, head_dim = query.shape
-    if num_queries <= _FEW_QUERIES and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
+    # The number comes last: a tracer would make it a condition of the graph.
+    if query.dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu" and num_queries <= _FEW_QUERIES:
         wide = eager_attention(query.float(), key.float(), value.float(), mask, scale=scale, dropout=dropout)[0]
         return wide.to(query.dtype), None
     out = F.scaled_dot_product_attention(

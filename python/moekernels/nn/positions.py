@@ -14,7 +14,7 @@ class SinusoidalPositions(nn.Module):
     They are those of arXiv 1706.03762, section 3.5, in the layout of fairseq: row p is
     ``[sin(p f_0), sin(p f_1), ..., cos(p f_0), ...]`` with ``f_j = 10000^(-j / (half - 1))``, and a zero at the end if
     the width is odd; the row of padding is zero. The rows are made in float32 and rounded to the dtype asked for.
-    Nothing of it is in a checkpoint.
+    Nothing of it is in a checkpoint. A graph that is traced computes the rows it needs.
 
     Args:
         num_positions: rows to start with.
@@ -32,21 +32,26 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, positions: Tensor, num_positions: int, dtype: torch.dtype) -> Tensor:
         """The vectors ``[..., hidden_size]`` of `positions` (int64), all of them below `num_positions`."""
+        if torch.compiler.is_compiling():
+            # A table that grows would be a graph of its own at every size.
+            return self._vectors(positions).to(dtype)
         table = self._table
         fits = table is not None and table.shape[0] >= num_positions and table.dtype == dtype
         if table is None or not fits or table.device != positions.device:
             self.num_positions = max(self.num_positions, num_positions)
-            table = self._table = self._rows(self.num_positions).to(positions.device, dtype)
+            rows = self._vectors(torch.arange(self.num_positions, dtype=torch.int64, device="cpu"))
+            table = self._table = rows.to(positions.device, dtype)
         return table[positions]
 
-    def _rows(self, num_positions: int) -> Tensor:
+    def _vectors(self, positions: Tensor) -> Tensor:
+        """``[...]`` -> float32 ``[..., hidden_size]``."""
         half = self.hidden_size // 2
-        exponents = torch.arange(half, dtype=torch.int64, device="cpu").float() * -(math.log(10000) / (half - 1))
-        angles = torch.arange(num_positions, dtype=torch.int64, device="cpu").float()[:, None] * exponents.exp()
-        odd = angles.new_zeros(num_positions, self.hidden_size % 2)
-        rows = torch.cat((angles.sin(), angles.cos(), odd), dim=1)
-        rows[self.padding_idx : self.padding_idx + 1] = 0
-        return rows
+        exponents = torch.arange(half, dtype=torch.int64, device=positions.device).float()
+        exponents = exponents * -(math.log(10000) / (half - 1))
+        angles = positions[..., None].float() * exponents.exp()
+        odd = angles.new_zeros(*positions.shape, self.hidden_size % 2)
+        vectors = torch.cat((angles.sin(), angles.cos(), odd), dim=-1)
+        return vectors.masked_fill((positions == self.padding_idx)[..., None], 0)
 
     def extra_repr(self) -> str:
         return f"{self.num_positions}, {self.hidden_size}, padding_idx={self.padding_idx}"

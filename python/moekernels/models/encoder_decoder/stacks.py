@@ -81,9 +81,17 @@ class EncoderDecoderStack(EncoderDecoderPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
-    def _is_dropped(self) -> bool:
-        """Whether to leave out the next layer (arXiv 1909.11556)."""
-        return self.training and self.layerdrop > 0 and bool(torch.rand([], device="cpu") < self.layerdrop)
+    def _is_dropped(self, hidden: Tensor) -> bool | Tensor:
+        """Whether to leave out the next layer (arXiv 1909.11556).
+
+        A graph that is traced has one shape: it runs every layer, and a bool tensor decides on the device of `hidden`
+        whether the result is used.
+        """
+        if not self.training or self.layerdrop == 0:
+            return False
+        if torch.compiler.is_compiling():
+            return torch.rand([], device=hidden.device) < self.layerdrop
+        return bool(torch.rand([], device="cpu") < self.layerdrop)
 
     def _head_masks(self, name: str, head_mask: Tensor | None) -> Iterable[Tensor | None]:
         """One row per layer of ``[layers, heads]``, or of ``[heads]`` for all of them."""
@@ -150,10 +158,12 @@ class EncoderStack(EncoderDecoderStack):
         for layer, heads in zip(self._layers, head_masks, strict=True):
             if output_hidden_states:
                 hidden_states += (hidden,)
-            if self._is_dropped():
+            is_dropped = self._is_dropped(hidden)
+            if is_dropped is True:
                 continue
             inputs = (hidden, context, heads)
-            hidden, probs, logits = self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
+            result, probs, logits = self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
+            hidden = _unless(is_dropped, result, hidden)
             attentions += (probs,)
             router_logits += () if logits is None else (logits,)
         hidden = self._finish(hidden)
@@ -255,12 +265,14 @@ class DecoderStack(EncoderDecoderStack):
         for layer, heads, cross_heads in zip(self._layers, head_masks, cross_masks, strict=True):
             if output_hidden_states:
                 hidden_states += (hidden,)
-            if drops_layers and self._is_dropped():
+            is_dropped = drops_layers and self._is_dropped(hidden)
+            if is_dropped is True:
                 continue
             inputs = (hidden, source, context, heads, cross_heads)
-            hidden, probs, cross_probs, logits = (
+            result, probs, cross_probs, logits = (
                 self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
             )
+            hidden = _unless(is_dropped, result, hidden)
             attentions += (probs,)
             cross_attentions += (cross_probs,)
             router_logits += () if logits is None else (logits,)
@@ -295,6 +307,11 @@ class DecoderStack(EncoderDecoderStack):
         if checkpointed or drops_layers or not (self.config.use_cache if use_cache is None else use_cache):
             return None, drops_layers
         return EncoderDecoderCache(), False
+
+
+def _unless(is_dropped: bool | Tensor, result: Tensor, hidden: Tensor) -> Tensor:
+    """The result of a layer that was run, or what went into it if a tensor says so."""
+    return torch.where(is_dropped, hidden, result) if isinstance(is_dropped, Tensor) else result
 
 
 def _check_source_mask(attention_mask: Tensor | None, num_tokens: int, batch_sizes: tuple[int, ...]) -> None:
