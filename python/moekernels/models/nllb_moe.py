@@ -27,6 +27,7 @@ from moekernels.models.translation import (
 )
 from moekernels.nn import GroupedExperts, Linear
 from moekernels.nn.activations import activation_function, op_activation
+from moekernels.nn.linear import linear_in
 
 _TOP_K = 2
 _SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
@@ -211,13 +212,8 @@ class NllbMoeTop2Router(nn.Module):
         self.moe_eval_capacity_token_fraction = config.moe_eval_capacity_token_fraction
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``hidden [T, H]`` -> ``[T, E]``, computed in the router's dtype whatever that of the weights."""
-        bias = self.classifier.bias
-        return F.linear(
-            hidden.to(self.dtype),
-            self.classifier.weight.to(self.dtype),
-            None if bias is None else bias.to(self.dtype),
-        )
+        """``hidden [T, H]`` -> ``[T, E]``, computed in the router's dtype whatever that of the weights or autocast."""
+        return linear_in(self.dtype, hidden, self.classifier.weight, self.classifier.bias)
 
     def route(self, router_logits: Tensor, input_dtype: torch.dtype, kept: Tensor | None = None) -> Top2Routing:
         """Assign tokens to experts.

@@ -32,6 +32,7 @@ from moekernels.models.losses import switch_router_losses
 from moekernels.models.outputs import MoEModelOutput, Seq2SeqMoEModelOutput
 from moekernels.nn import GroupedExperts, Linear, RMSNorm
 from moekernels.nn.activations import activation_function, op_activation
+from moekernels.nn.linear import linear_in
 from moekernels.nn.positions import relative_position_buckets
 
 _GATED = "gated-"
@@ -253,9 +254,7 @@ class SwitchTransformersTop1Router(nn.Module):
         if self.training and self.jitter_noise > 0:
             # Of the router's input alone: the experts get the tokens as they are.
             hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-        bias = self.classifier.bias
-        weight = self.classifier.weight.to(self.dtype)
-        return F.linear(hidden, weight, None if bias is None else bias.to(self.dtype))
+        return linear_in(self.dtype, hidden, self.classifier.weight, self.classifier.bias)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``hidden_states [B, S, H]`` -> one-hot experts int64 ``[B, S, E]``, all zero where a token found no place,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,3 +43,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     one_expert = torch.tensor([0, num_rows], dtype=torch.int32, device="cpu")
     out = ops.grouped_gemm(rows, weight[None], one_expert, bias=None if bias is None else bias[None])
     return out.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear_in(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` in `dtype`, whatever that of the arguments or of autocast."""
+    device = input.device.type
+    # The context costs as much as the product of one token.
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
