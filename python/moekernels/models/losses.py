@@ -29,7 +29,7 @@ def causal_lm_loss(
         shift_labels: ``[B, S]``, labels that are already one ahead, instead of `labels`.
 
     Raises:
-        ValueError: logits and labels are of different length.
+        ValueError: logits and labels are of different length, or (checked on the CPU) a label is no token.
     """
     if shift_labels is None:
         if labels is None:
@@ -40,6 +40,7 @@ def causal_lm_loss(
             f"labels must have the shape of the logits without the vocabulary, {list(logits.shape[:-1])}, "
             f"got {list(shift_labels.shape)} (logits_to_keep cannot be combined with labels)"
         )
+    check_classes(shift_labels, logits.shape[-1], ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     target = shift_labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
@@ -64,7 +65,7 @@ def seq2seq_lm_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = -100)
             f"labels must have the shape of the logits without the vocabulary, {list(logits.shape[:-1])}, "
             f"got {list(labels.shape)} (logits_to_keep cannot be combined with labels)"
         )
-    _check_classes(labels, logits.shape[-1], ignore_index)
+    check_classes(labels, logits.shape[-1], ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     return F.cross_entropy(logits, labels.reshape(-1).to(logits.device), ignore_index=ignore_index)
 
@@ -102,7 +103,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Te
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1).long()
-        _check_classes(labels, num_labels, ignore_index=-100)
+        check_classes(labels, num_labels, ignore_index=-100)
         return F.cross_entropy(logits, labels)
     labels = labels.reshape(logits.shape).to(logits.dtype)
     if problem_type == "regression":
@@ -110,8 +111,8 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Te
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def _check_classes(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueError for a label that is neither a class nor `ignore_index`."""
+def check_classes(labels: Tensor, num_classes: int, ignore_index: int = -100) -> None:
+    """Raise ValueError for a label that is neither a class nor `ignore_index`, if the labels are on the CPU."""
     # On an accelerator a look at the labels would wait for it.
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moekernels.generation import GenerationMixin
 from moekernels.models.encoder_decoder.stacks import DecoderStack, EncoderDecoderPreTrainedModel, EncoderStack
-from moekernels.models.losses import seq2seq_lm_loss
+from moekernels.models.losses import check_classes, seq2seq_lm_loss
 from moekernels.models.outputs import ModelOutput, MoEModelOutput, Seq2SeqMoEModelOutput, Seq2SeqMoEOutput
 from moekernels.nn import EncoderDecoderCache
 
@@ -135,6 +135,7 @@ class EncoderDecoderForConditionalGeneration(EncoderDecoderPreTrainedModel, Gene
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            check_classes(labels, self.config.vocab_size)
             decoder_input_ids = self._shift_right(labels)
         outputs = self._hidden_states(
             input_ids=input_ids,
