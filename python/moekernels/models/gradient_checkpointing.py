@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 
@@ -26,7 +27,8 @@ class GradientCheckpointingMixin(nn.Module):
         """
         if not self.supports_gradient_checkpointing:
             raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
-        call = partial(checkpoint, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        call = partial(_with_all_tensors if options["use_reentrant"] else checkpoint, **options)
         for module in self.modules():
             if isinstance(module, GradientCheckpointingMixin):
                 module.gradient_checkpointing = True
@@ -41,3 +43,9 @@ class GradientCheckpointingMixin(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, GradientCheckpointingMixin))
+
+
+def _with_all_tensors(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """`checkpoint` for the reentrant variant, which looks for tensors among its arguments but not within tuples."""
+    leaves, structure = pytree.tree_flatten(inputs)
+    return checkpoint(lambda *leaves: layer(*pytree.tree_unflatten(leaves, structure)), *leaves, **options)
