@@ -243,7 +243,8 @@ def test_loss_curve_of_olmoe(saved_olmoe: Callable[..., Any], token_ids: Tensor,
 #: As few layers as there are kinds of them: tracing takes long.
 SHALLOW: dict[str, dict[str, Any]] = {
     "olmoe": {"num_hidden_layers": 1},
-    "phimoe": {"num_hidden_layers": 1},
+    # A graph leaves unused draws out, and so has others from a seed; without near-ties they decide nothing.
+    "phimoe": {"num_hidden_layers": 1, "router_jitter_noise": 0.0},
     # A layer that is always left out is one that a graph runs in vain.
     "m2m_100": {"encoder_layers": 1, "decoder_layers": 1, "encoder_layerdrop": 1.0},
     "nllb-moe": {"encoder_layers": 1, "decoder_layers": 1, "encoder_sparse_step": 1, "decoder_sparse_step": 0},
@@ -263,6 +264,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+# PyTorch's compiler uses what PyTorch deprecates: instances of autograd functions, and `torch.jit`.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("name", "backend"),
@@ -288,8 +291,6 @@ def test_one_graph_trains_every_batch(name: str, backend: str) -> None:
             for forward in (model, compiled):
                 torch.manual_seed(rows)
                 results.append(loss_and_gradients(model, inputs, forward))
-            if name == "phimoe" and backend == "inductor":
-                continue
             assert_same(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
