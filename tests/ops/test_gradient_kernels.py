@@ -233,6 +233,21 @@ def test_route_grad_where_nothing_is_chosen(device: torch.device) -> None:
             (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3).int(), "top2_gate"),
             "chooses 2 experts, got top_k 3",
         ),
+        (
+            "route_grad",
+            (torch.zeros(0, 2), torch.zeros(0, 2**31), torch.zeros(0, 2).int()),
+            r"logits must have fewer than 2\^31 experts, got 2147483648",
+        ),
+        (
+            "router_stats_grad",
+            (torch.zeros(1, 4), torch.zeros(2), torch.zeros(6, 4)),
+            r"grad_z_sums must have shape \[num_groups\] = \[1\], got \[2\]",
+        ),
+        (
+            "router_stats_grad",
+            (torch.zeros(4, 4), torch.zeros(4), torch.zeros(6, 4)),
+            "num_groups must divide the number of tokens, 6, got 4",
+        ),
         ("permute", (torch.zeros(2, 3), torch.zeros(4).int(), torch.zeros(3, 2).int()), "one row per token, 2, got 3"),
     ],
 )
