@@ -15,7 +15,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # A test that names a repository looks in a cache; huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import moekernels  # noqa: E402  (after what it reads)
+import moekernels
 
 
 def _cuda_missing() -> str | None:
