@@ -31,6 +31,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL = 6000  # characters of output that are kept
+# moekernels.bench.backward.BACKWARD: nothing of the package can be imported before it is built.
+BACKWARD = (
+    "unpermute-grad", "activation", "activation-grad", "router-stats", "router-stats-grad", "route-grad",
+    "down-rows-grad", "down-weight-grad", "up-rows-grad", "up-weight-grad",
+)  # fmt: skip
 
 
 @dataclass
@@ -202,14 +207,14 @@ def build(check: Check) -> None:
 
 
 def tests(check: Check) -> None:
-    """The tests marked `gpu`: the op suite on CUDA tensors, and tests/gpu."""
+    """The tests marked `gpu`: the suites of ops and of training on CUDA tensors, and tests/gpu."""
     # Another torch may warn where the pinned one does not, and a test may need a package that is not here: neither is
     # what is asked for.
     options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--durations=5",
                "--continue-on-collection-errors"]  # fmt: skip
     if check.device == "cuda":
         options += ["-m", "gpu"]
-    folders = ["tests/ops/test_permute.py" if check.quick else "tests/ops", "tests/gpu"]
+    folders = ["tests/ops/test_permute.py" if check.quick else "tests/ops", "tests/nn/test_training.py", "tests/gpu"]
     for folder in folders:
         check.run("tests", folder, [sys.executable, "-m", "pytest", folder, *options], 150, _last_line)
 
@@ -249,8 +254,9 @@ def benchmarks(check: Check) -> None:
         "moe_layer decode": ["moe_layer.py", "--shapes", olmoe, phi, "--tokens", *few, "--budget", "0.5"],
         "moe_layer prefill": ["moe_layer.py", "--shapes", olmoe, phi, "--tokens", *many, "--budget", "0.7"],
         "kernels": ["kernels.py", "--shapes", olmoe, "--tokens", "1", "8", "512", "16384", "--budget", "0.3"],
-        "kernels backward": ["kernels.py", "--kernels", "up-rows-grad", "up-weight-grad", "down-rows-grad",
-                             "down-weight-grad", "--shapes", olmoe, "--tokens", "512", "16384", "--budget", "0.3"],
+        "training": ["training.py", "--shapes", olmoe, "--tokens", "8192", "32768", "--skip", "eager", "--budget", "1"],
+        "kernels backward": ["kernels.py", "--kernels", *BACKWARD, "--shapes", olmoe, "--tokens", "512", "32768",
+                             "--budget", "0.2"],
         "moe_layer with routing": ["moe_layer.py", "--with-routing", "--shapes", olmoe, "--tokens", "1", "8", "512",
                                    "--no-baselines", "--budget", "0.3"],
         "moe_layer skewed": ["moe_layer.py", "--shapes", olmoe, "--routing", "zipf", "one-expert", "--tokens", "32",
@@ -261,8 +267,11 @@ def benchmarks(check: Check) -> None:
     if check.quick:
         runs = {
             "kernels": ["kernels.py", "--shapes", switch, "--tokens", "4", "--budget", "0.05"],
+            "kernels backward": ["kernels.py", "--kernels", *BACKWARD, "--shapes", switch, "--tokens", "4",
+                                 "--budget", "0.05"],
             "moe_layer": ["moe_layer.py", "--shapes", switch, "--tokens", "4", "--budget", "0.05"],
-        }
+            "training": ["training.py", "--shapes", switch, "--tokens", "4", "--budget", "0.05"],
+        }  # fmt: skip
     for name, (script, *options) in runs.items():
         saved = check.work / f"{name.replace(' ', '-')}.json"
         command: list[str | Path] = [

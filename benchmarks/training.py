@@ -4,10 +4,10 @@
     python benchmarks/training.py --tokens 512 --frozen-experts --skip eager
 
 A step is one forward and one backward pass with the gradients of the hidden states, the expert weights and, unless
-they are frozen, the experts. Baselines as in moe_layer.py: an eager loop over experts, torch._grouped_mm and, where
-transformers 5 is installed, each of its experts implementations (if gated). Beside the times stand, per contestant, the
-memory kept between the two passes (all saved tensors but the parameters) and the peak of a step above what was in use
-before, gradients included.
+they are frozen, the experts; the backward pass alone has a row of its own. Baselines as in moe_layer.py: an eager loop
+over experts, torch._grouped_mm and, where transformers 5 is installed, each of its experts implementations (if gated).
+Beside the times stand, per contestant, the memory kept between the two passes (all saved tensors but the parameters)
+and the peak of a step above what was in use before, gradients included.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moekernels.bench.machine import machine
 from moekernels.bench.roofs import Roofs, measure_roofs, name_of
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape, layer_inputs
 from moekernels.bench.table import Row, render, save
-from moekernels.bench.training import as_leaves, as_step, work
+from moekernels.bench.training import as_backward, as_leaves, as_step, work
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor | None]) -> int:
@@ -54,30 +54,36 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor | None
 
 def measure(
     shape: LayerShape, num_tokens: int, dtype: torch.dtype, routing: str, roofs: Roofs, args: argparse.Namespace
-) -> tuple[Row, dict[str, tuple[int, int]]]:
-    """The times as a row, and per contestant the bytes kept and at the peak."""
+) -> tuple[list[Row], dict[str, tuple[int, int]]]:
+    """The times of a step and of its backward pass as rows, and per contestant the bytes kept and at the peak."""
     x = layer_inputs(shape, num_tokens, dtype, args.device, routing)
     x, leaves = as_leaves(x, args.frozen_experts)
     direction = torch.randn_like(x.hidden)
     forwards: dict[str, Run] = {"moekernels": ours(x, shape)}
     if args.baselines:
-        forwards |= baselines(x, shape)
-    contestants = {name: as_step(forward, leaves, direction) for name, forward in forwards.items()}
-    outputs = working(contestants, args.device)
+        others = baselines(x, shape).items()
+        forwards |= {name: run for name, run in others if not any(part in name for part in args.skip)}
+    steps = {name: as_step(forward, leaves, direction) for name, forward in forwards.items()}
+    outputs = working(steps, args.device)
     check_agreement(f"{shape.name}, {num_tokens} tokens", outputs)
-    contestants = {name: contestants[name] for name in outputs}
+    steps = {name: steps[name] for name in outputs}
     del outputs
     memory = {
-        name: (kept_bytes(forwards[name], leaves[2:]), peak_bytes(run, args.device))
-        for name, run in contestants.items()
+        name: (kept_bytes(forwards[name], leaves[2:]), peak_bytes(run, args.device)) for name, run in steps.items()
     }
-    medians = interleaved_medians(contestants, args.device, args.budget)
-    seconds = medians.pop("moekernels")
-    flops, num_bytes = work(x, shape, args.frozen_experts)
+
+    def row(name: str, contestants: dict[str, Run], flops: float, num_bytes: float) -> Row:
+        medians = interleaved_medians(contestants, args.device, args.budget)
+        seconds = medians.pop("moekernels")
+        roof = roofs.seconds(flops, num_bytes, dtype) / seconds
+        clock = make_clock(args.device).name
+        return Row(name, num_tokens, routing, name_of(dtype), seconds, flops, num_bytes, roof, medians, clock)
+
     name = shape.name + (" frozen experts" if args.frozen_experts else "")
-    roof = roofs.seconds(flops, num_bytes, dtype) / seconds
-    clock = make_clock(args.device).name
-    return Row(name, num_tokens, routing, name_of(dtype), seconds, flops, num_bytes, roof, medians, clock), memory
+    rows = [row(name, steps, *work(x, shape, args.frozen_experts))]
+    backward = {name: as_backward(forwards[name], leaves, direction) for name in steps}
+    rows.append(row(f"{name} backward", backward, *work(x, shape, args.frozen_experts, forward=False)))
+    return rows, memory
 
 
 def render_memory(row: Row, memory: dict[str, tuple[int, int]]) -> str:
@@ -116,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in dtypes:
             for routing in args.routing:
                 for num_tokens in args.tokens:
-                    row, memory = measure(shapes[name], num_tokens, dtype, routing, roofs, args)
-                    rows.append(row)
-                    tables.append(render_memory(row, memory))
-                    print(f"{row.shape} T={row.tokens} {row.dtype}: {row.seconds * 1e3:.1f} ms", file=sys.stderr)
+                    measured, memory = measure(shapes[name], num_tokens, dtype, routing, roofs, args)
+                    rows += measured
+                    tables.append(render_memory(measured[0], memory))
+                    for row in measured:
+                        print(f"{row.shape} T={row.tokens} {row.dtype}: {row.seconds * 1e3:.1f} ms", file=sys.stderr)
                     if args.save:  # after every row, so that a run that is cut short leaves what it has
                         save(args.save, rows, roofs, about, command)
                         with args.save.with_suffix(".md").open("a") as file:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # A test that names a repository looks in a cache; huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import moekernels
+
 
 def _cuda_missing() -> str | None:
     """Why tests marked `gpu` cannot run here, or None."""
-    import moekernels
-
     if not torch.cuda.is_available():
         return "no CUDA device"
     if not moekernels.build_info()["cuda_archs"]:
@@ -37,6 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every op test runs on the CPU and, where there is one, on the GPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=[*moekernels.build_info()["cpu_isas"], pytest.param("cuda", marks=pytest.mark.gpu)])
+def unit(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The same for every instruction set of the CPU: the device that stands for it."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+    else:
+        with moekernels.cpu_isa(request.param):
+            yield torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,8 @@
 //   bytes per thread at a time, and the index of a step is read while the step before it is on its way. warpgroups 0
 //   and 1, the consumers, multiply one block of grad_rows each with all of rows, and store what comes out.
 //
-//   full[s]:  the stage is filled. One arrival of the thread that issues TMA (with the bytes to expect) if there is
-//   any,
-//             and one of each producer thread when its cp.async are done if there are any.
+//   full[s]:  the stage is filled. Where there is TMA, one arrival of the thread that issues it (with the bytes to
+//             expect); where there are cp.async, one of each producer thread when its own are done.
 //   empty[s]: the stage may be overwritten. One arrival of each consumer warp, once its multiplications have read it:
 //             while one step runs, the step before it is released.
 //

@@ -69,6 +69,7 @@ Tensor route_grad(const Tensor& grad_weights, const Tensor& logits, const Tensor
   RouteGradParams params{};
   params.logits_dtype = check.floating("logits", logits);
   params.num_tokens = logits.size(0);
+  check.that(logits.size(1) <= INT32_MAX, "logits must have fewer than 2^31 experts, got ", logits.size(1));
   params.num_experts = static_cast<int32_t>(logits.size(1));
   params.top_k = static_cast<int32_t>(expert_ids.size(1));
   params.scoring = check.scoring(scoring);

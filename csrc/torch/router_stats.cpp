@@ -69,6 +69,7 @@ Tensor router_stats_grad(const Tensor& grad_prob_sums, const Tensor& grad_z_sums
 
   RouterStatsGradParams params{};
   params.logits_dtype = check.floating("logits", logits);
+  check.that(logits.size(1) <= INT32_MAX, "logits must have fewer than 2^31 experts, got ", logits.size(1));
   check.float_shape("grad_prob_sums", grad_prob_sums, {groups.count, logits.size(1)}, "[num_groups, num_experts]");
   check.float_shape("grad_z_sums", grad_z_sums, {groups.count}, "[num_groups]");
   if (mask.has_value()) check.float_shape("mask", *mask, {logits.size(0)}, "[num_tokens]");

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -36,32 +38,42 @@ def check(layer: Layer, capacity: int | None) -> None:
         raise AssertionError(f"{layer.shape} {tuple(layer.x.hidden.shape)} {layer.x.hidden.dtype}: error {error:.3g}")
 
 
-def check_backward_gemms(layer: Layer) -> None:
-    """The gradients of the up projection: of its rows, of its weight, and of its bias."""
-    _, expert_ids = ops.route(layer.logits, layer.shape.top_k)
-    plan = ops.plan(expert_ids, layer.shape.num_experts)
-    weight = layer.x.up_weight
-    grad_rows = torch.randn(plan.token_of_row.shape[0], weight.shape[1], device=weight.device).to(weight.dtype)
-    hidden, offsets, tokens = layer.x.hidden, plan.expert_offsets, plan.token_of_row
-    actual = (
-        ops.grouped_gemm(grad_rows, weight, offsets, transposed=True),
-        *ops.grouped_weight_grad(grad_rows, hidden, offsets, token_of_row=tokens, need_bias=True),
-    )
-    wide = [x.double().cpu() for x in (grad_rows, weight, hidden)]
-    expected = (
-        reference.grouped_gemm(wide[0], wide[1], offsets.cpu(), transposed=True),
-        *reference.grouped_weight_grad(wide[0], wide[2], offsets.cpu(), token_of_row=tokens.cpu(), need_bias=True),
-    )
-    for a, b in zip(actual, expected, strict=True):
-        error = (a.cpu().double() - b).abs().max().item()
-        if (
-            error
-            > 64 * torch.finfo(torch.float32).eps * b.abs().max().item() + torch.finfo(a.dtype).eps * b.abs().max()
-        ):
-            raise AssertionError(f"backward: {layer.shape} {a.dtype}: error {error:.3g}")
+def check_gradients(layer: Layer, capacity: int | None) -> None:
+    direction = torch.randn_like(layer.x.hidden)
+    layer.assert_gradients(layer.gradients(direction, capacity), layer.true_gradients(direction, capacity))
 
 
-@torch.no_grad()
+def check_router(scoring: str, num_experts: int, device: torch.device) -> None:
+    """Choices, their gradient, and the sums of the auxiliary losses with theirs."""
+    logits = torch.randn(34, num_experts, device=device, requires_grad=True)
+    direction, of_stats = torch.randn(34, 2, device=device), torch.randn(2, num_experts, device=device)
+
+    def run(module: object, logits: Tensor, to: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        weights, expert_ids = module.route(logits, 2, scoring=scoring, renormalize=True)  # type: ignore[attr-defined]
+        _, prob_sums, z_sums = module.router_stats(logits, 2, num_groups=2)  # type: ignore[attr-defined]
+        grads = to(direction), to(of_stats), torch.ones_like(z_sums)
+        return expert_ids, *torch.autograd.grad((weights, prob_sums, z_sums), logits, grads)
+
+    expert_ids, grad = run(ops, logits, lambda x: x)
+    wide = logits.detach().cpu().double().requires_grad_()
+    true_ids, true_grad = run(reference, wide, lambda x: x.cpu().double())
+    if not torch.equal(expert_ids.cpu(), true_ids.int()):
+        raise AssertionError(f"route: {scoring}, {num_experts} experts")
+    torch.testing.assert_close(grad.cpu().double(), true_grad, rtol=1e-4, atol=1e-4)
+
+
+def check_rows(width: int, device: torch.device) -> None:
+    """There and back, and the gradient where copies of a token must be looked for."""
+    hidden = torch.randn(50, width, device=device, requires_grad=True)
+    rows = ops.permute(hidden, torch.randperm(50, device=device).int())
+    activated = ops.activation(rows, "gelu", gated=True)
+    out = ops.unpermute(activated, torch.randperm(50, device=device).int().view(25, 2))
+    (grad,) = torch.autograd.grad(out, hidden, torch.ones_like(out))
+    truth = hidden.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.activation(truth, "gelu", gated=True).sum(), truth)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
@@ -72,15 +84,13 @@ def main() -> None:
                 layer = Layer.random(shape, num_tokens, dtype, device)
                 check(layer, None)
                 check(layer, 3)
-                check_backward_gemms(layer)
+                check_gradients(layer, None)
+                check_gradients(layer, 3)
     for scoring in ("softmax", "top2_gate", "sparsemixer"):
-        logits = torch.randn(33, 16, device=device)
-        _, expert_ids = ops.route(logits, 2, scoring=scoring)
-        if not torch.equal(expert_ids.cpu(), reference.route(logits.cpu(), 2, scoring=scoring)[1]):
-            raise AssertionError(f"route: {scoring}")
-    hidden = torch.randn(50, 40, device=device)
-    rows = ops.permute(hidden, torch.randperm(50, device=device).int())
-    ops.unpermute(rows, torch.randperm(50, device=device).int().view(25, 2))
+        for num_experts in (16, 60, 1100):
+            check_router(scoring, num_experts, device)
+    for width in (38, 40, 2064):
+        check_rows(width, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     print(f"ran {len(SHAPES) * len(TOKENS) * len(DTYPES)} layers on {device}")

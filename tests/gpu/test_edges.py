@@ -75,6 +75,8 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "grouped_gemm: dtype": lambda: ops.grouped_gemm(hidden.half(), weight, offsets),
         "grouped_gemm: device": lambda: ops.grouped_gemm(hidden, weight.cpu(), offsets),
         "grouped_gemm: odd gate": lambda: ops.grouped_gemm(hidden, weight[:, :7], offsets, gated=True),
+        "activation: odd gate": lambda: ops.activation(hidden[:, :31], "silu", gated=True),
+        "router_stats: groups": lambda: ops.router_stats(hidden, 2, num_groups=4),
         "unpermute: rank": lambda: ops.unpermute(hidden, ids[0]),
     }
 

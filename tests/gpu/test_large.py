@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moekernels import ops
+from moekernels.ops import reference
 
 WIDTH = 4096
 ROWS = 2**31 // WIDTH + 300  # beyond 2^31 elements
@@ -115,3 +116,50 @@ def test_transposed_weights_far_away(cuda: torch.device) -> None:
     offsets[-1] = 300
     out = ops.grouped_gemm(rows, weight, offsets, transposed=True)
     torch.testing.assert_close(out.float(), rows.float() @ weight[-1].float(), rtol=2e-2, atol=4e-2)
+
+
+def test_activation(rows: torch.Tensor) -> None:
+    out = ops.activation(rows, "relu", gated=True)
+    assert torch.equal(out[SAMPLE], (rows[SAMPLE, : WIDTH // 2].float() ** 2).to(DTYPE))
+
+
+def test_activation_grad(rows: torch.Tensor) -> None:
+    grad_linear, scaled, grad_scale = torch.ops.moekernels.activation_grad(rows, rows, "relu", False)
+    assert torch.equal(grad_linear[SAMPLE], rows[SAMPLE]) and torch.equal(scaled[SAMPLE], rows[SAMPLE])
+    torch.testing.assert_close(grad_scale[SAMPLE], WIDTH * rows[SAMPLE, 0].float() ** 2)
+
+
+def test_unpermute_grad(rows: torch.Tensor) -> None:
+    backwards = torch.arange(ROWS - 1, -1, -1, device=rows.device, dtype=torch.int32)
+    grad_rows, grad_weights = torch.ops.moekernels.unpermute_grad(rows, rows, backwards.unsqueeze(1), backwards)
+    there = [ROWS - 1 - i for i in SAMPLE]
+    assert torch.equal(grad_rows[SAMPLE], rows[there])
+    torch.testing.assert_close(grad_weights[SAMPLE, 0], WIDTH * rows[SAMPLE, 0].float() * rows[there, 0].float())
+
+
+def test_router(cuda: torch.device) -> None:
+    """Choices, their gradient, and sums over all tokens."""
+    num_experts = 64
+    num_tokens = 2**31 // num_experts + 304
+    logits = torch.randn(num_tokens, num_experts, device=cuda, dtype=DTYPE)
+    last = [0, num_tokens // 2, num_tokens - 305, num_tokens - 304, num_tokens - 1]
+    weights, expert_ids = ops.route(logits, 2)
+    expected = reference.route(logits[last], 2)
+    assert torch.equal(expert_ids[last], expected[1])
+    torch.testing.assert_close(weights[last], expected[0])
+    grads = torch.randn(num_tokens, 2, device=cuda)
+    grad_logits = torch.ops.moekernels.route_grad(grads, logits, expert_ids)
+    expected_grad = reference.route_grad(grads[last], logits[last], expert_ids[last])
+    torch.testing.assert_close(grad_logits[last], expected_grad)
+    del grad_logits
+
+    mask = torch.zeros(num_tokens, device=cuda)
+    mask[-1] = 1.0
+    stats = ops.router_stats(logits.requires_grad_(), 2, num_groups=2, mask=mask)
+    of_last = reference.router_stats(logits.detach()[-1:], 2)
+    for actual, expected_sum in zip(stats, of_last, strict=True):
+        torch.testing.assert_close(actual[1], expected_sum[0])
+        assert not actual[0].any()
+    (grad,) = torch.autograd.grad(stats.z_sums.sum(), logits)
+    assert grad[-1].any() and not grad[:-1].any()
+    assert ops.router_stats(logits.detach(), 2).counts.sum(dtype=torch.float64).item() == 2 * num_tokens

@@ -13,8 +13,8 @@ from moekernels import ops
 from moekernels.nn import GroupedExperts, SparseMLP, TopKRouter
 
 
-def make(dtype: torch.dtype = torch.float32, **options: object) -> SparseMLP:
-    mlp = SparseMLP(16, 12, 6, 2, dtype=dtype, **options)
+def make(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **options: object) -> SparseMLP:
+    mlp = SparseMLP(16, 12, 6, 2, dtype=dtype, device=device, **options)
     for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return mlp
@@ -26,13 +26,13 @@ def gradients_of(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+def test_autocast_computes_in_its_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """The same as a layer of that dtype, forwards and backwards, with gradients in the dtype of the parameters."""
-    mlp = make(bias=True)
-    half = make(dtype, bias=True)
+    mlp = make(bias=True, device=device)
+    half = make(dtype, bias=True, device=device)
     half.load_state_dict(mlp.state_dict())
-    hidden, direction = torch.randn(5, 3, 16), torch.randn(5, 3, 16)
-    with torch.autocast("cpu", dtype=dtype):
+    hidden, direction = torch.randn(2, 5, 3, 16, device=device)
+    with torch.autocast(device.type, dtype=dtype):
         out, logits = mlp(hidden)
     expected, expected_logits = half(hidden)
     assert out.dtype == logits.dtype == dtype
@@ -67,10 +67,25 @@ def test_no_autocast_on_the_meta_device() -> None:
     assert out.shape == (3, 4, 16) and logits.shape == (12, 6) and out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"bias": True, "gated": False, "renormalize": True}], ids=["gated", "biased"])
-def test_compiles_forwards_and_backwards(options: dict) -> None:
+def test_a_step_on_the_meta_device(options: dict, dtype: torch.dtype) -> None:
+    """Gradients have the shapes and dtypes of what they belong to."""
+    mlp = make(dtype, "meta", **options)
+    hidden = torch.empty(3, 4, 16, device="meta", dtype=dtype, requires_grad=True)
+    out, logits = mlp(hidden)
+    stats = ops.router_stats(logits, 2, num_groups=3)
+    rows = mlp.experts(hidden.view(12, 16), torch.empty(7, device="meta", dtype=torch.int32))
+    (out.sum() + rows.sum() + stats.prob_sums.sum() + stats.z_sums.sum()).backward()
+    for tensor in (hidden, *mlp.parameters()):
+        assert tensor.grad is not None and tensor.grad.is_meta
+        assert tensor.grad.shape == tensor.shape and tensor.grad.dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "gated": False, "renormalize": True}], ids=["gated", "biased"])
+def test_compiles_forwards_and_backwards(device: torch.device, options: dict) -> None:
     """One graph for every number of tokens."""
-    mlp = make(**options)
+    mlp = make(device=device, **options)
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
         out, logits = mlp(hidden)
@@ -84,10 +99,10 @@ def test_compiles_forwards_and_backwards(options: dict) -> None:
         loss = (out * out.detach().cos()).sum() + sums.square().sum()
         return [out, sums, *torch.autograd.grad(loss, [hidden, *mlp.parameters()])]
 
-    run(compiled, torch.randn(6, 16))
+    run(compiled, torch.randn(6, 16, device=device))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for num_tokens in (9, 2, 31, 6):
-            hidden = torch.randn(num_tokens, 16)
+            hidden = torch.randn(num_tokens, 16, device=device)
             for actual, expected in zip(run(compiled, hidden), run(forward, hidden), strict=True):
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -103,10 +118,10 @@ def test_compiles_under_autocast() -> None:
     assert all(torch.equal(compiled_grads[name], grad) for name, grad in grads.items())
 
 
-def test_a_layer_learns() -> None:
+def test_a_layer_learns(device: torch.device) -> None:
     """Loss falls under a stock optimiser: gradients point the right way, through the router too."""
-    mlp = make(renormalize=True)
-    hidden, target = torch.randn(64, 16), torch.randn(64, 16) * 0.3
+    mlp = make(renormalize=True, device=device)
+    hidden, target = torch.randn(64, 16, device=device), torch.randn(64, 16, device=device) * 0.3
     optimiser = torch.optim.AdamW(mlp.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):

@@ -6,20 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import moekernels
 from moekernels import ops
 from moekernels.ops import reference
 from tests.generators import ROUTINGS
 from tests.tolerance import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = moekernels.build_info()["cpu_isas"]
 WIDTHS = (1, 3, 16, 37, 264)
 kernels = torch.ops.moekernels
 
 
-def offsets_of(*counts: int) -> Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).int()
+def offsets_of(*counts: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, *counts], device=device).cumsum(0).int()
 
 
 def plain_activation_grad(
@@ -35,17 +33,15 @@ def plain_activation_grad(
     return grad_linear, out * scale.unsqueeze(-1).to(out.dtype), (grad_out * out).sum(-1).float()
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-def test_activation_and_its_gradient(activation: str, gated: bool, dtype: torch.dtype, isa: str) -> None:
+def test_activation_and_its_gradient(unit: torch.device, activation: str, gated: bool, dtype: torch.dtype) -> None:
     for width in WIDTHS:
-        linear = (torch.randn(9, width * (2 if gated else 1)) * 3).to(dtype)
-        grad_out, scale = torch.randn(9, width).to(dtype), torch.rand(9)
-        with moekernels.cpu_isa(isa):
-            out = ops.activation(linear, activation, gated=gated)
-            actual = kernels.activation_grad(grad_out, linear, activation, gated, scale)
+        linear = (torch.randn(9, width * (2 if gated else 1), device=unit) * 3).to(dtype)
+        grad_out, scale = torch.randn(9, width, device=unit).to(dtype), torch.rand(9, device=unit)
+        out = ops.activation(linear, activation, gated=gated)
+        actual = kernels.activation_grad(grad_out, linear, activation, gated, scale)
         x, act = linear.double(), reference._ACTIVATIONS[activation]
         by_hand = act(linear.chunk(2, -1)[0]) * linear.chunk(2, -1)[1] if gated else act(linear)
         assert_accurate(out, reference.activation(x, activation, gated=gated), by_hand)
@@ -57,34 +53,35 @@ def test_activation_and_its_gradient(activation: str, gated: bool, dtype: torch.
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-def test_slopes_far_out(activation: str) -> None:
+def test_slopes_far_out(device: torch.device, activation: str) -> None:
     x = torch.tensor([-90.0, -20.0, -9.5, -1.0, -1e-3, -1e-30, 0.0, 1e-30, 1e-3, 0.5, 1.0, 9.5, 20.0, 90.0, 1e4])
-    x = x.unsqueeze(1)
+    x = x.to(device).unsqueeze(1)
     actual = kernels.activation_grad(torch.ones_like(x), x, activation, False)[0]
     expected = reference.activation_grad(torch.ones_like(x).double(), x.double(), activation)[0]
     # Terms of order one cancel where a slope is small.
     torch.testing.assert_close(actual, expected.float(), rtol=3e-6, atol=1e-6)
 
 
-def test_activation_grad_past_the_last_row() -> None:
+def test_activation_grad_past_the_last_row(device: torch.device) -> None:
     """NaN there has no influence, and all three results are zero."""
-    linear, grad_out, scale = torch.randn(7, 10), torch.randn(7, 5), torch.rand(7)
+    linear, grad_out = torch.randn(7, 10, device=device), torch.randn(7, 5, device=device)
+    scale = torch.rand(7, device=device)
     for x in (linear, grad_out, scale):
         x[5:] = float("nan")
-    offsets = offsets_of(2, 0, 3)
+    offsets = offsets_of(2, 0, 3, device=device)
     actual = kernels.activation_grad(grad_out, linear, "silu", True, scale, offsets)
     used = kernels.activation_grad(grad_out[:5], linear[:5], "silu", True, scale[:5])
     for a, u in zip(actual, used, strict=True):
         assert torch.equal(a[:5], u) and (a[5:] == 0).all()
 
 
-def test_results_that_are_not_asked_for() -> None:
-    linear, grad_out = torch.randn(4, 6), torch.randn(4, 6)
+def test_results_that_are_not_asked_for(device: torch.device) -> None:
+    linear, grad_out = torch.randn(2, 4, 6, device=device)
     full = kernels.activation_grad(grad_out, linear, "gelu", False)
     grad_linear, scaled, grad_scale = kernels.activation_grad(grad_out, linear, "gelu", False, None, None, False, False)
     assert torch.equal(grad_linear, full[0]) and scaled.shape == (0, 6) and grad_scale.shape == (0,)
-    slots, tokens = torch.tensor([[0, 1], [2, -1]]).int(), torch.tensor([0, 0, 1]).int()
-    rows, grad = torch.randn(3, 5), torch.randn(2, 5)
+    slots, tokens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0, 1], [2, -1]], [0, 0, 1]))
+    rows, grad = torch.randn(3, 5, device=device), torch.randn(2, 5, device=device)
     full = kernels.unpermute_grad(grad, rows, slots, tokens)
     grad_rows, grad_weights = kernels.unpermute_grad(grad, None, slots, tokens)
     assert torch.equal(grad_rows, full[0]) and grad_weights.shape == (0, 2)
@@ -92,17 +89,15 @@ def test_results_that_are_not_asked_for() -> None:
     assert grad_rows.shape == (0, 5) and torch.equal(grad_weights, full[1])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_unpermute_grad(weighted: bool, dtype: torch.dtype, isa: str) -> None:
+def test_unpermute_grad(unit: torch.device, weighted: bool, dtype: torch.dtype) -> None:
     for width in WIDTHS:
-        plan = ops.plan(ROUTINGS["zipf"](11, 6, 3), 6, capacity=4)
-        rows, grad_out = torch.randn(33, width).to(dtype), torch.randn(11, width).to(dtype)
+        plan = ops.plan(ROUTINGS["zipf"](11, 6, 3, unit), 6, capacity=4)
+        rows, grad_out = (torch.randn(count, width, device=unit).to(dtype) for count in (33, 11))
         rows[plan.expert_offsets[-1] :] = float("nan")
-        weights = torch.randn(11, 3) if weighted else None
-        with moekernels.cpu_isa(isa):
-            actual = kernels.unpermute_grad(grad_out, rows, plan.row_of_slot, plan.token_of_row, weights)
+        weights = torch.randn(11, 3, device=unit) if weighted else None
+        actual = kernels.unpermute_grad(grad_out, rows, plan.row_of_slot, plan.token_of_row, weights)
         truth = reference.unpermute_grad(grad_out.double(), rows.double(), plan.row_of_slot, weights)
         size_of_terms = grad_out.double().norm(dim=1).max().item() * rows.nan_to_num().double().norm(dim=1).max().item()
         rounded = truth[0].to(dtype), truth[1].float()
@@ -110,10 +105,10 @@ def test_unpermute_grad(weighted: bool, dtype: torch.dtype, isa: str) -> None:
             assert_accurate(a, t, p, scale)
 
 
-def test_gradients_that_are_not_contiguous() -> None:
-    plan = ops.plan(ROUTINGS["uniform"](6, 4, 2), 4)
-    rows, weights = torch.randn(12, 8), torch.rand(6, 2)
-    wide = torch.randn(6, 20)
+def test_gradients_that_are_not_contiguous(device: torch.device) -> None:
+    plan = ops.plan(ROUTINGS["uniform"](6, 4, 2, device), 4)
+    rows, weights = torch.randn(12, 8, device=device), torch.rand(6, 2, device=device)
+    wide = torch.randn(6, 20, device=device)
     for grad_out in (wide[:, 3:11], wide[:, ::2][:, :8], wide[:1, :8].expand(6, 8), wide[0, 0].expand(6, 8)):
         actual = kernels.unpermute_grad(grad_out, rows, plan.row_of_slot, plan.token_of_row, weights)
         expected = kernels.unpermute_grad(grad_out.contiguous(), rows, plan.row_of_slot, plan.token_of_row, weights)
@@ -139,11 +134,11 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(str(value) for value in rule.values()) or "softmax")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (8, 2), (37, 5), (64, 8)])
-def test_route_grad(num_experts: int, top_k: int, dtype: torch.dtype, rule: dict) -> None:
+def test_route_grad(device: torch.device, num_experts: int, top_k: int, dtype: torch.dtype, rule: dict) -> None:
     if rule.get("scoring", "softmax") != "softmax":
         top_k = 2
-    logits, grad_weights = (torch.randn(13, num_experts) * 2).to(dtype), torch.randn(13, top_k)
-    mask = torch.rand(13) < 0.8
+    logits = (torch.randn(13, num_experts, device=device) * 2).to(dtype)
+    grad_weights, mask = torch.randn(13, top_k, device=device), torch.rand(13, device=device) < 0.8
     _, expert_ids = ops.route(logits, top_k, mask=mask, **rule)
     order = ("scoring", "renormalize", "probs_dtype", "epsilon")
     defaults = dict(scoring="softmax", renormalize=False, probs_dtype=None, epsilon=0.01)
@@ -169,14 +164,14 @@ def test_the_definition_of_route_grad_is_the_gradient_of_the_definition(rule: di
 
 
 @pytest.mark.parametrize("scoring", ["top2_gate", "sparsemixer"])
-def test_route_grad_of_a_choice_that_noise_made(scoring: str) -> None:
+def test_route_grad_of_a_choice_that_noise_made(device: torch.device, scoring: str) -> None:
     """The weights are those of the experts that were picked, whichever these are."""
-    logits = 1 + torch.randn(40, 8) * 0.1
-    noise = torch.randn(*((2,) if scoring == "sparsemixer" else ()), 40, 8)
+    logits = 1 + torch.randn(40, 8, device=device) * 0.1
+    noise = torch.randn(*((2,) if scoring == "sparsemixer" else ()), 40, 8, device=device)
     options = dict(scoring=scoring, epsilon=0.1, renormalize=True)
     weights, expert_ids = ops.route(logits.requires_grad_(), 2, noise=noise, **options)
     assert not torch.equal(expert_ids, ops.route(logits, 2, **options)[1])
-    direction = torch.randn(40, 2)
+    direction = torch.randn(40, 2, device=device)
     (actual,) = torch.autograd.grad(weights, logits, direction)
     leaf = logits.detach().double().requires_grad_()
     (truth,) = torch.autograd.grad(reference.route(leaf, 2, noise=noise, **options)[0], leaf, direction.double())
@@ -184,14 +179,14 @@ def test_route_grad_of_a_choice_that_noise_made(scoring: str) -> None:
     assert_accurate(actual, truth, plain)
 
 
-def test_route_grad_where_nothing_is_chosen() -> None:
+def test_route_grad_where_nothing_is_chosen(device: torch.device) -> None:
     """NaN logits of a token that is not routed stay where they are, and so do those of one that is."""
-    logits = torch.randn(4, 5)
+    logits = torch.randn(4, 5, device=device)
     logits[1:3] = float("nan")
-    ids = torch.tensor([[0, 1], [-1, -1], [0, 1], [-1, 3]], dtype=torch.int32)
-    grad = kernels.route_grad(torch.ones(4, 2), logits, ids)
+    ids = torch.tensor([[0, 1], [-1, -1], [0, 1], [-1, 3]], dtype=torch.int32, device=device)
+    grad = kernels.route_grad(torch.ones(4, 2, device=device), logits, ids)
     assert (grad[1] == 0).all() and grad[2].isnan().all() and grad[[0, 3]].isfinite().all()
-    alone = reference.route_grad(torch.tensor([[1.0]]), logits[3:], torch.tensor([[3]]))
+    alone = reference.route_grad(torch.ones(1, 1, device=device), logits[3:], ids[3:, 1:])
     torch.testing.assert_close(grad[3:], alone)
 
 
@@ -237,6 +232,21 @@ def test_route_grad_where_nothing_is_chosen() -> None:
             "route_grad",
             (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 3).int(), "top2_gate"),
             "chooses 2 experts, got top_k 3",
+        ),
+        (
+            "route_grad",
+            (torch.zeros(0, 2), torch.zeros(0, 2**31), torch.zeros(0, 2).int()),
+            r"logits must have fewer than 2\^31 experts, got 2147483648",
+        ),
+        (
+            "router_stats_grad",
+            (torch.zeros(1, 4), torch.zeros(2), torch.zeros(6, 4)),
+            r"grad_z_sums must have shape \[num_groups\] = \[1\], got \[2\]",
+        ),
+        (
+            "router_stats_grad",
+            (torch.zeros(4, 4), torch.zeros(4), torch.zeros(6, 4)),
+            "num_groups must divide the number of tokens, 6, got 4",
         ),
         ("permute", (torch.zeros(2, 3), torch.zeros(4).int(), torch.zeros(3, 2).int()), "one row per token, 2, got 3"),
     ],

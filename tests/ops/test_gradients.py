@@ -86,10 +86,10 @@ def test_sparse_mlp(device: torch.device, shape: LayerShape, num_tokens: int, ro
 
 
 @pytest.mark.parametrize("name", ["hidden", "expert_weights", "up_weight", "down_weight", "up_bias", "down_bias"])
-def test_sparse_mlp_computes_only_what_is_asked_for(name: str) -> None:
+def test_sparse_mlp_computes_only_what_is_asked_for(device: torch.device, name: str) -> None:
     """One gradient alone is the same, bit for bit, and comes of fewer products."""
     shape = LayerShape("biased", 16, 12, 4, 2, bias=True)
-    x = layer_inputs(shape, 9)
+    x = layer_inputs(shape, 9, device=device)
     plan = ops.plan(x.expert_ids, shape.num_experts)
     direction = torch.randn_like(x.hidden)
     tensors = tensors_of(x)
@@ -339,11 +339,11 @@ def test_the_same_bits_whatever_the_threads(dtype: torch.dtype) -> None:
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_gradients_that_are_not_contiguous() -> None:
-    x = layer_inputs(SMALL_LAYERS[0], 12)
-    leaves = [x.hidden, torch.randn(12, 8), x.up_weight, x.down_weight]
-    base = torch.randn(64, 24)
-    for direction in (base.T[:12], base.T[::2], base[:12, :1].expand(12, 64), torch.ones(()).expand(12, 64)):
+def test_gradients_that_are_not_contiguous(device: torch.device) -> None:
+    x = layer_inputs(SMALL_LAYERS[0], 12, device=device)
+    leaves = [x.hidden, torch.randn(12, 8, device=device), x.up_weight, x.down_weight]
+    base = torch.randn(64, 24, device=device)
+    for direction in (base.T[:12], base.T[::2], base[:12, :1].expand(12, 64), base[0, 0].expand(12, 64)):
         actual, expected = gradients(chain, leaves, direction), gradients(chain, leaves, direction.contiguous())
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 

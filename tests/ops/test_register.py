@@ -58,6 +58,27 @@ def test_opcheck_in_training(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.moekernels, op).default, arguments)
 
 
+@pytest.mark.parametrize("op", DIFFERENTIABLE + OTHERS)
+def test_the_meta_device(op: str) -> None:
+    """Results and gradients are there as on the CPU, but for the values."""
+
+    def run(device: str) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
+        arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in samples()[op]]
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        for leaf in leaves if op in DIFFERENTIABLE else ():
+            leaf.requires_grad_()
+        results = getattr(torch.ops.moekernels, op)(*arguments)
+        found = [results] if isinstance(results, torch.Tensor) else list(results)
+        wanted = [x for x in found if x.requires_grad]
+        if wanted:
+            grads = torch.autograd.grad(wanted, leaves, [torch.ones_like(x) for x in wanted], allow_unused=True)
+            found += [grad for grad in grads if grad is not None]
+        assert all(x.device.type == device for x in found)
+        return [(x.shape, x.stride(), x.dtype) for x in found]
+
+    assert run("meta") == run("cpu")
+
+
 def test_every_op_is_checked() -> None:
     named = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "moekernels" in name

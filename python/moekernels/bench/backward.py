@@ -1,4 +1,4 @@
-"""Every kernel that gradients are made of, at the sizes it has in a layer, beside the same step in plain PyTorch.
+"""Every kernel that only training needs, at the sizes it has in a layer, beside the same step in plain PyTorch.
 
 Rows are in expert order. A projection has two gradients: that of its rows, another grouped GEMM by the same weight, and
 that of its weight, a product over each expert's rows. See moekernels.bench.kernels for the roofs.
@@ -19,15 +19,16 @@ from moekernels.bench.shapes import LayerInputs, LayerShape
 from moekernels.bench.table import BOUND
 from moekernels.ops import reference
 
-_OF_ROWS = ("unpermute-grad", "activation-grad", "route-grad")
+_OF_ROWS = ("unpermute-grad", "activation", "activation-grad")
+_OF_ROUTERS = ("router-stats", "router-stats-grad", "route-grad")
 _OF_PRODUCTS = ("down-rows-grad", "down-weight-grad", "up-rows-grad", "up-weight-grad")
-BACKWARD = (*_OF_ROWS, *_OF_PRODUCTS)
+BACKWARD = (*_OF_ROWS, *_OF_ROUTERS, *_OF_PRODUCTS)
 
 _kernels = torch.ops.moekernels
 
 
 def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
-    """The gradients of what goes row by row: un-permutation, activation, routing."""
+    """The activation, which stands alone here, and the gradients of it and of the un-permutation."""
     plan = ops.plan(x.expert_ids, shape.num_experts)
     num_rows, dtype, device = x.expert_ids.numel(), x.hidden.dtype, x.hidden.device
     row_of_slot, token_of_row = plan.row_of_slot.long(), plan.token_of_row
@@ -50,6 +51,13 @@ def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     scale = torch.rand(num_rows, device=device)
     act, gated, offsets = shape.activation, shape.gated, plan.expert_offsets
     yield Case(
+        "activation",
+        lambda: ops.activation(linear, act, gated=gated),
+        {plain.EAGER: lambda: plain.activate(linear, shape)},
+        size_of(linear) * (1.5 if gated else 2),
+        definition=lambda dtype: reference.activation(linear.to(dtype), act, gated=gated),
+    )
+    yield Case(
         "activation-grad",
         lambda: _kernels.activation_grad(grad_inner, linear, act, gated, scale, offsets),
         {plain.EAGER: lambda: plain.activation_grad(grad_inner, linear, shape, scale)},
@@ -60,7 +68,28 @@ def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
         ),
     )  # fmt: skip
 
+
+def router_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
+    """The sums of the auxiliary losses, the gradient of these, and that of the choices."""
+    weights, device = x.expert_weights, x.hidden.device
+    # In float32, where no two are equal: of equal ones PyTorch may choose any.
     logits, grad_weights = torch.randn(weights.shape[0], shape.num_experts, device=device), torch.randn_like(weights)
+    yield Case(
+        "router-stats",
+        lambda: ops.router_stats(logits, shape.top_k),
+        {plain.EAGER: lambda: plain.router_stats(logits, shape.top_k)},
+        size_of(logits),
+        definition=lambda dtype: reference.router_stats(logits.to(dtype), shape.top_k),
+    )
+    grad_probs, grad_z = torch.linspace(-1, 1, shape.num_experts, device=device)[None], torch.ones(1, device=device)
+    yield Case(
+        "router-stats-grad",
+        lambda: _kernels.router_stats_grad(grad_probs, grad_z, logits),
+        {plain.EAGER: lambda: plain.router_stats_grad(grad_probs, grad_z, logits)},
+        size_of(logits, logits),
+        definition=lambda dtype: reference.router_stats_grad(grad_probs.to(dtype), grad_z.to(dtype), logits.to(dtype)),
+    )
+
     _, chosen = ops.route(logits, shape.top_k, scoring=shape.scoring)
     yield Case(
         "route-grad",
@@ -121,6 +150,6 @@ def gemm_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
 
 def cases(x: LayerInputs, shape: LayerShape, kernels: Sequence[str] = BACKWARD) -> Iterator[Case]:
     """Those of the kernels."""
-    for make, names in ((row_cases, _OF_ROWS), (gemm_cases, _OF_PRODUCTS)):
+    for make, names in ((row_cases, _OF_ROWS), (router_cases, _OF_ROUTERS), (gemm_cases, _OF_PRODUCTS)):
         if set(names) & set(kernels):
             yield from (case for case in make(x, shape) if case.name in kernels)

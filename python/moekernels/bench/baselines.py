@@ -102,6 +102,22 @@ def route_grad(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, shape: 
     return probs * (grad - (grad * probs).sum(-1, keepdim=True))
 
 
+def router_stats(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one group."""
+    counts = torch.bincount(logits.topk(top_k).indices.flatten(), minlength=logits.shape[1]).float()
+    return (
+        counts[None],
+        torch.softmax(logits, dim=-1).sum(0, True),
+        torch.logsumexp(logits, dim=-1).square().sum()[None],
+    )
+
+
+def router_stats_grad(grad_prob_sums: Tensor, grad_z_sums: Tensor, logits: Tensor) -> Tensor:
+    """Of one group."""
+    probs, lse = torch.softmax(logits, dim=-1), torch.logsumexp(logits, dim=-1, keepdim=True)
+    return probs * (grad_prob_sums - (grad_prob_sums * probs).sum(-1, keepdim=True) + 2 * lse * grad_z_sums)
+
+
 def eager_loop(x: LayerInputs, shape: LayerShape) -> Run:
     def run() -> Tensor:
         weights = x.expert_weights.to(x.hidden.dtype)

@@ -46,13 +46,24 @@ def as_step(forward: Callable[[], Any], leaves: Sequence[Tensor], direction: Ten
     return run
 
 
-def work(x: LayerInputs, shape: LayerShape, frozen_experts: bool = False) -> tuple[float, float]:
-    """FLOPs of a step: each product once forwards and, for two operands or one, twice or once backwards. Bytes it must
-    move: each touched expert's weights once forwards and once backwards, every gradient once, tokens in and out."""
-    flops = (2 if frozen_experts else 3) * 2.0 * x.expert_ids.numel() * shape.expert_size
-    weights = 2 * torch.unique(x.expert_ids).numel() * shape.expert_size
+def as_backward(forward: Callable[[], Any], leaves: Sequence[Tensor], direction: Tensor) -> Run:
+    """The backward pass of a step alone, each time of the same forward pass."""
+    with torch.enable_grad():
+        out = forward()
+    return lambda: torch.autograd.grad(out, leaves, direction, retain_graph=True)
+
+
+def work(
+    x: LayerInputs, shape: LayerShape, frozen_experts: bool = False, *, forward: bool = True
+) -> tuple[float, float]:
+    """FLOPs of a step, or of its backward pass alone: each product once forwards and, for two operands or one, twice or
+    once backwards. Bytes it must move: in each pass the weights of each touched expert once, and tokens in and out;
+    every gradient once."""
+    passes = 2 if forward else 1
+    flops = (passes if frozen_experts else passes + 1) * 2.0 * x.expert_ids.numel() * shape.expert_size
+    weights = passes * torch.unique(x.expert_ids).numel() * shape.expert_size
     gradients = 0 if frozen_experts else shape.num_experts * shape.expert_size
-    return flops, float(weights + gradients + 4 * x.hidden.numel()) * x.hidden.element_size()
+    return flops, float(weights + gradients + 2 * passes * x.hidden.numel()) * x.hidden.element_size()
 
 
 def definition(x: LayerInputs, shape: LayerShape, direction: Tensor, dtype: torch.dtype) -> list[Tensor]:
