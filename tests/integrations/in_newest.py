@@ -15,21 +15,21 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def make_environment(directory: Path, version: str | None) -> Path:
-    """An environment with that version of transformers, or the newest. Returns its Python."""
+def make_environment(directory: Path, requirements: Sequence[str]) -> Path:
+    """An environment with these packages, which sees those of this one too. Returns its Python."""
     python = directory / "bin" / "python"
     if not python.exists():
         venv.create(directory, with_pip=True)
         packages = next(directory.glob("lib/python*/site-packages"))
         # After the environment's own packages, so that those win.
         (packages / "zz_outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    wanted = f"transformers=={version}" if version else "transformers>=5"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", wanted, "kernels"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", *requirements], check=True)
     return python
 
 
@@ -39,7 +39,8 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the environment is made, or is already")
     arguments, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
-        python = make_environment(arguments.directory or Path(temporary) / "environment", arguments.version)
+        wanted = f"transformers=={arguments.version}" if arguments.version else "transformers>=5"
+        python = make_environment(arguments.directory or Path(temporary) / "environment", [wanted, "kernels"])
         # The newest transformers warns of what is newer still.
         command = [python, "-m", "pytest", "-W", "ignore", "-q", *(rest or ["tests/integrations"])]
         import moekernels

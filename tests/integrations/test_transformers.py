@@ -92,6 +92,18 @@ def test_generate_gives_the_same_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRUE_HERE)
+def test_a_checkpoint_from_disk_generates_the_same_tokens(name: str, tmp_path: Path) -> None:
+    made = make_model(name)
+    made.save_pretrained(tmp_path)
+    model = type(made).from_pretrained(tmp_path)
+    ids = make_inputs(name)["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    assert replace_moe_layers(model).names
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("name", TRUE_HERE)
 def test_saved_checkpoints_are_those_of_the_stock_model(name: str, tmp_path: Path) -> None:
     model, inputs = make_model(name), make_inputs(name)
     expected = model(**inputs).logits
