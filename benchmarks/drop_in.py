@@ -24,8 +24,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import machine, name_of
-from benchmarks.timing import interleaved_medians
+from moekernels.bench.clocks import interleaved_medians
+from moekernels.bench.machine import described, machine
+from moekernels.bench.roofs import name_of
 from moekernels.integrations.transformers import replace_moe_layers
 
 DROP_IN = "drop-in"
@@ -113,7 +114,7 @@ def main() -> None:
         parser.error(f"--new-tokens must be at least 2, not {args.new_tokens}")
 
     about = {**machine(args.device), "transformers": transformers.__version__, "layers": args.layers}
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    print(described(about) + "\n")
     print("| transformers | dtype | batch | model | prompt, tokens/s | decoding, tokens/s | the drop-in's tokens |")
     print("| --- " * 7 + "|")
     rows: list[dict[str, Any]] = []

@@ -46,6 +46,7 @@ TEST_REQUIREMENTS = (
     "pytest-xdist",
     "pytest-order",
     "pytest-rerunfailures",
+    "accelerate",
     "parameterized",
     "psutil",
     "httpx",
