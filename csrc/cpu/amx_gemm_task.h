@@ -158,7 +158,6 @@ void run_amx_transposed_gemm_task(const GroupedGemmParams& p, const GemmBlocking
 
 void run_amx_gemm_task(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task,
                        void* scratch) {
-  if (params.transposed) return run_amx_transposed_gemm_task(params, blocking, task, scratch);
   AmxGemmTaskRunner(params, blocking, task, scratch).run();
 }
 

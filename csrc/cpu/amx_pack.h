@@ -3,10 +3,24 @@
 #pragma once
 
 #include "amx_tile.h"
-#include "gemm_pack.h"
+#include "parts.h"
+#include "transpose.h"
 
 namespace moekernels::cpu {
 namespace {
+
+constexpr int64_t kAmxMaxCols = 256;  // no task has more rows, no block more columns
+
+// source(i), ..., for one block of transpose_block; rows from n on, and rows that are not there (null), are zero.
+template <class T, class Source>
+MOEKERNELS_INLINE void block_rows(const Source& source, int64_t begin, int64_t n,
+                                  const T* (&rows)[kTransposedRows<T>]) {
+  static const T zeros[kAmxMaxCols] = {};
+  for (int64_t i = 0; i < kTransposedRows<T>; ++i) {
+    const T* row = begin + i < n ? source(begin + i) : nullptr;
+    rows[i] = row == nullptr ? zeros : row;
+  }
+}
 
 class AmxPacked {
  public:

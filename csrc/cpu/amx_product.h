@@ -32,7 +32,7 @@ void amx_product(const GemmBlocking& blocking, void* scratch, int64_t rows, int6
                  int64_t col_end, const PackLeft& pack_left, const RightRow& right_row, const Store& store) {
   const AmxTiles registers;
   AmxPacked left(scratch);
-  AmxPacked right(static_cast<char*>(scratch) + blocking.weights_offset);
+  AmxPacked right(static_cast<char*>(scratch) + blocking.right_offset);
   float* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset);
   const bool pack_once = depth <= blocking.depth;
   const int64_t row_groups = groups_of(rows);

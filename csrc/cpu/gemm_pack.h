@@ -1,42 +1,11 @@
-// The operands of multiply_tile in scratch memory: a task's rows, always packed, and blocks of weights that do not lie
-// along K, transposed.
+// A task's rows as operands of multiply_tile, in scratch memory.
 #pragma once
 
 #include "gemm_tile.h"
-#include "kernel_table.h"
-#include "transpose.h"
+#include "parts.h"
 
 namespace moekernels::cpu {
 namespace {
-
-MOEKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-MOEKERNELS_INLINE int64_t rounded_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b * b;
-}
-
-// source(i), ..., for one block of transpose_block; rows from n on, and rows that are not there (null), are zero.
-template <class T, class Source>
-MOEKERNELS_INLINE void block_rows(const Source& source, int64_t begin, int64_t n,
-                                  const T* (&rows)[kTransposedRows<T>]) {
-  static const T zeros[kMaxTransposedCols] = {};
-  for (int64_t i = 0; i < kTransposedRows<T>; ++i) {
-    const T* row = begin + i < n ? source(begin + i) : nullptr;
-    rows[i] = row == nullptr ? zeros : row;
-  }
-}
-
-// The n rows source(0), ... of `cols` elements -> target [cols][n], columns `stride` elements apart; n is rounded up to
-// whole blocks with zeros.
-template <class T, class Source>
-void transpose_rows(const Source& source, int64_t n, int64_t cols, T* target, int64_t stride) {
-  const T* rows[kTransposedRows<T>];
-  for (int64_t i = 0; i < n; i += kTransposedRows<T>) {
-    block_rows(source, i, n, rows);
-    transpose_block(rows, 0, cols, target + i, stride);
-  }
-}
 
 // Rows cut into tiles of [steps][tile rows][Dot::kStep], widened, the last step filled up with zeros. Tiles differ by
 // at most one row, so that none is left with a single one.
@@ -74,28 +43,6 @@ class PackedRows {
           Weight last[Dot::kStep] = {};
           for (int64_t j = i; weights != nullptr && j < n; ++j) last[j - i] = weights[j];
           Dot::pack(weights == nullptr ? zeros : last, target);
-        }
-      }
-    }
-  }
-
-  // The same of a matrix that lies across: source(k)[row] for k in [0, n).
-  template <class Source>
-  void pack_transposed(const Source& source, int64_t n) {
-    constexpr int kBlock = kTransposedRows<Weight>;
-    depth_ = rounded_up(n, Dot::kStep);
-    Weight block[kMaxTransposedCols * kBlock];
-    const Weight* sources[kBlock];
-    for (int64_t k = 0; k < n; k += kBlock) {
-      block_rows(source, k, n, sources);
-      transpose_block(sources, 0, rows_, block, kBlock);
-      const int64_t end = smaller(kBlock, depth_ - k);
-      const Weight* row = block;
-      for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const int64_t rows = tile_rows(tile);
-        Packed* target = packed_ + tile_begin(tile) * depth_ + k * rows;
-        for (int64_t r = 0; r < rows; ++r, row += kBlock) {
-          for (int64_t i = 0; i < end; i += Dot::kStep) Dot::pack(row + i, target + i * rows + r * Dot::kStep);
         }
       }
     }

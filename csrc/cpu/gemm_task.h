@@ -8,8 +8,7 @@
 //     bias, activation, gate, scale and rounding, row by row
 //
 // Where K is so long that the packed rows would not fit, the block of columns goes through K in several parts, each
-// packed anew. A transposed weight lies across K: each chunk of K of a block of columns is transposed into scratch
-// memory first, and its panels are read from there.
+// packed anew.
 #pragma once
 
 #include "gathered_rows.h"
@@ -32,7 +31,6 @@ class GemmTaskRunner {
         source_(params.rows, params.row_stride, params.token_of_row, params.num_source_rows),
         epilogue_(params, task.expert),
         rows_(scratch, task.row_end - task.row_begin),
-        weights_(reinterpret_cast<Weight*>(static_cast<char*>(scratch) + blocking.weights_offset)),
         sums_(reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset)),
         pack_once_(params.in_features <= blocking.depth) {}
 
@@ -94,7 +92,6 @@ class GemmTaskRunner {
   }
 
   void multiply(const Columns& cols, int64_t k_begin, int64_t depth) {
-    if (p_.transposed) return multiply_transposed(cols, k_begin, depth);
     TileOperands<Dot> t;
     t.sums_stride = cols.sums_stride;
     const Weight* panel_rows[kTileCols];
@@ -112,26 +109,6 @@ class GemmTaskRunner {
           fetch.near[c] = k + Dot::kChunk < depth ? t.weight[c] + Dot::kChunk : next_rows[c];
         }
         multiply_panel(rows_, k, sums_ + panel * kTileCols, fetch, t);
-      }
-    }
-  }
-
-  void multiply_transposed(const Columns& cols, int64_t k_begin, int64_t depth) {
-    const Weight* expert = static_cast<const Weight*>(p_.weight) + task_.expert * p_.weight_expert_stride;
-    TileOperands<Dot> t;
-    t.sums_stride = cols.sums_stride;
-    for (int64_t k = 0; k < depth; k += Dot::kChunk) {
-      const int64_t n = smaller(Dot::kChunk, depth - k);
-      const Weight* first = expert + (k_begin + k) * p_.weight_row_stride + cols.begin;
-      transpose_rows([&](int64_t i) { return first + i * p_.weight_row_stride; }, n, cols.count, weights_,
-                     blocking_.weights_stride);
-      t.n = rounded_up(n, Dot::kStep);
-      t.add = k_begin + k > 0;
-      for (int64_t begin = 0; begin < cols.width; begin += kTileCols) {
-        for (int64_t c = 0; c < kTileCols; ++c) {
-          t.weight[c] = weights_ + smaller(begin + c, cols.count - 1) * blocking_.weights_stride;
-        }
-        multiply_panel(rows_, k, sums_ + begin, {}, t);
       }
     }
   }
@@ -155,8 +132,7 @@ class GemmTaskRunner {
   const GatheredRows<Weight> source_;
   const GemmEpilogue<Weight> epilogue_;
   PackedRows<Dot> rows_;
-  Weight* const weights_;  // [columns][weights_stride] of the current chunk of K, if transposed
-  float* const sums_;      // [rows][sums_stride] of the current columns
+  float* const sums_;  // [rows][sums_stride] of the current columns
   const bool pack_once_;
 };
 

@@ -27,7 +27,7 @@ int64_t output_width(const GroupedGemmParams& p) {
 }
 
 GemmBlocking blocking_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
-  return cpu::gemm_blocking(kernel, p.num_rows, p.in_features, p.gated, p.transposed ? size_of(p.dtype) : 0);
+  return cpu::gemm_blocking(p.transposed ? kernel.across : kernel.sizes, p.num_rows, p.in_features, p.gated);
 }
 
 class GroupedGemm {
@@ -90,7 +90,8 @@ class GroupedGemm {
         continue;
       }
       for (int64_t tasks; i >= first_task + (tasks = tasks_of(expert)); ++expert) first_task += tasks;
-      kernel_.run(p_, blocking_, task_of(expert, i - first_task), scratch);
+      const auto run = p_.transposed ? kernel_.run_transposed : kernel_.run;
+      run(p_, blocking_, task_of(expert, i - first_task), scratch);
     }
   }
 

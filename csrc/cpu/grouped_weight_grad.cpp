@@ -21,7 +21,7 @@ constexpr int64_t kTasksPerWorker = 16;            // as many as let workers fin
 constexpr int64_t kProductsPerWorker = 64 * 1024;  // fewer are not worth waking another thread for
 
 GemmBlocking blocking_of(const GroupedWeightGradParams& p, const cpu::GemmKernel& kernel) {
-  return cpu::gemm_blocking(kernel, p.out_features, clamp(p.num_rows, 0, kDepth), false, size_of(p.dtype));
+  return cpu::gemm_blocking(kernel.across, p.out_features, clamp(p.num_rows, 0, kDepth), false);
 }
 
 class GroupedWeightGrad {

@@ -13,14 +13,24 @@
 namespace moekernels::cpu {
 namespace {
 
+constexpr GemmSizes amx_sizes(int64_t right_bytes) {
+  return {
+      .packed_element_size = sizeof(BFloat16),
+      .chunk = kAmxChunk,
+      .row_granule = kAmxRows,
+      .max_rows = kAmxMaxCols,
+      .padding = 0,
+      .packed_bytes = 1024 * 1024,
+      .weight_rows = kAmxMaxCols,
+      .right_bytes = right_bytes,
+  };
+}
+
 constexpr KernelTable kKernels = kernel_table({
-    .packed_element_size = sizeof(BFloat16),
-    .chunk = kAmxChunk,
-    .row_granule = kAmxRows,
-    .max_rows = 256,
-    .packed_bytes = 1024 * 1024,
-    .weight_rows = 256,
+    .sizes = amx_sizes(0),
     .run = run_amx_gemm_task,
+    .across = amx_sizes(kAmxMaxCols * kAmxChunk * sizeof(BFloat16)),
+    .run_transposed = run_amx_transposed_gemm_task,
     .weight_grad = run_amx_weight_grad_task,
 });
 

@@ -24,28 +24,34 @@ struct WeightGradTask {
   int64_t col_begin, col_end;
 };
 
-// Sizes of the pieces, and of the scratch that each worker needs for one: the packed rows, then transposed weights,
-// then float32 sums.
+// Sizes of the pieces, and of the scratch that each worker needs for one: the packed rows, then what is packed of the
+// right operand, then float32 sums.
 struct GemmBlocking {
-  int64_t rows;            // at most this many rows per task
-  int64_t cols;            // output columns whose sums are kept at a time
-  int64_t depth;           // elements of K that are packed at a time
-  int64_t weights_stride;  // between transposed columns
-  int64_t weights_offset;
+  int64_t rows;   // at most this many rows per task
+  int64_t cols;   // output columns whose sums are kept at a time
+  int64_t depth;  // elements of K that are packed at a time
+  int64_t right_offset;
   int64_t sums_offset;
   int64_t scratch_bytes;
 };
 
-constexpr int64_t kMaxTransposedCols = 256;  // no task has more rows, no block more columns
-
-struct GemmKernel {
+struct GemmSizes {
   int64_t packed_element_size;  // bytes of one element of packed rows
   int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
   int64_t row_granule;          // scratch holds a multiple of so many rows
   int64_t max_rows;             // of a task: as many as amortise what is done once for each block of weights
+  int64_t padding;              // elements between packed rows, or between their elements where those lie across
   int64_t packed_bytes;         // of those rows: they stay in the second-level cache
   int64_t weight_rows;          // per block of columns; gate and value count separately
+  int64_t right_bytes;          // of the right operand that are packed at a time
+};
+
+struct GemmKernel {
+  GemmSizes sizes;  // of weights that lie along K
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
+  GemmSizes across;  // of operands that lie across K: transposed weights, and both operands of a weight gradient
+  void (*run_transposed)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task,
+                         void* scratch);
   void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
                       void* scratch);
 };

@@ -4,6 +4,7 @@
 #include "activation_kernels.h"
 #include "gemm_task.h"
 #include "row_kernels.h"
+#include "transposed_gemm_task.h"
 #include "weight_grad_task.h"
 
 namespace moekernels::cpu {
@@ -12,14 +13,31 @@ namespace {
 template <class Dot>
 constexpr GemmKernel gemm_kernel() {
   return {
-      .packed_element_size = sizeof(typename Dot::Packed),
-      .chunk = Dot::kChunk,
-      .row_granule = 1,
-      .max_rows = 128,
-      .packed_bytes = 512 * 1024,
-      .weight_rows = 128,
+      .sizes =
+          {
+              .packed_element_size = sizeof(typename Dot::Packed),
+              .chunk = Dot::kChunk,
+              .row_granule = 1,
+              .max_rows = 128,
+              .padding = 0,
+              .packed_bytes = 512 * 1024,
+              .weight_rows = 128,
+              .right_bytes = 0,
+          },
       .run = run_gemm_task<Dot>,
-      .weight_grad = run_weight_grad_task<Dot>,
+      .across =
+          {
+              .packed_element_size = sizeof(float),
+              .chunk = kOuterChunk,
+              .row_granule = kLanes,
+              .max_rows = 256,
+              .padding = kOuterPadding,
+              .packed_bytes = 1024 * 1024,
+              .weight_rows = 8 * kOuterCols,
+              .right_bytes = kOuterChunk * kOuterCols * int64_t(sizeof(float)),
+          },
+      .run_transposed = run_transposed_gemm_task<typename Dot::Weight>,
+      .weight_grad = run_weight_grad_task<typename Dot::Weight>,
   };
 }
 

@@ -48,7 +48,7 @@ struct Float16 {
 };
 
 MOEKERNELS_INLINE VecF set1(float x) {
-  return VecF{} + x;
+  return x - VecF{};  // compiles to a broadcast alone: unlike x + 0, it is x for -0 too
 }
 MOEKERNELS_INLINE VecF load(const float* p) {
   return *reinterpret_cast<const VecFMemory*>(p);

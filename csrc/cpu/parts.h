@@ -1,0 +1,26 @@
+// How sizes are cut and rounded. Like simd.h, included only by what is compiled once per instruction set.
+#pragma once
+
+#include "simd.h"
+
+namespace moekernels::cpu {
+namespace {
+
+MOEKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+MOEKERNELS_INLINE int64_t rounded_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b * b;
+}
+
+// n things in parts of at most `most`, which differ by one at most.
+struct Parts {
+  int64_t n, count;
+
+  Parts(int64_t n, int64_t most) : n(n), count((n + most - 1) / most) {}
+  int64_t begin(int64_t part) const { return n * part / count; }
+  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+};
+
+}  // namespace
+}  // namespace moekernels::cpu
