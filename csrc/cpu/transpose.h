@@ -1,8 +1,9 @@
-// Transposition of small blocks, for operands that do not lie along the dimension that a dot product sums over.
+// Transposition of small blocks of 16-bit elements, for tile registers, whose operands lie along the dimension that is
+// summed over. Vectors have 64 bytes.
 //
 // A block is kTransposedRows rows of a matrix, each found by a function so that rows may be gathered; after it, the
-// elements of a column lie one after the other. Elements of 16 bits are first joined to pairs from two rows; then words
-// of 32 bits are transposed in registers.
+// elements of a column lie one after the other. Elements are first joined to pairs from two rows; then words of 32 bits
+// are transposed in registers.
 #pragma once
 
 #include "simd.h"
@@ -12,8 +13,6 @@ namespace {
 
 template <class T>
 constexpr int kTransposedRows = MOEKERNELS_VECTOR_BYTES / int(sizeof(T));
-
-#if MOEKERNELS_VECTOR_BYTES == 64
 
 // v[i][j] <-> v[j][i]
 MOEKERNELS_INLINE void transpose(VecU (&v)[16]) {
@@ -44,46 +43,7 @@ MOEKERNELS_INLINE void transpose(VecU (&v)[16]) {
   }
 }
 
-#elif MOEKERNELS_VECTOR_BYTES == 32
-
-MOEKERNELS_INLINE void transpose(VecU (&v)[8]) {
-  __m256i a[8], b[8];
-  MOEKERNELS_UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_epi32((__m256i)v[i], (__m256i)v[i + 1]);
-    a[i + 1] = _mm256_unpackhi_epi32((__m256i)v[i], (__m256i)v[i + 1]);
-  }
-  MOEKERNELS_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  MOEKERNELS_UNROLL
-  for (int c = 0; c < 4; ++c) {
-    v[c] = (VecU)_mm256_permute2x128_si256(b[c], b[4 + c], 0x20);
-    v[4 + c] = (VecU)_mm256_permute2x128_si256(b[c], b[4 + c], 0x31);
-  }
-}
-
-#else
-
-MOEKERNELS_INLINE void transpose(VecU (&v)[4]) {
-  const VecU a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5), b = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
-  const VecU c = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5), d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
-  v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  v[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  v[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-}
-
-#endif
-
-// Word j of a block: elements c .. c + kLanes of row j, or of rows 2 * j and 2 * j + 1 in pairs.
-MOEKERNELS_INLINE VecU block_word(const float* const* rows, int j, int64_t c) {
-  return *reinterpret_cast<const VecUMemory*>(rows[j] + c);
-}
+// Word j of a block: elements c .. c + kLanes of rows 2 * j and 2 * j + 1 in pairs.
 template <class Half>
 MOEKERNELS_INLINE VecU block_word(const Half* const* rows, int j, int64_t c) {
   const VecU low = __builtin_convertvector(*reinterpret_cast<const VecHMemory*>(rows[2 * j] + c), VecU);
