@@ -23,7 +23,7 @@ from moekernels.demo.training import exact_matches, train
 from moekernels.demo.usage import Usage, draw, expert_usage
 
 _SEED = 0
-_STEPS = {"nllb-moe": 450, "switch": 600, "olmoe": 600, "phimoe": 600}
+_STEPS = {"nllb-moe": 450, "switch": 1300, "olmoe": 600, "phimoe": 700}
 _REQUIRED = 0.99
 _SHOWN = 6
 _USAGE_PAIRS = 300

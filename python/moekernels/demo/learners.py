@@ -183,7 +183,7 @@ class SwitchLearner(EncoderDecoderLearner):
             num_sparse_decoder_layers=1,
             num_heads=4,
             num_experts=_EXPERTS,
-            expert_capacity=8,
+            expert_capacity=16,
             dropout_rate=0.0,
             router_aux_loss_coef=0.01,
             add_router_probs=True,
