@@ -140,6 +140,65 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, op: str, name:
             measure(measured, shape, x, "uniform", ROOFS, 1e-9, **options)  # type: ignore[arg-type]
 
 
+def few_numbers(x: LayerInputs, shape: LayerShape) -> list[Case]:
+    """The cases that have an output of one number per token and expert, the sum of long products."""
+    names = ("unpermute-grad", "activation-grad")
+    return [*(case for case in backward.row_cases(x, shape) if case.name in names), step_case(x, shape)]
+
+
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_token_is_right_whatever_its_numbers(shape: LayerShape, dtype: torch.dtype) -> None:
+    """Of a single number neither the error of plain PyTorch nor the value says how large an error may be."""
+    for seed in range(25):
+        torch.manual_seed(seed)
+        x = layer_inputs(shape, 1, dtype)
+        for case in few_numbers(x, shape):
+            measure(case, shape, x, "uniform", None, 1e-9, check=True)
+
+
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_token_with_a_wrong_weight_is_found(shape: LayerShape, dtype: torch.dtype) -> None:
+    """A step in which every other row of one expert's weight is too large: a little by definition, by others twice."""
+    for seed in range(25):
+        for factor, options in ((1.25, {"check": True, "baselines": False}), (2.0, {"check": False})):
+
+            def step(seed: int = seed, factor: float = 1.0) -> tuple[LayerInputs, Case]:
+                torch.manual_seed(seed)
+                x = layer_inputs(shape, 1, dtype)
+                x.down_weight[x.expert_ids[0, x.expert_weights[0].argmax()], ::2] *= factor
+                return x, step_case(x, shape)
+
+            x, case = step()
+            case.ours = step(factor=factor)[1].ours
+            with pytest.raises(Mismatch):
+                measure(case, shape, x, "uniform", None, 1e-9, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [0.0, 0.0035, 0.04, 0.06])
+def test_a_number_that_cancels(error: float) -> None:
+    """A sum that is next to nothing, of terms of size one: only they say what a rounding is."""
+    shape, exact = KINDS[0], torch.tensor([1e-5])
+
+    def case(terms: dict[int, float]) -> Case:
+        run, definition = (lambda: (exact + error).bfloat16()), (lambda dtype: exact.to(dtype))
+        other = {"other": lambda: exact.bfloat16()}
+        return Case("k", run, other, 1.0, definition=definition, terms=lambda: terms)
+
+    def passes(terms: dict[int, float], **options: bool) -> bool:
+        try:
+            measure(case(terms), shape, layer_inputs(shape, 1), "uniform", None, 1e-9, **options)  # type: ignore[arg-type]
+        except Mismatch:
+            return False
+        return True
+
+    assert passes({}, check=True) == passes({}, check=False) == (error == 0.0)
+    assert passes({0: 1.0}, check=True, baselines=False) == (error < 0.0041)
+    assert passes({0: 1.0}, check=False) == (error < 0.045)
+    assert not passes({0: 0.01}, check=False) or error == 0.0
+
+
 def test_nan_and_wrong_shapes_are_found() -> None:
     shape = KINDS[0]
     x = layer_inputs(shape, 4)

@@ -45,6 +45,7 @@ def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
         definition=lambda dtype: reference.unpermute_grad(
             grad_out.to(dtype), rows.to(dtype), plan.row_of_slot, weights.to(check.accumulator(dtype))
         ),
+        terms=lambda: {1: check.largest_norm(grad_out.double()[token_of_row] * rows.double())},
     )
 
     grad_inner, linear = randn(num_rows, shape.ffn_size), randn(num_rows, shape.up_features)
@@ -66,6 +67,9 @@ def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
             grad_inner.to(dtype), linear.to(dtype), act, gated=gated,
             row_scale=scale.to(check.accumulator(dtype)), expert_offsets=offsets,
         ),
+        terms=lambda: {
+            2: check.largest_norm(grad_inner.double() * reference.activation(linear.double(), act, gated=gated))
+        },
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekernels.bench.check import Definition, check_agreement, check_definition, check_same
+from moekernels.bench.check import Definition, Terms, check_agreement, check_definition, check_same
 from moekernels.bench.clocks import Run, interleaved_medians, make_clock
 from moekernels.bench.roofs import Roofs, name_of
 from moekernels.bench.shapes import LayerInputs, LayerShape
@@ -28,6 +28,7 @@ class Case:
         bytes, flops: see :class:`~moekernels.bench.table.Row`.
         bounds: as much work as `ours`, another result.
         definition: what `ours` must compute.
+        terms, roundings: how far from it it may be; see :func:`~moekernels.bench.check.check_definition`.
         captured: makes of contestants what is timed instead: a CUDA graph of `captured_calls` calls. A contestant that
             cannot be captured is missing from it.
     """
@@ -39,6 +40,8 @@ class Case:
     flops: float = 0.0
     bounds: dict[str, Run] = field(default_factory=dict)
     definition: Definition | None = None
+    terms: Terms = dict
+    roundings: int = 1
     captured: Callable[[], dict[str, Run]] | None = None
     captured_calls: int = 1
 
@@ -95,10 +98,10 @@ def measure(
     title = f"{shape.name} {case.name}, {x.hidden.shape[0]} tokens, {routing}, {name_of(dtype)}"
     ours, contestants = case.ours(), {"moekernels": case.ours}
     if check and case.definition is not None:
-        check_definition(title, ours, case.definition)
+        check_definition(title, ours, case.definition, terms=case.terms, roundings=case.roundings)
     if baselines:
         found = working(case.baselines, device, note)
-        check_agreement(title, {"moekernels": ours, **found})
+        check_agreement(title, {"moekernels": ours, **found}, terms=case.terms)
         contestants |= {name: case.baselines[name] for name in found}
     if bounds:
         contestants |= {name: case.bounds[name] for name in working(case.bounds, device, note)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from moekernels.ops import Plan, reference
 
 Definition = Callable[[torch.dtype], Any]  # the op's definition on inputs in that dtype
+Terms = Callable[[], Mapping[int, float]]  # position of an output -> the size of what its elements sum
 
-# One rounding of the largest element, for where plain PyTorch happens to be exact.
+# One rounding of the largest element, for where plain PyTorch happens to be exact or nearly so.
 _ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # How far baselines may be apart, of the largest element: they round in other places.
 _APART = 0.05
@@ -28,9 +29,16 @@ def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def check_definition(name: str, outputs: Any, definition: Definition) -> None:
+def check_definition(
+    name: str, outputs: Any, definition: Definition, *, terms: Terms = dict, roundings: int = 1
+) -> None:
     """Indices must be those of the definition. Values may err from it in float64 at most twice as much as the
-    definition does in the dtype of the kernel, which is that of the first of them, and by one rounding to it.
+    definition does in the dtype of the kernel, which is that of the first of them, and by a few roundings to it.
+
+    Args:
+        terms: of outputs whose few elements may be small by cancellation: a rounding is one of this size, not of the
+            largest element. Called only where that decides, since it may take as long as the definition.
+        roundings: how many in a row separate the inputs from an output.
 
     Raises:
         Mismatch: they do not.
@@ -46,23 +54,28 @@ def check_definition(name: str, outputs: Any, definition: Definition) -> None:
             if not torch.equal(mine, exact):
                 raise Mismatch(f"{which}: differs from its definition in {int((mine != exact).sum())} places")
         elif mine.numel():
-            error, allowed = _largest_difference(mine, exact), 2 * _largest_difference(rough, exact)
-            allowed += _ROUNDING[dtype] * exact.abs().max().item()
+            error, share = _largest_difference(mine, exact), roundings * _ROUNDING[dtype]
+            allowed = 2 * _largest_difference(rough, exact) + share * _largest(exact)
+            if not error <= allowed:
+                allowed += share * max(0.0, terms().get(position, 0.0) - _largest(exact))
             if not error <= allowed:
                 raise Mismatch(f"{which}: differs from its definition by {error:.3g}, allowed is {allowed:.3g}")
 
 
-def check_agreement(name: str, outputs: dict[str, Any]) -> None:
-    """All found the same as the first, up to rounding.
+def check_agreement(name: str, outputs: dict[str, Any], *, terms: Terms = dict) -> None:
+    """All found the same as the first, up to rounding; `terms` as in :func:`check_definition`.
 
     Raises:
         Mismatch: one did not.
     """
     (first, expected), *others = outputs.items()
     for other, found in others:
-        for mine, theirs in zip(tensors_of(expected), tensors_of(found), strict=True):
+        for position, (mine, theirs) in enumerate(zip(tensors_of(expected), tensors_of(found), strict=True)):
+            if not mine.numel():
+                continue
+            difference = _largest_difference(mine, theirs)
             # Written so that NaN fails.
-            if mine.numel() and not _largest_difference(mine, theirs) <= _APART * mine.double().abs().max().item():
+            if not difference <= _APART * _largest(mine) and not difference <= _APART * terms().get(position, 0.0):
                 raise Mismatch(f"{name}: {first} and {other} compute different things")
 
 
@@ -76,11 +89,24 @@ def check_same(name: str, before: Any, after: Any) -> None:
         raise Mismatch(f"{name}: two calls gave different results")
 
 
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
 def _largest_difference(a: Tensor, b: Tensor) -> float:
     """Of two tensors of one shape, a part after the other: both in float64 at once may be too much."""
     a, b = a.reshape(-1), b.reshape(-1)
     parts = zip(a.split(_PART), b.split(_PART), strict=True)
     return torch.stack([(x.double() - y.double()).abs().max() for x, y in parts]).max().item()
+
+
+def largest_norm(products: Tensor) -> float:
+    """Of sums over the last dimension: the root of the sum of squares, as which independent roundings add up.
+
+    Args:
+        products: ``[..., N]``, the terms.
+    """
+    return products.double().norm(dim=-1).max().item() if products.numel() else 0.0
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

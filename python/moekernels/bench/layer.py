@@ -73,12 +73,17 @@ def definition(x: LayerInputs, shape: LayerShape, logits: Tensor | None, dtype: 
     expert_weights, expert_ids = x.expert_weights, x.expert_ids
     if logits is not None:
         expert_weights, expert_ids = reference.route(logits, shape.top_k, **_rule(x, shape))
+    rows, plan = expert_rows(x, shape, expert_ids, dtype)
+    return reference.unpermute(rows, plan.row_of_slot, expert_weights)
+
+
+def expert_rows(x: LayerInputs, shape: LayerShape, expert_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Plan]:
+    """By definition: what the experts make of the tokens, ``[T * K, H]`` in expert order, and that order."""
     # Without capacity this is what the definition makes of it, and that one looks at every choice by itself.
     plan = Plan(*(tensor.int() for tensor in plain.plan(expert_ids, shape.num_experts)))
     options: dict[str, Any] = {"activation": shape.activation, "gated": shape.gated}
     inner = check.grouped_gemm(x.hidden, x.up_weight, plan, dtype, bias=x.up_bias, gather=True, **options)
-    rows = check.grouped_gemm(inner, x.down_weight, plan, dtype, bias=x.down_bias)
-    return reference.unpermute(rows, plan.row_of_slot, expert_weights)
+    return check.grouped_gemm(inner, x.down_weight, plan, dtype, bias=x.down_bias), plan
 
 
 def as_other_layers(x: LayerInputs, shape: LayerShape, count: int) -> list[LayerInputs]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moekernels.bench import check
 from moekernels.bench.case import Case
 from moekernels.bench.clocks import Run
-from moekernels.bench.layer import baselines, ours
+from moekernels.bench.layer import baselines, expert_rows, ours
 from moekernels.bench.shapes import LayerInputs, LayerShape
 from moekernels.ops import reference
 
@@ -94,6 +94,12 @@ def definition(x: LayerInputs, shape: LayerShape, direction: Tensor, dtype: torc
     return [grad_hidden.to(dtype), grad_weights, *(torch.stack(stack) for stack in zip(*grads, strict=True))]
 
 
+def terms(x: LayerInputs, shape: LayerShape, direction: Tensor) -> dict[int, float]:
+    """Of the gradients of the expert weights, each a product of two long vectors."""
+    rows, plan = expert_rows(x, shape, x.expert_ids, torch.float64)
+    return {1: check.largest_norm(rows * direction.double()[plan.token_of_row])}
+
+
 def step_case(x: LayerInputs, shape: LayerShape) -> Case:
     leaves_of_x, leaves = as_leaves(x)
     direction = torch.randn_like(x.hidden)
@@ -105,4 +111,6 @@ def step_case(x: LayerInputs, shape: LayerShape) -> Case:
         num_bytes,
         flops,
         definition=lambda dtype: definition(x, shape, direction, dtype),
+        terms=lambda: terms(x, shape, direction),
+        roundings=3,  # that of the products, and before it of what a kernel hands to the next: at most two
     )
