@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
-from torch.nn import functional as F
+
+from moekernels.ops.linear import ACTIVATION_FUNCTIONS
 
 _OP_ACTIVATIONS = {
     "relu": "relu",
@@ -20,14 +20,6 @@ _OP_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "linear": "none",
-}
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "none": lambda x: x,
 }
 
 
@@ -49,4 +41,4 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         ValueError: there is no such activation.
     """
-    return _FUNCTIONS[op_activation(name)]
+    return ACTIVATION_FUNCTIONS[op_activation(name)]
