@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekernels import cpu_isa, ops
+from moekernels import batch_invariant, cpu_isa, ops
 from moekernels.ops import reference
 from tests.tolerance import assert_accurate
 
@@ -39,11 +39,14 @@ def test_strides(dtype: torch.dtype) -> None:
     assert torch.equal(ops.linear(cube, weight), ops.linear(cube.contiguous(), weight))
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    x, weight = torch.randn(64, 300).bfloat16(), torch.randn(50, 300).bfloat16()
-    together = ops.linear(x, weight)
-    for rows in (1, 7, 33):
-        assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(150, 300).to(dtype), torch.randn(50, 300).to(dtype)
+    with batch_invariant():
+        together = ops.linear(x, weight)
+        for rows in (1, 7, 33, 64, 65):
+            assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
+    assert torch.equal(ops.linear(x[:33], weight), together[:33])
 
 
 def test_nan_stays_in_its_row() -> None:
