@@ -77,6 +77,7 @@ struct KernelTable {
   void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
   void (*unpermute_grad_rows)(const UnpermuteGradParams& params, int64_t row_begin, int64_t row_end);
   void (*unpermute_grad_weights)(const UnpermuteGradParams& params, int64_t token_begin, int64_t token_end);
+  void (*rms_norm)(const RmsNormParams& params, int64_t row_begin, int64_t row_end);
   void (*activation)(const ActivationParams& params, int64_t row_begin, int64_t row_end);
   void (*activation_grad)(const ActivationGradParams& params, int64_t row_begin, int64_t row_end);
 

@@ -4,6 +4,7 @@
 #include "activation_kernels.h"
 #include "attention_task.h"
 #include "gemm_task.h"
+#include "rms_norm_kernel.h"
 #include "row_kernels.h"
 #include "transposed_gemm_task.h"
 #include "weight_grad_task.h"
@@ -56,6 +57,7 @@ constexpr KernelTable kernel_table(GemmKernel bfloat16_gemm) {
       unpermute,
       unpermute_grad_rows,
       unpermute_grad_weights,
+      rms_norm,
       activation,
       activation_grad,
       widen,

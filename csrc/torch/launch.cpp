@@ -58,6 +58,9 @@ void run_cpu(const RouterStatsParams& params, const Parallel& threads) {
 void run_cpu(const RouterStatsGradParams& params, const Parallel& threads) {
   router_stats_grad_cpu(params, threads);
 }
+void run_cpu(const RmsNormParams& params, const Parallel& threads) {
+  rms_norm_cpu(params, threads);
+}
 void run_cpu(const AttentionParams& params, const Parallel& threads) {
   attention_cpu(params, threads);
 }
@@ -262,6 +265,7 @@ template void launch(UnpermuteGradParams, const Tensor&);
 template void launch(RouteGradParams, const Tensor&);
 template void launch(RouterStatsParams, const Tensor&);
 template void launch(RouterStatsGradParams, const Tensor&);
+template void launch(RmsNormParams, const Tensor&);
 template void launch(AttentionParams, const Tensor&);
 
 }  // namespace moekernels

@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
 
   // On the CPU, and without gradients: the Python functions leave everything else to torch.
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none') -> Tensor");
+  m.def("rms_norm(Tensor input, Tensor weight, float epsilon) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? bias=None) -> Tensor");
 
   // What gradients are made of.
@@ -76,6 +77,7 @@ void register_all(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
   register_all(m);
   m.impl("linear", TORCH_BOX(&moekernels::linear));
+  m.impl("rms_norm", TORCH_BOX(&moekernels::rms_norm));
   m.impl("attention", TORCH_BOX(&moekernels::attention));
 }
 

@@ -50,7 +50,9 @@ Tensor activation(const Tensor& linear, const std::string& activation, bool gate
 std::tuple<Tensor, Tensor, Tensor> router_stats(const Tensor& logits, int64_t num_groups, int64_t top_k,
                                                 const std::optional<Tensor>& mask);
 
-// --- what a dense layer and attention need, on the CPU ---
+// --- what else a decoding step needs, on the CPU ---
+
+Tensor rms_norm(const Tensor& input, const Tensor& weight, double epsilon);
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::string& activation);

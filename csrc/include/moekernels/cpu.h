@@ -40,6 +40,7 @@ void plan_cpu(const PlanParams& params, const Parallel& parallel);
 void permute_cpu(const PermuteParams& params, const Parallel& parallel);
 void grouped_gemm_cpu(const GroupedGemmParams& params, const Parallel& parallel);
 void unpermute_cpu(const UnpermuteParams& params, const Parallel& parallel);
+void rms_norm_cpu(const RmsNormParams& params, const Parallel& parallel);
 void attention_cpu(const AttentionParams& params, const Parallel& parallel);
 
 void grouped_weight_grad_cpu(const GroupedWeightGradParams& params, const Parallel& parallel);

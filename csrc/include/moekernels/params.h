@@ -173,6 +173,17 @@ struct AttentionParams {
   DType dtype;
 };
 
+// input [N, H], weight [H] -> out [N, H] = weight * input / sqrt(mean(input^2) + epsilon). Only on the CPU.
+struct RmsNormParams {
+  const void* input;   // contiguous
+  const void* weight;  // contiguous
+  void* out;           // contiguous
+  int64_t num_rows;
+  int64_t hidden_size;
+  float epsilon;
+  DType dtype;
+};
+
 // linear [N, 2F] when gated (gate columns first), else [N, F] -> out [N, F] = act(gate) * value, or act(linear)
 struct ActivationParams {
   const void* linear;  // contiguous

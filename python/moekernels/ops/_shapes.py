@@ -111,6 +111,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("moekernels::rms_norm")
+def _rms_norm(input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return input.new_empty(input.shape)
+
+
 @torch.library.register_fake("moekernels::attention")
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     batch_size, num_heads, num_queries, head_dim = query.shape

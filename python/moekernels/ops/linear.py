@@ -18,8 +18,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
-# Up to here the time goes into reading the weight, at which this package's kernels are better; measured with torch 2.13,
-# 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast, on a Xeon with AMX 1.0 to 2.1 times.
+# Up to here the time goes into reading the weight, at which this package's kernels are better; measured with torch
+# 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast, on a Xeon with AMX 1.0 to 2.1 times.
 _MOST_ROWS = 64
 
 

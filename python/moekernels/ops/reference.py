@@ -329,6 +329,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     return _activate(F.linear(_accumulator(input), _accumulator(weight), biases), activation, False).to(input.dtype)
 
 
+def rms_norm(input: Tensor, weight: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+    wide = _accumulator(input)
+    scale = (wide.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
+    return (_accumulator(weight) * (wide * scale)).to(input.dtype)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
     shared, heads_per_key = query.shape[0] // max(key.shape[0], 1), query.shape[1] // max(key.shape[1], 1)
     key, value = (
