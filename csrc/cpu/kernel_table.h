@@ -56,11 +56,28 @@ struct GemmKernel {
                       void* scratch);
 };
 
+// A piece of attention: some of the rows of queries that look at the keys of one head of one row of the batch.
+struct AttentionTask {
+  int64_t key_batch, key_head;
+  int64_t row_begin, row_end;
+};
+
+// What each worker needs for one: the packed rows, then their scores [rows][score_stride].
+struct AttentionScratch {
+  int64_t score_stride;
+  int64_t scores_offset;
+  int64_t bytes;
+};
+
 struct KernelTable {
   GemmKernel gemm[3];  // by DType
+  void (*attention[3])(const AttentionParams& params, const AttentionTask& task, const AttentionScratch& scratch,
+                       void* memory);
+  int64_t attention_rows;  // of a task, at most
   void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
   void (*unpermute_grad_rows)(const UnpermuteGradParams& params, int64_t row_begin, int64_t row_end);
   void (*unpermute_grad_weights)(const UnpermuteGradParams& params, int64_t token_begin, int64_t token_end);
+  void (*rms_norm)(const RmsNormParams& params, int64_t row_begin, int64_t row_end);
   void (*activation)(const ActivationParams& params, int64_t row_begin, int64_t row_end);
   void (*activation_grad)(const ActivationGradParams& params, int64_t row_begin, int64_t row_end);
 

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "activation_kernels.h"
+#include "attention_task.h"
 #include "gemm_task.h"
+#include "rms_norm_kernel.h"
 #include "row_kernels.h"
 #include "transposed_gemm_task.h"
 #include "weight_grad_task.h"
@@ -41,12 +43,21 @@ constexpr GemmKernel gemm_kernel() {
   };
 }
 
+#if MOEKERNELS_NATIVE_BFLOAT16
+using DotOfBFloat16 = DotBFloat16Native;
+#else
+using DotOfBFloat16 = DotBFloat16;
+#endif
+
 constexpr KernelTable kernel_table(GemmKernel bfloat16_gemm) {
   return {
       {gemm_kernel<DotFloat32>(), bfloat16_gemm, gemm_kernel<DotFloat16>()},
+      {run_attention_task<DotFloat32>, run_attention_task<DotOfBFloat16>, run_attention_task<DotFloat16>},
+      kTileRows,
       unpermute,
       unpermute_grad_rows,
       unpermute_grad_weights,
+      rms_norm,
       activation,
       activation_grad,
       widen,

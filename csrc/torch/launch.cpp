@@ -58,6 +58,12 @@ void run_cpu(const RouterStatsParams& params, const Parallel& threads) {
 void run_cpu(const RouterStatsGradParams& params, const Parallel& threads) {
   router_stats_grad_cpu(params, threads);
 }
+void run_cpu(const RmsNormParams& params, const Parallel& threads) {
+  rms_norm_cpu(params, threads);
+}
+void run_cpu(const AttentionParams& params, const Parallel& threads) {
+  attention_cpu(params, threads);
+}
 
 int64_t workspace_cpu(const PlanParams& params, const Parallel& threads) {
   return plan_workspace_cpu(params, threads);
@@ -70,6 +76,9 @@ int64_t workspace_cpu(const RouterStatsParams& params, const Parallel& threads) 
 }
 int64_t workspace_cpu(const GroupedWeightGradParams& params, const Parallel& threads) {
   return grouped_weight_grad_workspace_cpu(params, threads);
+}
+int64_t workspace_cpu(const AttentionParams& params, const Parallel& threads) {
+  return attention_workspace_cpu(params, threads);
 }
 
 #ifdef MOEKERNELS_CUDA
@@ -213,6 +222,9 @@ void launch_cpu(Params& params, [[maybe_unused]] const Tensor& on) {
 
 #ifdef MOEKERNELS_CUDA
 template <typename Params>
+concept HasCudaKernel = requires(Params params, cudaStream_t stream) { run_cuda(params, stream); };
+
+template <typename Params>
 void launch_cuda(Params& params, const Tensor& on) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   const cudaStream_t stream = current_stream(on);
@@ -234,7 +246,9 @@ void launch_cuda(Params& params, const Tensor& on) {
 template <typename Params>
 void launch(Params params, const Tensor& on) {
 #ifdef MOEKERNELS_CUDA
-  if (on.is_cuda()) return launch_cuda(params, on);
+  if constexpr (HasCudaKernel<Params>) {
+    if (on.is_cuda()) return launch_cuda(params, on);
+  }
 #endif
   launch_cpu(params, on);
 }
@@ -251,5 +265,7 @@ template void launch(UnpermuteGradParams, const Tensor&);
 template void launch(RouteGradParams, const Tensor&);
 template void launch(RouterStatsParams, const Tensor&);
 template void launch(RouterStatsGradParams, const Tensor&);
+template void launch(RmsNormParams, const Tensor&);
+template void launch(AttentionParams, const Tensor&);
 
 }  // namespace moekernels

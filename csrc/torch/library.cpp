@@ -29,6 +29,11 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
       "router_stats(Tensor logits, SymInt num_groups, int top_k, Tensor? mask=None) "
       "-> (Tensor counts, Tensor prob_sums, Tensor z_sums)");
 
+  // On the CPU, and without gradients: the Python functions leave everything else to torch.
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none') -> Tensor");
+  m.def("rms_norm(Tensor input, Tensor weight, float epsilon) -> Tensor");
+  m.def("attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? bias=None) -> Tensor");
+
   // What gradients are made of.
   m.def(
       "sparse_mlp_train(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
@@ -71,6 +76,9 @@ void register_all(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
   register_all(m);
+  m.impl("linear", TORCH_BOX(&moekernels::linear));
+  m.impl("rms_norm", TORCH_BOX(&moekernels::rms_norm));
+  m.impl("attention", TORCH_BOX(&moekernels::attention));
 }
 
 #ifdef MOEKERNELS_CUDA

@@ -50,6 +50,16 @@ Tensor activation(const Tensor& linear, const std::string& activation, bool gate
 std::tuple<Tensor, Tensor, Tensor> router_stats(const Tensor& logits, int64_t num_groups, int64_t top_k,
                                                 const std::optional<Tensor>& mask);
 
+// --- what else a decoding step needs, on the CPU ---
+
+Tensor rms_norm(const Tensor& input, const Tensor& weight, double epsilon);
+
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::string& activation);
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                 const std::optional<Tensor>& bias);
+
 // --- for training ---
 
 std::tuple<Tensor, Tensor> sparse_mlp_train(const Tensor& hidden, const Tensor& expert_weights,

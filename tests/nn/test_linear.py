@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from moekernels.nn import Linear
-from moekernels.nn.linear import linear
+from moekernels.nn.linear import activated
+from moekernels.ops import linear
 from tests.tolerance import assert_accurate
 
 
@@ -38,7 +41,7 @@ def test_what_the_kernel_does_not_serve_is_left_to_torch(monkeypatch: pytest.Mon
     layer = Linear(40, 24)
     with torch.no_grad():
         expected = layer(torch.ones(3, 40))
-    monkeypatch.setattr("moekernels.nn.linear.ops.grouped_gemm", forbidden)
+    monkeypatch.setattr(sys.modules["moekernels.ops.linear"], "call", forbidden)
     x = torch.ones(3, 40, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and torch.equal(layer.weight.grad, torch.full((24, 40), 3.0))
@@ -63,3 +66,16 @@ def test_compiles_and_autocasts() -> None:
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@torch.no_grad()
+def test_activation_in_the_same_op_unless_somebody_listens() -> None:
+    layer, x = Linear(40, 24), torch.randn(3, 40)
+    plain = torch.nn.functional.gelu(layer(x))
+    torch.testing.assert_close(activated(layer, x, "gelu"), plain)
+    other = torch.nn.Sequential(layer)
+    torch.testing.assert_close(activated(other, x, "gelu"), plain)
+    heard = []
+    layer.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    torch.testing.assert_close(activated(layer, x, "gelu"), plain)
+    torch.testing.assert_close(torch.nn.functional.gelu(heard[0]), plain)

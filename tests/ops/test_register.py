@@ -25,6 +25,9 @@ def samples() -> dict[str, tuple]:
         "grouped_gemm": (rows, x.up_weight, plan.expert_offsets, None, "silu", True, scale),
         "unpermute": (rows, plan.row_of_slot, x.expert_weights),
         "activation": (rows, "silu", True),
+        "linear": (rows.view(3, 4, 64), torch.randn(5, 64), torch.randn(5), "gelu"),
+        "rms_norm": (rows.view(3, 4, 64), torch.randn(64), 1e-5),
+        "attention": (torch.randn(4, 6, 2, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), 0.3),
         "router_stats": (logits, 3, 2, torch.ones(6)),
         "sparse_mlp": layer,
         "sparse_mlp_train": layer,
@@ -39,7 +42,7 @@ def samples() -> dict[str, tuple]:
 # Ops with a gradient, and ops that are only called where none is wanted, or are gradients themselves.
 DIFFERENTIABLE = ("route", "permute", "grouped_gemm", "unpermute", "activation", "router_stats", "sparse_mlp_train")
 OTHERS = (
-    "plan", "sparse_mlp",
+    "plan", "sparse_mlp", "linear", "rms_norm", "attention",
     "route_grad", "router_stats_grad", "unpermute_grad", "activation_grad", "grouped_weight_grad",
 )  # fmt: skip
 

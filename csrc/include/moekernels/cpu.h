@@ -32,6 +32,7 @@ void set_cpu_isa(CpuIsa isa);  // clamped to best_cpu_isa(); for tests and bench
 int64_t plan_workspace_cpu(const PlanParams& params, const Parallel& parallel);
 int64_t grouped_gemm_workspace_cpu(const GroupedGemmParams& params, const Parallel& parallel);
 int64_t grouped_weight_grad_workspace_cpu(const GroupedWeightGradParams& params, const Parallel& parallel);
+int64_t attention_workspace_cpu(const AttentionParams& params, const Parallel& parallel);
 int64_t router_stats_workspace_cpu(const RouterStatsParams& params, const Parallel& parallel);
 
 void route_cpu(const RouteParams& params, const Parallel& parallel);
@@ -39,6 +40,8 @@ void plan_cpu(const PlanParams& params, const Parallel& parallel);
 void permute_cpu(const PermuteParams& params, const Parallel& parallel);
 void grouped_gemm_cpu(const GroupedGemmParams& params, const Parallel& parallel);
 void unpermute_cpu(const UnpermuteParams& params, const Parallel& parallel);
+void rms_norm_cpu(const RmsNormParams& params, const Parallel& parallel);
+void attention_cpu(const AttentionParams& params, const Parallel& parallel);
 
 void grouped_weight_grad_cpu(const GroupedWeightGradParams& params, const Parallel& parallel);
 void activation_cpu(const ActivationParams& params, const Parallel& parallel);

@@ -147,6 +147,43 @@ struct GroupedWeightGradParams {
   DType dtype;      // of all matrices
 };
 
+// query [B, H, Q, D], key and value [B', G, S, D] -> out [B, Q, H, D] = softmax(scale * query @ key.T + bias) @ value
+// G divides H and B' divides B: as many consecutive heads, and rows of the batch, as it takes look at the same keys.
+// Only on the CPU. Sums and softmax in float32.
+struct AttentionParams {
+  const void* query;
+  const void* key;
+  const void* value;
+  const void* bias;  // nullable
+  void* out;         // contiguous
+  void* workspace;   // `attention_workspace` bytes
+  int64_t query_strides[3];
+  int64_t key_strides[3];
+  int64_t value_strides[3];
+  int64_t bias_strides[3];  // 0 where it is broadcast
+  int64_t bias_batch_size;  // B, B' or 1
+  int64_t batch_size;       // B
+  int64_t num_heads;        // H
+  int64_t num_queries;      // Q
+  int64_t key_batch_size;   // B'
+  int64_t num_key_heads;    // G
+  int64_t num_keys;         // S
+  int64_t head_dim;         // D
+  float scale;
+  DType dtype;
+};
+
+// input [N, H], weight [H] -> out [N, H] = weight * input / sqrt(mean(input^2) + epsilon). Only on the CPU.
+struct RmsNormParams {
+  const void* input;   // contiguous
+  const void* weight;  // contiguous
+  void* out;           // contiguous
+  int64_t num_rows;
+  int64_t hidden_size;
+  float epsilon;
+  DType dtype;
+};
+
 // linear [N, 2F] when gated (gate columns first), else [N, F] -> out [N, F] = act(gate) * value, or act(linear)
 struct ActivationParams {
   const void* linear;  // contiguous

@@ -96,6 +96,7 @@ class Search:
     record: Record = field(default_factory=Record)
     generator: torch.Generator | None = None
     streamer: BaseStreamer | None = None
+    _wide: Tensor | None = field(default=None, init=False, repr=False)
 
     def read_prompt(self) -> None:
         """Runs the model on all but the last piece of the prompt, if it is to be read in pieces."""
@@ -123,10 +124,20 @@ class Search:
         outputs = self.run_model()
         # A copy where it is kept, because a view would keep the logits of a whole prompt alive.
         kept = "logits" in self.record or ("scores" in self.record and not log_probs)
-        logits = outputs.logits[:, -1].to(torch.float32, copy=kept)
+        logits = outputs.logits[:, -1]
+        if log_probs and not kept and logits.dtype != torch.float32:
+            logits = self._widened(logits)
+        else:
+            logits = logits.to(torch.float32, copy=kept)
         scores = self.processors(self.state.input_ids, logits.log_softmax(dim=-1) if log_probs else logits)
         self.record.add(outputs, scores=scores, logits=logits)
         return scores
+
+    def _widened(self, logits: Tensor) -> Tensor:
+        """The logits `[B, V]` in float32, until the next step: new memory every time takes longer than to fill it."""
+        if self._wide is None or self._wide.shape != logits.shape:
+            self._wide = torch.empty_like(logits, dtype=torch.float32)
+        return self._wide.copy_(logits)
 
     def choose(self, scores: Tensor) -> Tensor:
         """Tokens int64 `[B]` for scores `[B, V]`: drawn, or the best ones, with the lowest id on ties."""

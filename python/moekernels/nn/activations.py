@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-from torch import Tensor
-from torch.nn import functional as F
-
 _OP_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -22,14 +16,6 @@ _OP_ACTIVATIONS = {
     "linear": "none",
 }
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "none": lambda x: x,
-}
-
 
 def op_activation(name: str) -> str:
     """The name :mod:`moekernels.ops` gives the activation a configuration calls `name`.
@@ -41,12 +27,3 @@ def op_activation(name: str) -> str:
         return _OP_ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(_OP_ACTIVATIONS)}") from None
-
-
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The same activation as a function, for layers without experts.
-
-    Raises:
-        ValueError: there is no such activation.
-    """
-    return _FUNCTIONS[op_activation(name)]

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moekernels import ops
 from moekernels.nn.cache import Cache
+from moekernels.ops._call import runs_on_cpu_kernels
 
 
 class AttentionMask(NamedTuple):
@@ -44,7 +46,8 @@ class AttentionMask(NamedTuple):
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-# Up to so many, the fused CPU kernel is slower in half precision than products in float32 (torch 2.13: up to 3 times).
+# Up to so many that look at the same keys, this package's CPU kernel is faster than torch's fused one (torch 2.13, Xeon
+# with AMX: 1.1 to 4 times).
 _FEW_QUERIES = 8
 
 #: The name of the one function that wants its mask deferred, and a package of its own.
@@ -215,16 +218,27 @@ def eager_attention(
     return out.reshape(batch_size, num_queries, num_heads * head_dim), probs
 
 
-@_sharing_keys
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention by PyTorch's fused kernels. Returns no probabilities."""
+    """Attention by fused kernels: PyTorch's, or :func:`moekernels.ops.attention`. Returns no probabilities."""
+    # The numbers come last: a tracer would make them conditions of the graph.
+    if (
+        not dropout
+        and not mask.is_causal
+        and runs_on_cpu_kernels(query, key, value, *(() if mask.bias is None else (mask.bias,)))
+        and query.shape[2] * query.shape[0] <= _FEW_QUERIES * key.shape[0]
+        and query.shape[0] % key.shape[0] == 0
+    ):
+        return ops.attention(query, key, value, scale=scale, bias=mask.bias), None
+    return _torch_attention(query, key, value, mask, scale=scale, dropout=dropout)
+
+
+@_sharing_keys
+def _torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
     batch_size, num_heads, num_queries, head_dim = query.shape
-    # The number comes last: a tracer would make it a condition of the graph.
-    if query.dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu" and num_queries <= _FEW_QUERIES:
-        wide = eager_attention(query.float(), key.float(), value.float(), mask, scale=scale, dropout=dropout)[0]
-        return wide.to(query.dtype), None
     out = F.scaled_dot_product_attention(
         query,
         key,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from moekernels import ops
 
 
 class RMSNorm(nn.Module):
@@ -29,8 +30,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., hidden_size]`` -> the same shape, in the dtype of the weight."""
-        weight = self.weight
-        return F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, self.eps)
+        return ops.rms_norm(hidden.to(self.weight.dtype), self.weight, epsilon=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

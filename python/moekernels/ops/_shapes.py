@@ -106,6 +106,22 @@ def _activation(linear: Tensor, activation: str, gated: bool) -> Tensor:
     return linear.new_empty(linear.shape[0], linear.shape[1] // (2 if gated else 1))
 
 
+@torch.library.register_fake("moekernels::linear")
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("moekernels::rms_norm")
+def _rms_norm(input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+@torch.library.register_fake("moekernels::attention")
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    return query.new_empty(batch_size, num_queries, num_heads * head_dim)
+
+
 @torch.library.register_fake("moekernels::activation_grad")
 def _activation_grad(
     grad_out: Tensor,

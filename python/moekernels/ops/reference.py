@@ -324,6 +324,30 @@ def activation(linear: Tensor, activation: str, *, gated: bool = False) -> Tenso
     return _activate(_accumulator(linear), activation, gated).to(linear.dtype)
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    biases = None if bias is None else _accumulator(bias)
+    return _activate(F.linear(_accumulator(input), _accumulator(weight), biases), activation, False).to(input.dtype)
+
+
+def rms_norm(input: Tensor, weight: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+    wide = _accumulator(input)
+    scale = (wide.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
+    return (_accumulator(weight) * (wide * scale)).to(input.dtype)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    shared, heads_per_key = query.shape[0] // max(key.shape[0], 1), query.shape[1] // max(key.shape[1], 1)
+    key, value = (
+        _accumulator(x).repeat_interleave(shared, dim=0).repeat_interleave(heads_per_key, dim=1) for x in (key, value)
+    )
+    scores = _accumulator(query) @ key.transpose(2, 3) * scale
+    if bias is not None:
+        bias = bias if bias.shape[0] in (1, scores.shape[0]) else bias.repeat_interleave(shared, dim=0)
+        scores = scores + bias
+    probs = scores.softmax(dim=-1)
+    return (probs @ value).transpose(1, 2).flatten(2).to(query.dtype)
+
+
 def activation_grad(
     grad_out: Tensor,
     linear: Tensor,

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moekernels._settings import is_batch_invariant
+from moekernels.ops._call import call, runs_on_cpu_kernels
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+# Up to here the time goes into reading the weight, at which this package's kernels are better; measured with torch
+# 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast, on a Xeon with AMX 1.0 to 2.1 times.
+_MOST_ROWS = 64
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """Multiply every row by one weight: ``activation(input @ weight.T + bias)``.
+
+    In inference on a CPU few rows are multiplied by the kernel of :func:`grouped_gemm`, as those of one expert: sums
+    run in float32 and are rounded once, at the end, and the bits of a row do not depend on the others. With
+    :func:`moekernels.batch_invariant` so are many. All else is left to :func:`torch.nn.functional.linear` and the
+    activation of torch, with their dtypes, gradients and autocast.
+
+    Args:
+        input: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``, same dtype.
+        bias: ``[out_features]``, same dtype.
+        activation: one of :data:`ACTIVATIONS`; ``"gelu"`` is the exact one, ``"gelu_tanh"`` the approximation.
+
+    Returns:
+        ``[..., out_features]`` in the dtype of ``input``.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or devices (where torch multiplies, its own errors), or an unknown
+            activation.
+    """
+    if runs_on_cpu_kernels(input, weight) and input.dim() > 0:
+        num_rows = input.numel() // max(input.shape[-1], 1)
+        if 0 < num_rows <= _MOST_ROWS or is_batch_invariant():
+            return call(torch.ops.moekernels.linear.default, input, weight, bias, activation)
+    if activation not in ACTIVATION_FUNCTIONS:
+        raise ValueError(
+            f"moekernels::linear: activation must be one of {', '.join(ACTIVATION_FUNCTIONS)}; got '{activation}'"
+        )
+    return ACTIVATION_FUNCTIONS[activation](F.linear(input, weight, bias))
