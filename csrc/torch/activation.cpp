@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -23,7 +24,7 @@ Tensor activation(const Tensor& linear, const std::string& activation, bool gate
   params.activation = check.activation(activation);
   params.gated = gated;
   params.num_rows = linear.size(0);
-  Tensor out = torch::stable::new_empty(linear, {params.num_rows, params.width});
+  Tensor out = new_empty(linear, {params.num_rows, params.width});
   if (out.numel() == 0) return out;
 
   const Tensor dense_linear = dense(linear);
@@ -56,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> activation_grad(const Tensor& grad_out, const
                expert_offsets->size(0));
     check.expert_offsets(*expert_offsets, expert_offsets->size(0) - 1, params.num_rows);
   }
-  Tensor grad_linear = torch::stable::new_empty(linear, {params.num_rows, linear.size(1)});
-  Tensor scaled = torch::stable::new_empty(linear, {with_scaled ? params.num_rows : 0, params.width});
+  Tensor grad_linear = new_empty(linear, {params.num_rows, linear.size(1)});
+  Tensor scaled = new_empty(linear, {with_scaled ? params.num_rows : 0, params.width});
   Tensor grad_scale =
       torch::stable::empty({with_grad_scale ? params.num_rows : 0}, ScalarType::Float, std::nullopt, linear.device());
   if (params.num_rows == 0) return {grad_linear, scaled, grad_scale};

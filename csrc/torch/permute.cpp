@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -20,7 +21,7 @@ Tensor permute(const Tensor& hidden, const Tensor& token_of_row, const std::opti
   params.num_tokens = hidden.size(0);
   params.num_rows = token_of_row.size(0);
   params.hidden_size = hidden.size(1);
-  Tensor rows = torch::stable::new_empty(hidden, {params.num_rows, params.hidden_size});
+  Tensor rows = new_empty(hidden, {params.num_rows, params.hidden_size});
   if (rows.numel() == 0) return rows;
 
   const Tensor hidden_rows = dense_rows(hidden);
@@ -49,7 +50,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& row_of_slot, const std::optio
     check.dtype("weights", *weights, ScalarType::Float);
     check.same_device("weights", *weights);
   }
-  Tensor out = torch::stable::new_empty(rows, {params.num_tokens, params.hidden_size});
+  Tensor out = new_empty(rows, {params.num_tokens, params.hidden_size});
   if (out.numel() == 0) return out;
 
   const Tensor dense_rows_ = dense_rows(rows);
@@ -88,7 +89,7 @@ std::tuple<Tensor, Tensor> unpermute_grad(const Tensor& grad_out, const std::opt
   if (weights.has_value()) {
     check.float_shape("weights", *weights, {params.num_tokens, params.top_k}, "[num_tokens, top_k]");
   }
-  Tensor grad_rows = torch::stable::new_empty(grad_out, {with_grad_rows ? params.num_rows : 0, params.hidden_size});
+  Tensor grad_rows = new_empty(grad_out, {with_grad_rows ? params.num_rows : 0, params.hidden_size});
   Tensor grad_weights = torch::stable::empty({rows.has_value() ? params.num_tokens : 0, params.top_k},
                                              ScalarType::Float, std::nullopt, grad_out.device());
   if (grad_rows.numel() == 0 && grad_weights.numel() == 0) return {grad_rows, grad_weights};
