@@ -1,7 +1,7 @@
 """What `replace_moe_layers` changes: `generate` of transformers' OLMoE, before and after, in one run.
 
     python benchmarks/drop_in.py --save out.json
-    python benchmarks/drop_in.py --device cuda --layers 16
+    python benchmarks/drop_in.py --device cuda --layers 16 --dtypes float32 bfloat16 --new-tokens 64 --budget 60
 
 OLMoE-1B-7B at its real width with random weights and, unless told otherwise, two of its sixteen layers. Both models are
 there at once over the same weights, and take turns; a row holds medians. The prompt is timed by generating one token,
@@ -24,7 +24,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moekernels.bench.clocks import interleaved_medians
+from moekernels.bench.clocks import Run, interleaved_medians
 from moekernels.bench.machine import described, machine
 from moekernels.bench.roofs import name_of
 from moekernels.integrations.transformers import replace_moe_layers
@@ -39,8 +39,15 @@ def stock_model(num_layers: int, dtype: torch.dtype, device: torch.device) -> An
         model = transformers.OlmoeForCausalLM(config)
     model = model.to(dtype).to_empty(device=device).eval()
     torch.manual_seed(0)
+    # The same numbers again and again: a billion of them would take longer than all the measuring. No size of a weight
+    # divides how many there are, so that no two experts, rows or tokens are alike.
+    numbers = torch.randn(1_000_003).mul_(0.02).to(dtype).to(device)
     for name, weight in model.named_parameters():
-        weight.data.fill_(1.0) if "norm" in name else weight.data.normal_(std=0.02)
+        if "norm" in name:
+            weight.data.fill_(1.0)
+        else:
+            for part in weight.data.view(-1).split(len(numbers)):
+                part.copy_(numbers[: len(part)])
     # No weights, but lost on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model
@@ -76,22 +83,26 @@ def rows_of(models: dict[str, Any], batch: int, prompt: int, new_tokens: int, bu
         lengths = {"min_new_tokens": length, "max_new_tokens": length}
         return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=1, **lengths)
 
-    tokens = {name: generate(model, new_tokens) for name, model in models.items()}
-    runs = {
-        (name, length): partial(generate, model, length) for name, model in models.items() for length in (1, new_tokens)
-    }
-    keys = {f"{name} {length}": (name, length) for name, length in runs}
-    medians = interleaved_medians({key: runs[pair] for key, pair in keys.items()}, device, budget)
-    seconds = {keys[key]: value for key, value in medians.items()}
+    tokens: dict[str, Any] = {}
+
+    def first(model: Any) -> None:
+        generate(model, 1)
+
+    def whole(name: str, model: Any) -> None:
+        tokens[name] = generate(model, new_tokens)
+
+    runs: dict[str, Run] = {f"{name}, first token": partial(first, model) for name, model in models.items()}
+    runs |= {name: partial(whole, name, model) for name, model in models.items()}
+    seconds = interleaved_medians(runs, device, budget)
     rows = []
     for name in models:
-        first = seconds[name, 1]
-        rest = max(seconds[name, new_tokens] - first, 1e-9)
+        first_token = seconds[f"{name}, first token"]
+        rest = max(seconds[name] - first_token, 1e-9)
         rows.append(
             {
                 "batch": batch,
                 "model": name,
-                "prompt": batch * prompt / first,
+                "prompt": batch * prompt / first_token,
                 "decoding": batch * (new_tokens - 1) / rest,
                 "same": (tokens[name] == tokens[DROP_IN])[:, prompt:].float().mean().item(),
             }
@@ -102,12 +113,14 @@ def rows_of(models: dict[str, Any], batch: int, prompt: int, new_tokens: int, bu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--layers", default=2, type=int, metavar="N", help="OLMoE-1B-7B has 16")
     parser.add_argument("--batches", nargs="+", default=[1, 8], type=int, metavar="N")
     parser.add_argument("--prompt", default=128, type=int, metavar="N", help="tokens of a prompt")
-    parser.add_argument("--new-tokens", default=32, type=int, metavar="N", help="tokens generated, at least 2")
-    parser.add_argument("--budget", default=60.0, type=float, metavar="SECONDS", help="for a row's rounds, at least 3")
+    parser.add_argument("--new-tokens", default=16, type=int, metavar="N", help="tokens generated, at least 2")
+    parser.add_argument(
+        "--budget", default=15.0, type=float, metavar="SECONDS", help="for a batch size; 3 rounds at least"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args()
     if args.new_tokens < 2:
