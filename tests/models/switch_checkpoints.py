@@ -75,3 +75,7 @@ def batch() -> dict[str, Tensor]:
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def reloaded(directory: Path) -> Any:
+    return SwitchTransformersForConditionalGeneration.from_pretrained(directory, progress=False)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moekernels.nn import Linear
-from moekernels.nn.linear import activated
 from moekernels.ops import linear
 from tests.tolerance import assert_accurate
 
@@ -66,16 +65,3 @@ def test_compiles_and_autocasts() -> None:
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), layer(x))
-
-
-@torch.no_grad()
-def test_activation_in_the_same_op_unless_somebody_listens() -> None:
-    layer, x = Linear(40, 24), torch.randn(3, 40)
-    plain = torch.nn.functional.gelu(layer(x))
-    torch.testing.assert_close(activated(layer, x, "gelu"), plain)
-    other = torch.nn.Sequential(layer)
-    torch.testing.assert_close(activated(other, x, "gelu"), plain)
-    heard = []
-    layer.register_forward_hook(lambda module, inputs, output: heard.append(output))
-    torch.testing.assert_close(activated(layer, x, "gelu"), plain)
-    torch.testing.assert_close(torch.nn.functional.gelu(heard[0]), plain)

@@ -67,6 +67,17 @@ def test_gradients_are_those_of_torch(activation: str) -> None:
         torch.testing.assert_close(grad, expected.float())
 
 
+@pytest.mark.parametrize("trained", range(3), ids=["input", "weight", "bias"])
+def test_each_gradient_by_itself(trained: int) -> None:
+    arguments = [torch.randn(shape) for shape in ((3, 5), (4, 5), (4,))]
+    leaf = arguments[trained].requires_grad_()
+    wide = [x.detach().double() for x in arguments]
+    wide[trained].requires_grad_()
+    ops.linear(*arguments, activation="gelu").sum().backward()
+    ops.linear(*wide, activation="gelu").sum().backward()
+    torch.testing.assert_close(leaf.grad, wide[trained].grad.float())
+
+
 def test_under_autocast_and_in_a_graph() -> None:
     x, weight = torch.randn(3, 40), torch.randn(24, 40)
     with torch.autocast("cpu", torch.bfloat16):

@@ -23,8 +23,7 @@ from moekernels.models.translation import (
     clamp_float16,
 )
 from moekernels.nn import Linear
-from moekernels.nn.activations import op_activation
-from moekernels.nn.linear import activated
+from moekernels.nn.activations import activation_function
 
 
 class M2M100Config(TranslationConfig):
@@ -64,7 +63,7 @@ class M2M100EncoderLayer(nn.Module):
         self.fc1 = Linear(config.d_model, config.encoder_ffn_dim)
         self.fc2 = Linear(config.encoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
-        self.activation = op_activation(config.activation_function)
+        self.activation = activation_function(config.activation_function)
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
 
@@ -74,7 +73,7 @@ class M2M100EncoderLayer(nn.Module):
         """``hidden [B, S, H]`` -> output ``[B, S, H]``, attention probabilities, no router logits."""
         attended, probs = self.self_attn(self.self_attn_layer_norm(hidden), context, head_mask)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        inner = activated(self.fc1, self.final_layer_norm(hidden), self.activation)
+        inner = self.activation(self.fc1(self.final_layer_norm(hidden)))
         mixed = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
         hidden = hidden + F.dropout(mixed, self.dropout, self.training)
         return clamp_float16(hidden, always=True), probs, None
@@ -92,7 +91,7 @@ class M2M100DecoderLayer(nn.Module):
         self.fc1 = Linear(config.d_model, config.decoder_ffn_dim)
         self.fc2 = Linear(config.decoder_ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
-        self.activation = op_activation(config.activation_function)
+        self.activation = activation_function(config.activation_function)
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
 
@@ -111,7 +110,7 @@ class M2M100DecoderLayer(nn.Module):
             self.encoder_attn_layer_norm(hidden), context, cross_head_mask, source
         )
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        inner = activated(self.fc1, self.final_layer_norm(hidden), self.activation)
+        inner = self.activation(self.fc1(self.final_layer_norm(hidden)))
         mixed = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
         return hidden + F.dropout(mixed, self.dropout, self.training), probs, cross_probs, None
 

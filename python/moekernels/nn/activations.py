@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moekernels.ops.linear import ACTIVATION_FUNCTIONS
+
 _OP_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -27,3 +33,12 @@ def op_activation(name: str) -> str:
         return _OP_ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(_OP_ACTIVATIONS)}") from None
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The same activation as a function, for layers without experts.
+
+    Raises:
+        ValueError: there is no such activation.
+    """
+    return ACTIVATION_FUNCTIONS[op_activation(name)]

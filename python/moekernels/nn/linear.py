@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from moekernels import ops
 from moekernels._settings import autocast_dtype
-from moekernels.ops.linear import ACTIVATION_FUNCTIONS
 
 
 class Linear(nn.Linear):
@@ -21,16 +20,6 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
-
-
-def activated(layer: nn.Module, input: Tensor, activation: str) -> Tensor:
-    """``activation(layer(input))``, one of :data:`moekernels.ops.ACTIVATIONS`; in one op if that is all `layer` does.
-
-    A layer that took the place of a :class:`Linear`, or that somebody listens to, is called as it is.
-    """
-    if type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
-        return ops.linear(input, layer.weight, layer.bias, activation=activation)
-    return ACTIVATION_FUNCTIONS[activation](layer(input))
 
 
 def linear_in(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekernels._settings import is_batch_invariant
-from moekernels.ops._call import call, runs_on_cpu_kernels
+from moekernels.ops._call import call, runs_on_cpu_kernels, wants_gradient
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -44,7 +44,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         ValueError: for wrong shapes, dtypes or devices (where torch multiplies, its own errors), or an unknown
             activation.
     """
-    if runs_on_cpu_kernels(input, weight) and input.dim() > 0:
+    if runs_on_cpu_kernels(input, weight) and not wants_gradient(bias) and input.dim() > 0:
         num_rows = input.numel() // max(input.shape[-1], 1)
         if 0 < num_rows <= _MOST_ROWS or is_batch_invariant():
             return call(torch.ops.moekernels.linear.default, input, weight, bias, activation)

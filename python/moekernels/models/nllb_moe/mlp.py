@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from moekernels import ops
 from moekernels.models.nllb_moe.config import TOP_K, NllbMoeConfig
 from moekernels.nn import GroupedExperts, Linear
-from moekernels.nn.activations import op_activation
-from moekernels.nn.linear import activated, linear_in
+from moekernels.nn.activations import activation_function, op_activation
+from moekernels.nn.linear import linear_in
 
 
 class Top2Routing(NamedTuple):
@@ -143,12 +143,12 @@ class NllbMoeDenseActDense(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.d_model, ffn_dim)
         self.fc2 = Linear(ffn_dim, config.d_model)
-        self.activation = op_activation(config.activation_function)
+        self.activation = activation_function(config.activation_function)
         self.dropout = config.activation_dropout
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""
-        inner = activated(self.fc1, hidden_states, self.activation)
+        inner = self.activation(self.fc1(hidden_states))
         return self.fc2(F.dropout(inner, self.dropout, self.training))
 
 

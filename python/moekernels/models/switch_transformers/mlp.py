@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from moekernels import ops
 from moekernels.models.switch_transformers.config import SwitchTransformersConfig, activation_and_gate
 from moekernels.nn import GroupedExperts, Linear
-from moekernels.nn.activations import op_activation
-from moekernels.nn.linear import activated, linear_in
+from moekernels.nn.activations import activation_function, op_activation
+from moekernels.nn.linear import linear_in
 
 
 class Top1Routing(NamedTuple):
@@ -105,15 +105,15 @@ class SwitchTransformersDenseActDense(nn.Module):
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             self.add_module(name, Linear(config.d_model, config.d_ff, bias=False))
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
-        self.activation = op_activation(activation)
+        self.activation = activation_function(activation)
         self.dropout = config.dropout_rate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""
         if self.gated:
-            inner = activated(self.wi_0, hidden_states, self.activation) * self.wi_1(hidden_states)
+            inner = self.activation(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
         else:
-            inner = activated(self.wi, hidden_states, self.activation)
+            inner = self.activation(self.wi(hidden_states))
         return self.wo(F.dropout(inner, self.dropout, self.training))
 
 
