@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moekernels.bench.machine import described, machine
 from moekernels.bench.roofs import Roofs
 from moekernels.bench.table import BOUND, Row, cells, record, render, save
 
@@ -44,9 +43,3 @@ def test_files(tmp_path: Path) -> None:
     assert lines[3] == "roofs: read 2.0 GB/s, copy 3.0 GB/s; matmul bfloat16 50 GFLOP/s"
     assert len({line.count("|") for line in lines[5:]}) == 1 and len(lines) == 9
     assert json.loads(record([], ROOFS, about, "", ["wrong"]))["mismatches"] == ["wrong"]
-
-
-def test_machine(cpu) -> None:  # type: ignore[no-untyped-def]
-    about = machine(cpu)
-    assert about["clock"] == "wall clock" and about["threads"] and about["device"] and about["revision"]
-    assert f"torch {about['torch']}" in described(about)
