@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from moekernels.bench.roofs import Roofs
-from moekernels.bench.table import BOUND, Row, cells, record, render, save
+from moekernels.bench.table import BOUND, Row, cells, load, record, render, save
 
 ROOFS = Roofs(2e9, 3e9, {"bfloat16": 5e10})
 ROWS = [
@@ -36,10 +38,21 @@ def test_files(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert content["command"] == "a command" and content["machine"] == about and content["mismatches"] == []
     assert content["roofs"] == {"read_bandwidth": 2e9, "copy_bandwidth": 3e9, "matmul": {"bfloat16": 5e10}}
-    assert [Row(**row) for row in content["rows"]] == ROWS
+    assert load(tmp_path / "new" / "rows.json") == (ROWS, ROOFS, about)
     lines = (tmp_path / "new" / "rows.md").read_text().splitlines()
     assert lines[0] == "`a command`" and lines[2:] == render(ROWS, ROOFS, about).splitlines()
     assert lines[2] == "device a CPU, threads 2"
     assert lines[3] == "roofs: read 2.0 GB/s, copy 3.0 GB/s; matmul bfloat16 50 GFLOP/s"
     assert len({line.count("|") for line in lines[5:]}) == 1 and len(lines) == 9
     assert json.loads(record([], ROOFS, about, "", ["wrong"]))["mismatches"] == ["wrong"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "\xff", '{"machine": {}, "roofs": {}, "rows": []}', '{"machine": {}, "rows": [{"batch": 1}]}'],
+)
+def test_other_files(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path} holds no rows of a measurement"):
+        load(path)
