@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
 
 import pytest
 
 from moekernels.bench.roofs import Roofs
-from moekernels.bench.table import Row
+from moekernels.bench.table import BOUND, Row
 
 pytest.importorskip("matplotlib")
 from moekernels.bench.plot import draw
@@ -36,6 +37,34 @@ def test_picture() -> None:
     width, height = size(png)
     assert 1200 <= width <= 3000 and 500 <= height <= 1500 and 20_000 < len(png) < 1_000_000
     assert png != draw(rows()[:-1], ROOFS, ABOUT, "m")
+
+
+def texts(svg: bytes) -> list[str]:
+    """What is written in a picture: matplotlib puts every text in a comment before its outlines."""
+    return re.findall(r"<!-- (.*?) -->", svg.decode())
+
+
+def test_speedups_per_dtype() -> None:
+    found = []
+    for dtype, slower in (("bfloat16", 30), ("float32", 20)):
+        for row in rows():
+            baselines = {**row.baselines, "transformers batched_mm": slower * row.seconds}
+            found.append(replace(row, dtype=dtype, baselines=baselines))
+    svg = draw(found, ROOFS, ABOUT, "m", "svg")
+    assert svg == draw(found, ROOFS, ABOUT, "m", "svg") and svg.startswith(b"<?xml") and len(svg) < 150_000
+    written = texts(svg)
+    for dtype in ROOFS.matmul:
+        assert written.count(f"The whole layer in {dtype}, times faster than") == 1
+    # One line per baseline and kind of layer, one entry for both dtypes.
+    assert written.count("torch grouped_mm") == written.count("torch grouped_mm, with routing") == 1
+    assert "transformers batched_mm: 20× to 30×, not drawn" in written and "transformers batched_mm" not in written
+
+
+def test_all_far() -> None:
+    """What is slowest is left out only beside something nearer."""
+    found = [replace(row, baselines={"torch eager": 8 * row.seconds, BOUND: 90 * row.seconds}) for row in rows()]
+    written = texts(draw(found, ROOFS, ABOUT, "m", "svg"))
+    assert "torch eager" in written and f"{BOUND}, a bound: 90× to 90×, not drawn" in written
 
 
 @pytest.mark.parametrize("case", ["one row", "no products", "no baselines", "no layer", "many settings"])

@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moekernels.bench.machine import described, machine
+import pytest
+
 from moekernels.bench.roofs import Roofs
-from moekernels.bench.table import BOUND, Row, cells, record, render, save
+from moekernels.bench.table import BOUND, Row, cells, load, record, render, save
 
 ROOFS = Roofs(2e9, 3e9, {"bfloat16": 5e10})
 ROWS = [
@@ -37,7 +38,7 @@ def test_files(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert content["command"] == "a command" and content["machine"] == about and content["mismatches"] == []
     assert content["roofs"] == {"read_bandwidth": 2e9, "copy_bandwidth": 3e9, "matmul": {"bfloat16": 5e10}}
-    assert [Row(**row) for row in content["rows"]] == ROWS
+    assert load(tmp_path / "new" / "rows.json") == (ROWS, ROOFS, about)
     lines = (tmp_path / "new" / "rows.md").read_text().splitlines()
     assert lines[0] == "`a command`" and lines[2:] == render(ROWS, ROOFS, about).splitlines()
     assert lines[2] == "device a CPU, threads 2"
@@ -46,7 +47,12 @@ def test_files(tmp_path: Path) -> None:
     assert json.loads(record([], ROOFS, about, "", ["wrong"]))["mismatches"] == ["wrong"]
 
 
-def test_machine(cpu) -> None:  # type: ignore[no-untyped-def]
-    about = machine(cpu)
-    assert about["clock"] == "wall clock" and about["threads"] and about["device"] and about["revision"]
-    assert f"torch {about['torch']}" in described(about)
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "\xff", '{"machine": {}, "roofs": {}, "rows": []}', '{"machine": {}, "rows": [{"batch": 1}]}'],
+)
+def test_other_files(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path} holds no rows of a measurement"):
+        load(path)

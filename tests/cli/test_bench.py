@@ -10,6 +10,7 @@ import torch
 from moekernels import ops
 from moekernels.bench import sweep
 from moekernels.bench.roofs import Roofs
+from moekernels.bench.table import Row, record
 from moekernels.cli import bench, main
 from moekernels.cli.main import build_parser
 from tests.generators import OLMOE, REAL_LAYERS
@@ -106,6 +107,29 @@ def test_plot(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
 
 
+def test_saved_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--from` prints the table of the run, and draws the same picture."""
+    pytest.importorskip("matplotlib")
+    rows, first, again = tmp_path / "rows.json", tmp_path / "first.svg", tmp_path / "again.svg"
+    assert exit_code(*QUICK, "--backward", "--json", str(rows), "--plot", str(first)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(bench, "measure_roofs", None)
+    assert exit_code("bench", "--from", str(rows), "--plot", str(again)) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[0].split(None, 1) == ["layer", "24x16, 2 of 6"] and found[1:] == lines[1:]
+    assert again.read_bytes() == first.read_bytes() and first.read_bytes().startswith(b"<?xml")
+
+
+def test_rows_of_several_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row(name, 1, "uniform", "float32", 1.0, 1.0, 1.0, 0.5) for name in ("a up", "a layer with routing", "b up")]
+    path = tmp_path / "rows.json"
+    path.write_text(record(rows, ROOFS, {}, ""))
+    assert exit_code("bench", "--from", str(path)) == 2
+    assert capsys.readouterr().err == "moekernels: error: rows of one layer are wanted, got those of a, b\n"
+    path.write_text(record(rows[:2], ROOFS, {}, ""))
+    assert exit_code("bench", "--from", str(path)) == 0
+
+
 def test_plot_says_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +170,8 @@ def test_given_sizes_replace_those_of_the_model() -> None:
         (("--device", "toaster"), "--device must be"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--kernels", "softmax"), "invalid choice: 'softmax'"),
+        (("--from", "no-such.json"), "No such file or directory: 'no-such.json'"),
+        (("--from", "rows.json", "--check"), "--from measures nothing"),
         (("--json", "no/such/place.json"), "--json: there is no directory 'no/such'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",

@@ -11,9 +11,11 @@ import transformers
 from tests.integrations import run_upstream_suite
 from tests.integrations.run_upstream_suite import Suite, compare, main, run_suite, version_of
 
-# One test fails always, one with the drop-in alone; the others pass or are skipped either way.
+# One test fails always, three with the drop-in alone: one of them as expected, and one of that name for another reason.
+# The others pass or are skipped either way.
 _TESTS = """
 import unittest
+import unittest.mock
 
 import torch
 import transformers
@@ -38,6 +40,15 @@ class OlmoeModelTest(unittest.TestCase):
 
     def test_is_stock(self):
         self.assertFalse(ours(small()))
+
+    def test_tied_weights_keys(self):
+        self.assertFalse(ours(small()), "for another reason")
+
+    def test_eager_matches_batched_and_grouped_inference_0_fp32(self):
+        mock = unittest.mock.Mock()
+        if not ours(small()):
+            mock()
+        mock.assert_called()
 
     def test_skipped(self):
         self.skipTest("for no reason")
@@ -78,11 +89,17 @@ def test_the_drop_in_is_in_every_model(upstream: Path, capsys: pytest.CaptureFix
     assert main(["--upstream", str(upstream), "--models", "olmoe", "--python", sys.executable]) == 1
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "| olmoe" in line]
-    assert rows[0][:6] == ["olmoe", "stock", "5", "1", "1", "0"]
-    assert rows[1][:5] == ["olmoe", "replace", "4", "2", "1"]
+    assert rows[0][:6] == ["olmoe", "stock", "7", "1", "1", "0"]
+    assert rows[1][:5] == ["olmoe", "replace", "4", "4", "1"]
     assert int(rows[1][5]) > 0
     assert "test_is_stock is failed, and passed when stock" in out
     assert "test_always_fails" not in out
+    assert (
+        "test_tied_weights_keys is failed, and passed when stock: AssertionError: True is not false : for another"
+        in out
+    )
+    (intended,) = (line for line in out.splitlines() if line.startswith("intended: "))
+    assert "inference_0_fp32 is failed" in intended and intended.endswith("ours are instead")
     assert "1 models stayed stock: replace_moe_layers: " in out and "float64" in out
 
 
@@ -93,16 +110,51 @@ def test_what_cannot_run_is_an_error(upstream: Path) -> None:
 
 def test_comparison() -> None:
     def suite(calls: int = 1, **outcomes: str) -> Suite:
-        return Suite("phimoe", "replace", {f"file::{test}": is_ for test, is_ in outcomes.items()}, calls, {}, 1.0)
+        return Suite("phimoe", "replace", {f"file::{test}": is_ for test, is_ in outcomes.items()}, {}, calls, {}, 1.0)
 
-    stock = suite(test_a="passed", test_b="failed", test_c="skipped", test_d="passed", test_tied_weights_keys="passed")
-    same = suite(test_a="passed", test_b="passed", test_c="skipped", test_d="passed", test_tied_weights_keys="passed")
+    stock = suite(test_a="passed", test_b="failed", test_c="skipped", test_d="passed")
+    same = suite(test_a="passed", test_b="passed", test_c="skipped", test_d="passed")
     assert compare(stock, same) == ([], [])
     ignored = suite(calls=0, **{test.partition("::")[2]: outcome for test, outcome in stock.outcomes.items()})
     assert compare(stock, ignored) == (["phimoe (replace): no call reached our kernels"], [])
     wrong, intended = compare(stock, suite(test_a="failed", test_b="failed", test_c="failed", test_e="failed"))
     assert [line.partition("::")[2].split()[0] for line in wrong] == ["test_a", "test_c", "test_d", "test_e"]
-    assert [line.partition("::")[2].split()[0] for line in intended] == ["test_tied_weights_keys"]
+    assert intended == []
+
+
+_TIED = "test_tied_weights_keys"
+_SHARED = "AssertionError: Lists differ: [['a[20 chars]b']] != []\n\n- [['a']] : Missing for <class 'M'>: add all of "
+_EXPERTS = "[['m.0.experts.0.up.weight', 'm.0.experts.1.up.weight'], ['m.1.experts.0.up.weight']]"
+_MOCK = "test_eager_matches_batched_and_grouped_inference_2_bf16"
+_CALLED = "AssertionError: Expected 'mock' to have been called."
+
+
+@pytest.mark.parametrize(
+    ("test", "message", "expected"),
+    [
+        (_TIED, f"{_SHARED}{_EXPERTS} except one.", True),
+        (_TIED, f"{_SHARED}[['m.0.router.weight', 'm.0.experts.0.up.weight']] except one.", False),
+        (_TIED, f"{_SHARED}{_EXPERTS[:-1]}, ['m.head', 'm.embed']] except one.", False),
+        (_TIED, "AssertionError: False is not true : lm_head.weight is not a tied weight key for <class 'M'>.", False),
+        (_TIED, _CALLED, False),
+        (_TIED, "", False),
+        (_MOCK, _CALLED, True),
+        (_MOCK, "AssertionError: Expected 'mock' to not have been called. Called 1 times.", False),
+        (_MOCK, "RuntimeError: grouped_gemm: x must be contiguous", False),
+        ("test_forward", _CALLED, False),
+    ],
+)
+def test_only_the_expected_cause_is_intended(test: str, message: str, expected: bool) -> None:
+    def suite(way: str, outcome: str) -> Suite:
+        messages = {f"file::{test}": message} if outcome == "failed" else {}
+        return Suite("phimoe", way, {f"file::{test}": outcome}, messages, 1, {}, 1.0)
+
+    wrong, intended = compare(suite("stock", "passed"), suite("replace", "failed"))
+    assert (len(wrong), len(intended)) == ((0, 1) if expected else (1, 0))
+    # Neither a test that did not run, nor one of another way.
+    for ours in (suite("replace", "skipped"), suite("register", "failed")):
+        wrong, intended = compare(suite("stock", "passed"), ours)
+        assert (len(wrong), intended) == (1, [])
 
 
 def test_no_checkout(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
 
     MOEKERNELS_UPSTREAM_WAY     "stock" changes nothing, "replace" calls `replace_moe_layers`, "register" replaces the
                                 default of the experts interface (transformers 5)
-    MOEKERNELS_UPSTREAM_REPORT  the file for the outcomes, the calls of our kernels and the models that were refused
+    MOEKERNELS_UPSTREAM_REPORT  the file for the outcomes, what failed tests said, the calls of our kernels and the
+                                models that were refused
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _KERNELS = ("sparse_mlp", "grouped_gemm")
 _MODEL_TYPES = ("olmoe", "phimoe", "switch_transformers", "nllb_moe", "nllb-moe")
 
 outcomes: dict[str, str] = {}
+messages: dict[str, str] = {}
 calls: Counter[str] = Counter()
 replaced: Counter[str] = Counter()
 refused: Counter[str] = Counter()
@@ -50,12 +52,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # A failure in set-up or tear-down outweighs what the test itself did.
     if report.when == "call" or report.outcome != "passed":
         outcomes[report.nodeid] = report.outcome
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        messages[report.nodeid] = crash.message if crash else str(report.longrepr)
 
 
 def pytest_sessionfinish() -> None:
     report = {
         "transformers": transformers.__version__,
         "outcomes": outcomes,
+        "messages": messages,
         "calls": dict(calls),
         "replaced": dict(replaced),
         "refused": dict(refused),

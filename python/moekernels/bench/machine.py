@@ -23,7 +23,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpu_isa": info["cpu_isa"],
         "moekernels": info["version"],
-        "revision": _revision() or info["git_revision"],
+        "revision": revision_of(Path(__file__)) or info["git_revision"],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -46,11 +46,18 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _revision() -> str:
-    """That of the checkout this file belongs to; nothing where the package is installed."""
-    here = Path(__file__)
-    tracked = _output_of("git", "-C", str(here.parent), "ls-files", here.name)
-    return tracked and _output_of("git", "-C", str(here.parent), "rev-parse", "--short=12", "HEAD")
+def revision_of(file: Path) -> str:
+    """The commit of the checkout a file belongs to, with "+changes" if tracked files differ from it.
+
+    Empty where the file is tracked by none, as in an installed package. Results of earlier runs are no change: they say
+    nothing about what runs.
+    """
+    git = ("git", "-C", str(file.parent))
+    if not _output_of(*git, "ls-files", file.name):
+        return ""
+    sources = (":(top)", ":(top,exclude)benchmarks/results")
+    changes = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return _output_of(*git, "rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
 
 
 def _output_of(*command: str) -> str:

@@ -14,12 +14,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from moekernels.bench.roofs import Roofs
-from moekernels.bench.table import Row
+from moekernels.bench.table import BOUND, Row
 
 # Distinguishable with any kind of colour vision (Okabe and Ito).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 _LINES = ("-", "--", ":")
+_FILLS: Any = ("full", "none", "left")
+# Baselines that are slower than this by so many times are named, not drawn: they would press the others together.
+_FAR = 5.0
 _INK, _FAINT = "#222222", "#777777"
 _STYLE: Any = {
     "font.size": 10,
@@ -36,31 +39,34 @@ _STYLE: Any = {
     "legend.edgecolor": "#dddddd",
     "legend.framealpha": 0.95,
     "lines.markersize": 8,
-    "lines.markeredgecolor": "white",
+    "svg.hashsalt": "moekernels",  # the same figures make the same file
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
 
 
-def draw(rows: Sequence[Row], roofs: Roofs, about: dict[str, object], layer: str) -> bytes:
-    """A PNG: where each kernel stands below the roofs, and how much faster than others the layer is.
+def draw(rows: Sequence[Row], roofs: Roofs, about: dict[str, object], layer: str, kind: str = "png") -> bytes:
+    """A picture: where each kernel stands below the roofs, and how much faster than others the layer is, per dtype.
 
     Args:
         rows: of one layer; `layer` is what their names begin with.
+        kind: "png" or "svg".
     """
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
     with matplotlib.rc_context(_STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08, wspace=0.03)
-        figure = Figure(figsize=(13, 5.8), dpi=150, facecolor="white", layout=layout)
-        left, right = figure.subplots(1, 2)
-        _roofline(left, [row for row in rows if row.flops], roofs, layer)
-        _speedups(right, rows, layer)
+        height = 5.8 + 2.0 * max(0, len(dtypes) - 2)
+        figure = Figure(figsize=(13, height), dpi=150, facecolor="white", layout=layout)
+        left, right = figure.subfigures(1, 2, squeeze=False)[0]
+        _roofline(left.subplots(), [row for row in rows if row.flops], roofs, layer)
+        _speedups(right, rows, dtypes, layer)
         figure.suptitle(f"{layer} on {about['device']}", fontsize=14, fontweight="bold")
         shown = ("date", "threads", "cpu_isa", "moekernels", "torch", "clock")
         caption = "  ·  ".join(f"{key} {about[key]}" for key in shown if key in about)
         figure.supxlabel(caption, fontsize=8.5, color=_FAINT)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
@@ -88,60 +94,98 @@ def _roofline(axes: Any, rows: Sequence[Row], roofs: Roofs, layer: str) -> None:
             f"{dtype} matmul, {peak:,.0f} GFLOP/s", (last, peak), xytext=(-4, 4), textcoords="offset points",
             ha="right", va="bottom", fontsize=9, color=_FAINT,
         )  # fmt: skip
+    end = min(corners) / 1.15
     axes.text(
-        first * 1.15, first * 1.15 * slope * 1.12, f"memory, {slope:,.1f} GB/s", fontsize=9, color=_FAINT,
-        ha="left", va="bottom", rotation=math.degrees(math.atan(slope)), rotation_mode="anchor",
-        transform_rotates_text=True,
+        end, end * slope * 1.12, f"memory, {slope:,.1f} GB/s", fontsize=9, color=_FAINT, ha="right", va="bottom",
+        rotation=math.degrees(math.atan(slope)), rotation_mode="anchor", transform_rotates_text=True,
     )  # fmt: skip
 
     kernels = list(dict.fromkeys(_kernel(row, layer) for row in rows))
     tokens = sorted({row.tokens for row in rows})
     color = dict(zip(kernels, cycle(_COLORS), strict=False))
     marker = dict(zip(tokens, cycle(_MARKERS), strict=False))
+    fill = dict(zip(dict.fromkeys(row.dtype for row in rows), cycle(_FILLS), strict=False))
     for row, intensity, rate in zip(rows, intensities, rates, strict=True):
         # Kernels that read the same weights have the same intensity: set side by side, all are seen.
         kernel = _kernel(row, layer)
         beside = 1.09 ** (kernels.index(kernel) - (len(kernels) - 1) / 2)
-        axes.plot(intensity * beside, rate, marker[row.tokens], color=color[kernel], zorder=3)
+        axes.plot(
+            intensity * beside, rate, marker[row.tokens], color=color[kernel], fillstyle=fill[row.dtype],
+            markerfacecoloralt="white", zorder=3,
+        )  # fmt: skip
     handles = [Line2D([], [], color=color[kernel], linewidth=5, label=kernel) for kernel in kernels]
     handles += [Line2D([], [], color=_FAINT, marker=marker[n], linestyle="", label=_tokens(n)) for n in tokens]
-    axes.legend(handles=handles, loc="lower right")
+    if len(fill) > 1:
+        looks: Any = {"color": _FAINT, "marker": "o", "linestyle": "", "markerfacecoloralt": "white"}
+        handles += [Line2D([], [], fillstyle=style, label=dtype, **looks) for dtype, style in fill.items()]
+    axes.legend(handles=handles, loc="best")
 
 
-def _speedups(axes: Any, rows: Sequence[Row], layer: str) -> None:
-    """Of the layer against each baseline; of each kernel against the fastest where no layer was measured."""
+def _speedups(figure: Any, rows: Sequence[Row], dtypes: Sequence[str], layer: str) -> None:
+    """Of the layer against each baseline; of each kernel against the fastest where no layer was measured.
+
+    One below the other for each dtype, with a legend for all.
+    """
     layers = [row for row in rows if _kernel(row, layer).startswith("layer") and row.baselines]
-    lines: dict[str, list[tuple[int, float]]] = {}
-    settings = {(row.dtype, row.routing) for row in rows}
+    # dtype -> what is compared, which way -> tokens and times faster
+    lines: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {dtype: {} for dtype in dtypes}
+    routings = {row.routing for row in rows}
     for row in layers or rows:
-        setting = f", {row.dtype}, {row.routing}" if len(settings) > 1 else ""
+        ways = [_kernel(row, layer).removeprefix("layer").strip() if layers else ""]
+        ways += [row.routing] if len(routings) > 1 else []
+        way = ", ".join(filter(None, ways))
         if layers:
-            what = "" if _kernel(row, layer) == "layer" else ", with routing"
             for name, seconds in row.baselines.items():
-                lines.setdefault(name + what + setting, []).append((row.tokens, seconds / row.seconds))
+                lines[row.dtype].setdefault((name, way), []).append((row.tokens, seconds / row.seconds))
         elif row.speedup is not None:
-            lines.setdefault(_kernel(row, layer) + setting, []).append((row.tokens, row.speedup))
-    whose = "The whole layer, times faster than" if layers else "Each kernel, times faster than the best other"
-    axes.set(title=whose, xlabel="tokens at a time")
-    if not lines:
+            lines[row.dtype].setdefault((_kernel(row, layer), way), []).append((row.tokens, row.speedup))
+    whose, than = ("The whole layer", "than") if layers else ("Each kernel", "than the best other")
+    keys = list(dict.fromkeys(key for of_dtype in lines.values() for key in of_dtype))
+    if not keys:
+        axes = figure.subplots()
+        axes.set(title=f"{whose}, times faster {than}", xlabel="tokens at a time")
         _nothing(axes, "nothing to compare with")
         return
+
+    values = {key: [value for of_dtype in lines.values() for _, value in of_dtype.get(key, ())] for key in keys}
+    nearest = min(min(found) for found in values.values())
+    near = [key for key in keys if min(values[key]) <= max(_FAR, nearest)]
+    drawn = [value for key in near for value in values[key]]
+    low, high = min(*drawn, 1.0) / 1.15, max(*drawn, 1.0) * 1.15
+    color = dict(zip(dict.fromkeys(name for name, _ in near), cycle(_COLORS), strict=False))
+    style = dict(zip(dict.fromkeys(way for _, way in near), cycle(_LINES), strict=False))
+    marker = dict(zip(color, cycle(_MARKERS), strict=False))
     tokens = sorted({row.tokens for row in rows})
-    values = [value for points in lines.values() for _, value in points]
-    low, high = min(*values, 1.0) / 1.2, max(*values, 1.0) * 1.7
-    axes.set(xscale="log", yscale="log", ylim=(low, high))
-    axes.set_xticks(tokens, [str(n) for n in tokens])
-    axes.set_xticks([], minor=True)
-    _number(axes.yaxis, low, high, "×")
-    axes.grid(True, axis="y")
-    axes.axhline(1.0, color=_FAINT, linewidth=1.2, zorder=1)
-    axes.annotate("as fast as moekernels", (1, 1.0), xycoords=axes.get_yaxis_transform(), xytext=(-2, -4),
-                  textcoords="offset points", ha="right", va="top", fontsize=9, color=_FAINT)  # fmt: skip
-    looks = zip(cycle(_COLORS), cycle(_MARKERS), strict=False)
-    for (name, points), (color, marker) in zip(lines.items(), looks, strict=False):
-        xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, color=color, marker=marker, linewidth=2, label=name)
-    axes.legend(loc="best")
+    panels = figure.subplots(len(dtypes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (dtype, of_dtype) in zip(panels, lines.items(), strict=True):
+        axes.set(title=f"{whose} in {dtype}, times faster {than}", xscale="log", yscale="log", ylim=(low, high))
+        axes.set_xticks(tokens, [str(n) for n in tokens])
+        axes.set_xticks([], minor=True)
+        _number(axes.yaxis, low, high, "×")
+        axes.grid(True, axis="y")
+        axes.axhline(1.0, color=_FAINT, linewidth=1.2, zorder=1)
+        for (name, way), points in of_dtype.items():
+            if (name, way) in near:
+                xs, ys = zip(*sorted(points), strict=True)
+                axes.plot(xs, ys, style[way], color=color[name], marker=marker[name], linewidth=2)
+    panels[-1].set_xlabel("tokens at a time")
+
+    handles = []
+    for name, way in near:
+        look: Any = {"color": color[name], "marker": marker[name], "linestyle": style[way], "linewidth": 2}
+        handles.append(Line2D([], [], label=_named(name, way), **look))
+    for key in keys:
+        if key not in near:
+            extent = f"{min(values[key]):.0f}× to {max(values[key]):.0f}×"
+            handles.append(Line2D([], [], linestyle="", label=f"{_named(*key)}: {extent}, not drawn"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2, fontsize=8.5, handlelength=1.6, handletextpad=0.5,
+        columnspacing=1.0,
+    )  # fmt: skip
+
+
+def _named(name: str, way: str) -> str:
+    return ", ".join(filter(None, (name, "a bound" if name == BOUND else "", way)))
 
 
 def _number(axis: Any, low: float, high: float, unit: str = "") -> None:
@@ -155,7 +199,8 @@ def _number(axis: Any, low: float, high: float, unit: str = "") -> None:
 
 
 def _kernel(row: Row, layer: str) -> str:
-    return row.shape.removeprefix(layer).strip()
+    """What was measured of the layer; rows of the layer as such may bear its name alone."""
+    return row.shape.removeprefix(layer).strip() or "layer"
 
 
 def _tokens(number: int) -> str:

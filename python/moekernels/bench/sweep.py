@@ -85,6 +85,20 @@ class Sweep:
             yield step_case(x, self.shape)
 
 
+def layer_of(rows: Sequence[Row]) -> str:
+    """The name of the layer whose parts the rows are.
+
+    Raises:
+        ValueError: there are rows of several, or none.
+    """
+    parts = sorted((*PARTS, *BACKWARD_PARTS), key=len, reverse=True)
+    ends = [f" {name}" for part in parts for name in (part, part.replace("-", " "))]
+    names = {row.shape.removesuffix(next(filter(row.shape.endswith, ends), "")) for row in rows}
+    if len(names) != 1:
+        raise ValueError(f"rows of one layer are wanted, got those of {', '.join(sorted(names)) or 'none'}")
+    return names.pop()
+
+
 def memory_needed(
     shape: LayerShape, num_tokens: int, dtype: torch.dtype, check: bool = False, backward: bool = False
 ) -> int:

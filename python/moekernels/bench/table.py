@@ -97,3 +97,18 @@ def save(path: Path, rows: Sequence[Row], roofs: Roofs, about: dict[str, object]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(record(rows, roofs, about, command))
     path.with_suffix(".md").write_text(f"`{command}`\n\n{render(rows, roofs, about)}\n")
+
+
+def load(path: Path) -> tuple[list[Row], Roofs, dict[str, object]]:
+    """The rows, roofs and machine of a file that :func:`record` made.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        rows = [Row(**row) for row in content["rows"]]
+        return rows, Roofs(**content["roofs"]), dict(content["machine"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds no rows of a measurement ({type(error).__name__}: {error})") from None

@@ -20,10 +20,10 @@ from moekernels.bench.baselines import ACTIVATIONS
 from moekernels.bench.check import Mismatch
 from moekernels.bench.files import write_whole
 from moekernels.bench.machine import described, machine
-from moekernels.bench.roofs import measure_roofs
+from moekernels.bench.roofs import Roofs, measure_roofs
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape
-from moekernels.bench.sweep import BACKWARD_PARTS, PARTS, Sweep, free_memory
-from moekernels.bench.table import Row, cells, record
+from moekernels.bench.sweep import BACKWARD_PARTS, PARTS, Sweep, free_memory, layer_of
+from moekernels.bench.table import Row, cells, load, record
 from moekernels.cli.device import add_device_argument, resolve_device
 from moekernels.cli.table import listing, table
 
@@ -73,11 +73,25 @@ def add_parser(commands: Any) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write the rows, the machine and its roofs as JSON")
-    output.add_argument("--plot", metavar="FILE", help="draw the roofline and the speed-ups as a PNG")
+    output.add_argument(
+        "--plot", metavar="FILE", help="draw the roofline and the speed-ups, as SVG if its name ends in .svg, else PNG"
+    )
+    output.add_argument(
+        "--from", dest="source", metavar="FILE", help="measure nothing; show the rows of one layer that --json wrote"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    for option, name in (("--json", args.json), ("--plot", args.plot)):
+        if name is not None and not Path(name).resolve().parent.is_dir():
+            raise ValueError(f"{option}: there is no directory {str(Path(name).parent)!r}")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'moekernels[plot]'")
+    return _run_sweep(args) if args.source is None else _show_saved(args)
+
+
+def _run_sweep(args: argparse.Namespace) -> int:
     sweep = Sweep(
         resolve_shape(args),
         _positive("--tokens", args.tokens),
@@ -92,21 +106,15 @@ def run(args: argparse.Namespace) -> int:
     if not args.budget > 0:
         raise ValueError(f"--budget must be greater than 0, got {args.budget}")
     sweep.require_memory(free_memory(sweep.device))
-    for option, name in (("--json", args.json), ("--plot", args.plot)):
-        if name is not None and not Path(name).resolve().parent.is_dir():
-            raise ValueError(f"{option}: there is no directory {str(Path(name).parent)!r}")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'moekernels[plot]'")
 
     with _threads(args.threads), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # baselines warn of what they are about to change
         about = machine(sweep.device)
         buffer_bytes = min(1 << 30, free_memory(sweep.device) // 8)
         roofs = measure_roofs(sweep.device, sweep.dtypes, min(args.budget, 1.0), buffer_bytes)
-        print(listing({"layer": _described(sweep.shape), "machine": described(about), "roofs": str(roofs), "": ""}))
+        print(_heading(_described(sweep.shape), about, roofs))
         rows, mismatches = _measure(sweep, roofs)
-    header, body = cells(rows)
-    print(table(header, [[name.removeprefix(f"{sweep.shape.name} "), *values] for name, *values in body]))
+    print(_table(rows, sweep.shape.name))
     for mismatch in mismatches:
         print(f"FAILED: {mismatch}")
     if args.check and not mismatches:
@@ -116,10 +124,35 @@ def run(args: argparse.Namespace) -> int:
         text = record(rows, roofs, about, command, [str(mismatch) for mismatch in mismatches])
         write_whole(Path(args.json), text.encode())
     if args.plot is not None:
-        from moekernels.bench.plot import draw
-
-        write_whole(Path(args.plot), draw(rows, roofs, about, sweep.shape.name))
+        _plot(Path(args.plot), rows, roofs, about, sweep.shape.name)
     return 1 if mismatches else 0
+
+
+def _show_saved(args: argparse.Namespace) -> int:
+    if args.check or args.json is not None:
+        raise ValueError("--from measures nothing: there is nothing to --check, and no --json to write")
+    rows, roofs, about = load(Path(args.source))
+    name = layer_of(rows)
+    print(_heading(name, about, roofs))
+    print(_table(rows, name))
+    if args.plot is not None:
+        _plot(Path(args.plot), rows, roofs, about, name)
+    return 0
+
+
+def _heading(layer: str, about: dict[str, object], roofs: Roofs) -> str:
+    return listing({"layer": layer, "machine": described(about), "roofs": str(roofs), "": ""})
+
+
+def _table(rows: list[Row], layer: str) -> str:
+    header, body = cells(rows)
+    return table(header, [[name.removeprefix(f"{layer} "), *values] for name, *values in body])
+
+
+def _plot(path: Path, rows: list[Row], roofs: Roofs, about: dict[str, object], layer: str) -> None:
+    from moekernels.bench.plot import draw
+
+    write_whole(path, draw(rows, roofs, about, layer, "svg" if path.suffix == ".svg" else "png"))
 
 
 def resolve_shape(args: argparse.Namespace) -> LayerShape:
@@ -178,7 +211,7 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measure(sweep: Sweep, roofs: Any) -> tuple[list[Row], list[Mismatch]]:
+def _measure(sweep: Sweep, roofs: Roofs) -> tuple[list[Row], list[Mismatch]]:
     rows: list[Row] = []
     mismatches: list[Mismatch] = []
     said: set[str] = set()
