@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import moekernels
 from moekernels.models import NllbMoeConfig
 from moekernels.models.nllb_moe import NllbMoeSparseMLP
 
@@ -19,9 +20,11 @@ _TOKENS = (256, 1024, 4096, 16384)
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most memory that is in use during a call, above what was before.
 
-    On a CPU this is the process's resident memory, whose high-water mark Linux lets a process set back.
+    On a CPU this is the process's resident memory, whose high-water mark Linux lets a process set back. What the ops
+    keep from earlier calls is not counted before: it is released.
     """
     gc.collect()
+    moekernels.release_memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -59,4 +59,10 @@ def test_directories_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert directory == moekernels.cmake_dir() and (directory / "moekernelsConfig.cmake").exists()
     assert main(["info", "--include-dir"]) == 0
     headers = Path(capsys.readouterr().out.strip())
-    assert {path.name for path in (headers / "moekernels").iterdir()} == {"cpu.h", "cuda.h", "params.h", "torch_ops.h"}
+    assert {path.name for path in (headers / "moekernels").iterdir()} == {
+        "cpu.h",
+        "memory.h",
+        "cuda.h",
+        "params.h",
+        "torch_ops.h",
+    }

@@ -9,6 +9,7 @@
 #include "build_info.h"
 #include "cuda/weight_grad_config.h"
 #include "moekernels/cpu.h"
+#include "moekernels/memory.h"
 
 namespace py = pybind11;
 using namespace moekernels;
@@ -96,12 +97,23 @@ std::string describe_weight_grad_tiles(int64_t num_rows, int64_t out_features, i
   return to_string(choose_weight_grad_config(problem));
 }
 
+py::dict describe_memory() {
+  const BlockUsage usage = block_usage();
+  py::dict bytes;
+  bytes["in_use"] = usage.in_use;
+  bytes["kept"] = usage.kept;
+  bytes["most_in_use"] = usage.most_in_use;
+  return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and kernel switches of moekernels.";
   m.def("build_info", &describe_build, "Version, compilers, instruction sets and CUDA architectures of this build.");
   m.def("set_cpu_isa", &set_isa, py::arg("name"), "Use the CPU kernels of this instruction set from now on.");
+  m.def("memory_usage", &describe_memory, "Bytes of the large blocks that outputs on the CPU lie in.");
+  m.def("release_memory", &release_kept_blocks, "Returns the blocks that no tensor uses to the system.");
   m.def("describe_tiles", &describe_tiles, py::kw_only(), py::arg("num_rows"), py::arg("out_features"),
         py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16", py::arg("gated") = false,
         py::arg("gathered") = false, py::arg("transposed") = false, py::arg("batch_invariant") = false,

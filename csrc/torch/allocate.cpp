@@ -2,35 +2,49 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <optional>
+#include <vector>
 
-#include <cstdint>
+#include "moekernels/memory.h"
 
 namespace moekernels {
 namespace {
 
-void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t num_bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 * 1024 * 1024;
-  constexpr size_t kLarge = 4 * kHugePage;
-  if (num_bytes < kLarge) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + num_bytes) / kHugePage * kHugePage;
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refused, nothing is lost
-#endif
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// None if the tensor is better left to torch.
+std::optional<Tensor> in_block(IntHeaderOnlyArrayRef sizes, ScalarType dtype, size_t element_size) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t num_elements = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = num_elements;
+    num_elements *= sizes[i];
+  }
+  const size_t num_bytes = static_cast<size_t>(num_elements) * element_size;
+  void* block = take_block(num_bytes);
+  if (block == nullptr) return std::nullopt;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(block, sizes, IntHeaderOnlyArrayRef(strides), cpu, dtype,
+                                  [num_bytes](void* memory) { give_back_block(memory, num_bytes); });
 }
 
 }  // namespace
 
-torch::stable::Tensor new_empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
-  torch::stable::Tensor tensor =
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
-  if (tensor.is_cpu() && tensor.numel() > 0) {
-    ask_for_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel() * tensor.element_size()));
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+  const IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
+  if (like.is_cpu()) {
+    if (std::optional<Tensor> tensor = in_block(sizes, like.scalar_type(), like.element_size())) return *tensor;
   }
-  return tensor;
+  return torch::stable::new_empty(like, sizes);
+}
+
+Tensor empty_bytes(int64_t num_bytes, const Tensor& on) {
+  if (on.is_cpu()) {
+    if (std::optional<Tensor> tensor = in_block({num_bytes}, ScalarType::Byte, 1)) return *tensor;
+  }
+  return torch::stable::empty({num_bytes}, ScalarType::Byte, std::nullopt, on.device());
 }
 
 }  // namespace moekernels

@@ -1,4 +1,4 @@
-// Tensors that an op returns.
+// Tensors that an op returns or works in.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,9 +7,11 @@
 
 namespace moekernels {
 
-// An uninitialised tensor with the dtype and the device of `like`. On the CPU the system is asked to back a large one
-// with huge pages: memory that the C library returns to the system is new each time, and to have it cleared in pages of
-// 4 KB takes longer than to fill it.
+// An uninitialised tensor with the dtype and the device of `like`. A large one on the CPU lies in a block of
+// moekernels/memory.h and cannot be resized.
 torch::stable::Tensor new_empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes);
+
+// Scratch memory on the device of `on`, likewise.
+torch::stable::Tensor empty_bytes(int64_t num_bytes, const torch::stable::Tensor& on);
 
 }  // namespace moekernels

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "allocate.h"
 #include "moekernels/cpu.h"
 #ifdef MOEKERNELS_CUDA
 #include <dlfcn.h>
@@ -16,7 +17,6 @@
 namespace moekernels {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // --- the kernels by the type of their parameters
@@ -195,7 +195,7 @@ concept HasWorkspace = requires(Params params) { params.workspace; };
 // Sets params.workspace; the memory lives as long as the returned tensor (on a GPU until the stream has passed it).
 template <typename Params>
 Tensor allocate_workspace(Params& params, int64_t num_bytes, const Tensor& on) {
-  Tensor workspace = torch::stable::empty({num_bytes}, ScalarType::Byte, std::nullopt, on.device());
+  Tensor workspace = empty_bytes(num_bytes, on);
   params.workspace = num_bytes > 0 ? workspace.data_ptr() : nullptr;
   return workspace;
 }

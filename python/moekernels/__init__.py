@@ -6,6 +6,7 @@ models and what runs them, with the interface of their Hugging Face documentatio
 
 from moekernels import nn, ops
 from moekernels._library import build_info, cmake_dir, include_dir
+from moekernels._memory import release_memory
 from moekernels._settings import batch_invariant, cpu_isa, is_batch_invariant
 from moekernels._version import __version__
 from moekernels.generation import (
@@ -123,4 +124,5 @@ __all__ = [
     "nn",
     "ops",
     "pipeline",
+    "release_memory",
 ]
