@@ -65,7 +65,7 @@ def test_demo_that_learns_too_little_fails(
     text = capsys.readouterr().out
     assert re.search(r"held out +0 of 48 translations are right to the letter \(0\.00%\): FAILED, less than 99%", text)
     assert re.search(r"A CHECK FAILED, \d+\.\d s$", text.strip())
-    assert len(re.findall(r"^model\.(?:en|de)coder\.layers\.1\.ffn .* ok$", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^model\.(?:en|de)coder\.layers\.1\.ffn +0 .* ok$", text, re.MULTILINE)) == 2
     for language in LANGUAGES:
         assert len(re.findall(rf"^(?:en|de)coder 0 +{language}(?: +\d+){{8}}$", text, re.MULTILINE)) == 2
     assert re.search(r"\d+\.\d% of [\d,]+ choices find no place", text)
@@ -82,7 +82,7 @@ def test_demo_of_a_learner_that_knows(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "48 of 48 translations are right to the letter (100.00%)" in (text := capsys.readouterr().out)
     assert re.search(r"all checks passed, \d+\.\d s$", text.strip())
 
-    failed = LayerCheck("model.encoder.layers.1.ffn", error=1.0, plain_error=0.1, allowed=0.2)
+    failed = LayerCheck("model.encoder.layers.1.ffn", misrouted=0, error=1.0, plain_error=0.1, allowed=0.2)
     monkeypatch.setattr("moekernels.cli.demo.check_layers", lambda model, inputs: [failed])
     assert demo(monkeypatch) == 1
     assert "A CHECK FAILED" in (text := capsys.readouterr().out) and "all checks passed" not in text

@@ -1,4 +1,4 @@
-"""The experts of every sparse layer of a model against the definition of what they compute."""
+"""The router and the experts of every sparse layer of a model against the definitions of what they compute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekernels import ops
 from moekernels.nn import GroupedExperts
@@ -22,22 +23,47 @@ class LayerCheck(NamedTuple):
 
     Attributes:
         layer: its name in the model.
+        misrouted: how many tokens got other experts than the reference gives them, or other weights.
         error: the largest difference of its output from the reference's in float64.
         plain_error: what the reference itself is off when it computes in the layer's dtype.
         allowed: twice that, and one rounding.
     """
 
     layer: str
+    misrouted: int
     error: float
     plain_error: float
     allowed: float
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed
+        return self.misrouted == 0 and self.error <= self.allowed
+
+
+class _Routing(NamedTuple):
+    """A call of the routing op: what it was given, by name, and what it returned."""
+
+    arguments: dict[str, Any]
+    weights: Tensor
+    expert_ids: Tensor
+
+
+class _LastRouting(TorchDispatchMode):
+    """Keeps the last call of the routing op, whoever calls it."""
+
+    routing: _Routing | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.moekernels.route.default:
+            names = (argument.name for argument in func._schema.arguments)
+            # Those at the end that have their default are not passed on.
+            self.routing = _Routing(dict(zip(names, args, strict=False)), *out)
+        return out
 
 
 class _Call(NamedTuple):
+    routing: _Routing
     experts: GroupedExperts
     hidden: Tensor
     expert_weights: Tensor
@@ -47,7 +73,7 @@ class _Call(NamedTuple):
 
 @torch.no_grad()
 def check_layers(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerCheck]:
-    """Runs the model in evaluation on these keywords, and checks what the experts of each sparse layer computed."""
+    """Runs the model in evaluation on these keywords, and checks what each sparse layer computed."""
     with _recorded(model) as calls:
         model.eval()(**inputs)
     return [_check(name, call) for name, call in calls.items()]
@@ -55,19 +81,22 @@ def check_layers(model: nn.Module, inputs: dict[str, Tensor]) -> list[LayerCheck
 
 @contextlib.contextmanager
 def _recorded(model: nn.Module) -> Iterator[dict[str, _Call]]:
-    """The last call of the experts of every sparse layer, by the layer's name."""
+    """The last call of router and experts of every sparse layer, by the layer's name."""
     calls: dict[str, _Call] = {}
+    last = _LastRouting()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GroupedExperts)}
     for name, experts in layers.items():
 
         def recording(hidden: Tensor, weights: Tensor, plan: ops.Plan, name: str = name, own: Any = experts) -> Tensor:
             out = GroupedExperts.forward_fused(own, hidden, weights, plan)
-            calls[name.rpartition(".")[0]] = _Call(own, hidden, weights, plan, out)
+            assert last.routing is not None  # a layer's router is called before its experts
+            calls[name.rpartition(".")[0]] = _Call(last.routing, own, hidden, weights, plan, out)
             return out
 
         experts.__dict__["forward_fused"] = recording
     try:
-        yield calls
+        with last:
+            yield calls
     finally:
         for experts in layers.values():
             del experts.__dict__["forward_fused"]
@@ -96,4 +125,24 @@ def _check(name: str, call: _Call) -> LayerCheck:
     plain_error = (mlp(call.out.dtype) - truth).abs().max().item()
     error = (call.out.double() - truth).abs().max().item()
     rounding = _ROUNDING[call.out.dtype] * truth.abs().max().item()
-    return LayerCheck(name, error, plain_error, 2 * plain_error + rounding)
+    return LayerCheck(name, _misrouted(call.routing), error, plain_error, 2 * plain_error + rounding)
+
+
+def _misrouted(routing: _Routing) -> int:
+    """How many tokens were not sent where :func:`moekernels.ops.reference.route` sends them."""
+    logits: Tensor = routing.arguments["logits"]
+    weights, expert_ids = reference.route(**routing.arguments)
+    # The rule "sparsemixer" computes in the dtype of the logits; the others in float32, and then they round.
+    in_logits_dtype = routing.arguments.get("scoring") == "sparsemixer"
+    dtype = logits.dtype if in_logits_dtype else routing.arguments.get("probs_dtype") or torch.float32
+    rounding = 2 * _ROUNDING[dtype]  # the reference rounds too
+
+    def chosen(ids: Tensor) -> Tensor:
+        return logits.float().gather(-1, ids.clamp(min=0).long())
+
+    # Two probabilities that round alike may come in either order.
+    is_tie = (chosen(routing.expert_ids) - chosen(expert_ids)).abs() <= rounding
+    is_tie &= (routing.expert_ids >= 0) & (expert_ids >= 0)
+    is_close = (routing.weights - weights).abs() <= rounding * weights.amax(dim=-1, keepdim=True)
+    is_right = ((routing.expert_ids == expert_ids) | is_tie) & is_close
+    return int((~is_right.all(dim=-1)).sum())

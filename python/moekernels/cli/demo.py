@@ -34,9 +34,9 @@ def add_parser(commands: Any) -> None:
         "demo",
         help="train a tiny model to translate, check it and look into it; no download",
         description="Train a tiny mixture of experts to translate written-out numbers between English, French and "
-        "German, save it, load it, translate numbers it has never seen, check the experts of every sparse layer "
-        "against their definition, and show which experts each language uses. Exit code 1 if less than 99 percent of "
-        "the translations are right to the letter, or a check fails.",
+        "German, save it, load it, translate numbers it has never seen, check routing and experts of every sparse "
+        "layer against their definitions, and show which experts each language uses. Exit code 1 if less than 99 "
+        "percent of the translations are right to the letter, or a check fails.",
     )
     parser.add_argument("--model", choices=LEARNERS, default="nllb-moe", help="the architecture (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of training (default: enough)")
@@ -127,15 +127,20 @@ def _translated(learner: Learner, corpus: Corpus, directory: Path, kept: bool) -
 
 
 def _checked(learner: Learner, corpus: Corpus) -> bool:
-    """Every sparse layer against the definition of its ops in float64."""
+    """Every sparse layer against the definitions of its ops."""
     batch = learner.batch(corpus.held_out_pairs()[:32])
     checks = check_layers(learner.model, batch)
-    print("\nthe experts of every sparse layer against their definition in float64\n")
+    print("\nthe routing of every sparse layer against its definition, and the experts against theirs in float64\n")
     rows = [
-        (c.layer, f"{c.error:.1e}", f"{c.plain_error:.1e}", f"{c.allowed:.1e}", "ok" if c.passed else "FAILED")
+        (
+            c.layer,
+            str(c.misrouted),
+            *map("{:.1e}".format, (c.error, c.plain_error, c.allowed)),
+            "ok" if c.passed else "FAILED",
+        )
         for c in checks
     ]
-    print(table(("layer", "error", "plain PyTorch", "allowed", ""), rows))
+    print(table(("layer", "misrouted tokens", "error", "plain PyTorch", "allowed", ""), rows))
     return bool(checks) and all(check.passed for check in checks)
 
 

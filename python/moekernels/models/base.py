@@ -1,4 +1,4 @@
-"""What all models share: creation, loading and saving, embeddings, dtype, gradient checkpointing."""
+"""What all models share: creation, loading and saving, placement, the choice of attention."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from moekernels.models.loading import (
     warn_of_new_weights,
 )
 from moekernels.models.outputs import ModelOutput
+from moekernels.models.parameters import ParametersMixin
 from moekernels.models.placement import Device, DeviceMap, Unit, follow, plan_placement, units
 from moekernels.models.quantization import BitsAndBytesConfig, requested_bits, warn_of_whole_weights
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
@@ -49,7 +50,7 @@ _GENERATION_CONFIG = "generation_config.json"
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
+class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointingMixin):
     """The base of all models.
 
     A subclass sets the class attributes, builds its modules in ``__init__`` and ends that with :meth:`post_init`.
@@ -59,8 +60,6 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
     main_input_name: ClassVar[str] = "input_ids"
     #: Names in :data:`moekernels.nn.ATTENTION_FUNCTIONS`; the first is the default.
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager", FLASH_ATTENTION)
-    #: Parts of the names of parameters that stay float32 whatever the dtype of the model.
-    keep_in_float32: ClassVar[tuple[str, ...]] = ()
     #: Parts of the names of parameters that a checkpoint may lack: heads that training starts from scratch.
     new_heads: ClassVar[tuple[str, ...]] = ()
 
@@ -303,7 +302,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
         """How checkpoints name the weights of this architecture."""
         return KEY_MAPS[type(self.config).model_type]
 
-    # Where the weights are, and what they are.
+    # Where the weights are.
 
     def _units(self, dtype: torch.dtype) -> list[Unit]:
         """The parts that lie on one device each, with their size in a dtype."""
@@ -320,43 +319,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, GradientCheckpointingMixin):
         weights = {name: next(module.parameters(), None) for name, module in modules.items()}
         return {name: weight.device for name, weight in weights.items() if weight is not None}
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights; of most of them where some stay float32."""
-        for name, parameter in self.named_parameters():
-            if parameter.is_floating_point() and not self._keeps_float32(name):
-                return parameter.dtype
-        return torch.get_default_dtype()
-
-    def _keeps_float32(self, name: str) -> bool:
-        return any(part in name for part in self.keep_in_float32)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of weights, tied ones counted once."""
-        embeddings = (
-            {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
-        )
-        return sum(
-            parameter.numel()
-            for parameter in self.parameters()
-            if (parameter.requires_grad or not only_trainable) and id(parameter) not in embeddings
-        )
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes that the weights take, tied ones counted once, with the buffers."""
-        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def get_parameter_or_buffer(self, target: str) -> Tensor:
-        """The parameter or buffer of that name. Raises AttributeError if there is neither."""
-        try:
-            return self.get_parameter(target)
-        except AttributeError:
-            return self.get_buffer(target)
+    # About the model.
 
     @property
     def name_or_path(self) -> str:

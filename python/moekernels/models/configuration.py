@@ -241,6 +241,9 @@ class PretrainedConfig:
         if not is_valid(value):
             raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
 
+    def _check_one_of(self, name: str, *choices: str) -> None:
+        self._check(name, f"one of {', '.join(choices)}", lambda v: v in choices)
+
     def _check_counts(self, *names: str) -> None:
         for name in names:
             self._check(name, "a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0)

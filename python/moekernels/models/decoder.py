@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from moekernels.generation import GenerationMixin
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.losses import causal_lm_loss, load_balancing_loss
+from moekernels.models.options import (
+    attention_implementation,
+    exactly_one,
+    kept_for_logits,
+    new_positions,
+    optional_outputs,
+    resolve_cache,
+)
 from moekernels.models.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from moekernels.nn import Cache, DynamicCache, RotaryEmbedding, causal_mask
 from moekernels.nn.attention import FLASH_ATTENTION
@@ -75,38 +83,18 @@ class SparseDecoder(PreTrainedModel):
                 `attention_mask` does not fit.
         """
         config = self.config
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        if output_router_logits is None:
-            output_router_logits = config.output_router_logits
-        if (input_ids is None) == (inputs_embeds is None):
-            given = "neither" if input_ids is None else "both"
-            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise ValueError(
-                f"past_key_values must be a moekernels Cache or None, got {type(past_key_values).__name__}"
-            )
-        # With checkpointing, layers run twice, and would fill a cache twice.
-        checkpointed = self.gradient_checkpointing and self.training
-        if checkpointed and past_key_values is not None:
-            raise ValueError("past_key_values cannot be combined with gradient checkpointing")
-        cache = past_key_values
-        if cache is None and not checkpointed and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()
+        wanted = optional_outputs(config, output_attentions, output_hidden_states, output_router_logits)
+        batch_size, num_tokens = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds).shape[:2]
+        cache = resolve_cache(
+            past_key_values, use_cache, config, kind=Cache, make=DynamicCache, checkpointed=self._is_checkpointed
+        )
 
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch_size, num_tokens = hidden.shape[:2]
         if cache_position is None:
-            cache_position = (
-                torch.arange(num_tokens, device=hidden.device)
-                if cache is None
-                else cache.next_positions(num_tokens, hidden.device)
-            )
+            cache_position = new_positions(cache, num_tokens, hidden.device)
         if position_ids is None:
             position_ids = cache_position[None]
-        implementation = "eager" if output_attentions else config._attn_implementation
+        implementation = attention_implementation(config, wanted.attentions)
         mask = causal_mask(
             attention_mask,
             cache,
@@ -123,24 +111,23 @@ class SparseDecoder(PreTrainedModel):
         attentions: tuple[Tensor, ...] = ()
         router_logits: tuple[Tensor, ...] = ()
         for layer in self.layers:
-            if output_hidden_states:
+            if wanted.hidden_states:
                 hidden_states += (hidden,)
-            inputs = (hidden, rotary, mask, implementation, cache, cache_position)
-            hidden, probs, logits = self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
-            if output_attentions:
+            hidden, probs, logits = self._call_layer(layer, hidden, rotary, mask, implementation, cache, cache_position)
+            if wanted.attentions:
                 attentions += (probs,)
-            if output_router_logits:
+            if wanted.router_logits:
                 router_logits += (logits,)
         hidden = self.norm(hidden)
-        if output_hidden_states:
+        if wanted.hidden_states:
             hidden_states += (hidden,)
 
         output = MoeModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=hidden_states if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
-            router_logits=router_logits if output_router_logits else None,
+            hidden_states=hidden_states if wanted.hidden_states else None,
+            attentions=attentions if wanted.attentions else None,
+            router_logits=router_logits if wanted.router_logits else None,
         )
         return self._returned(output, return_dict)
 
@@ -195,8 +182,7 @@ class SparseDecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
             return_dict=True,
             cache_position=cache_position,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(kept_for_logits(outputs.last_hidden_state, logits_to_keep))
 
         loss = aux_loss = None
         shift_labels = kwargs.get("shift_labels")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class GradientCheckpointingMixin(nn.Module):
-    """The switch. A model's `forward` calls its layers by `_checkpoint_call` while it is on and the model trains."""
+    """The switch. A model's `forward` calls its layers by `_call_layer`."""
 
     supports_gradient_checkpointing: ClassVar[bool] = True
 
@@ -43,6 +43,14 @@ class GradientCheckpointingMixin(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         return any(m.gradient_checkpointing for m in self.modules() if isinstance(m, GradientCheckpointingMixin))
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        """Whether a pass recomputes its layers: the switch is on, and the model trains."""
+        return self.gradient_checkpointing and self.training
+
+    def _call_layer(self, layer: nn.Module, *inputs: Any) -> Any:
+        return self._checkpoint_call(layer, *inputs) if self._is_checkpointed else layer(*inputs)
 
 
 def _with_all_tensors(layer: nn.Module, *inputs: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moekernels.generation import GenerationMixin
 from moekernels.models.encoder_decoder.stacks import DecoderStack, EncoderDecoderPreTrainedModel, EncoderStack
 from moekernels.models.losses import check_classes, seq2seq_lm_loss
+from moekernels.models.options import kept_for_logits
 from moekernels.models.outputs import ModelOutput, MoEModelOutput, Seq2SeqMoEModelOutput, Seq2SeqMoEOutput
 from moekernels.nn import EncoderDecoderCache
 
@@ -155,8 +156,7 @@ class EncoderDecoderForConditionalGeneration(EncoderDecoderPreTrainedModel, Gene
             output_router_logits=output_router_logits,
             cache_position=cache_position,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._logits(outputs.last_hidden_state[:, kept])
+        logits = self._logits(kept_for_logits(outputs.last_hidden_state, logits_to_keep))
         loss = None if labels is None else seq2seq_lm_loss(logits, labels)
         fields = {name: outputs[name] for name in outputs if name != "last_hidden_state"}
         if output_router_logits:

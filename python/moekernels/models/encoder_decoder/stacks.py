@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.encoder_decoder.layers import LayerContext
+from moekernels.models.options import (
+    attention_implementation,
+    exactly_one,
+    new_positions,
+    optional_outputs,
+    resolve_cache,
+)
 from moekernels.models.outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
 from moekernels.nn import AttentionMask, EncoderDecoderCache, causal_mask, padding_mask
 from moekernels.nn.attention import FLASH_ATTENTION
@@ -81,13 +88,17 @@ class EncoderDecoderStack(EncoderDecoderPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
+    @property
+    def _drops_layers(self) -> bool:
+        return self.training and self.layerdrop > 0
+
     def _is_dropped(self, hidden: Tensor) -> bool | Tensor:
         """Whether to leave out the next layer (arXiv 1909.11556).
 
         A graph that is traced has one shape: it runs every layer, and a bool tensor decides on the device of `hidden`
         whether the result is used.
         """
-        if not self.training or self.layerdrop == 0:
+        if not self._drops_layers:
             return False
         if torch.compiler.is_compiling():
             return torch.rand([], device=hidden.device) < self.layerdrop
@@ -137,42 +148,36 @@ class EncoderStack(EncoderDecoderStack):
     ) -> Any:
         """Run the encoder; the arguments are those of :meth:`EncoderDecoderModel.forward`."""
         config = self.config
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        _check_exactly_one("input_ids", input_ids, "inputs_embeds", inputs_embeds)
+        wanted = optional_outputs(config, output_attentions, output_hidden_states, output_router_logits)
+        batch_size, num_tokens = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds).shape[:2]
         head_masks = self._head_masks("head_mask", head_mask)
-        given: Any = input_ids if inputs_embeds is None else inputs_embeds
-        batch_size, num_tokens = given.shape[:2]
         _check_source_mask(attention_mask, num_tokens, (1, batch_size))
 
         hidden = self._embed(input_ids, inputs_embeds, 0, num_tokens)
-        implementation = "eager" if output_attentions else config._attn_implementation
+        implementation = attention_implementation(config, wanted.attentions)
         mask = padding_mask(attention_mask, hidden.dtype, deferred=implementation == FLASH_ATTENTION)
         mask = self._with_position_bias(mask, torch.arange(num_tokens, device=hidden.device), num_tokens)
         context = LayerContext(implementation, mask, _visible_keys(attention_mask))
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Any, ...] = ()
         router_logits: tuple[Tensor, ...] = ()
-        checkpointed = self.gradient_checkpointing and self.training
         for layer, heads in zip(self._layers, head_masks, strict=True):
-            if output_hidden_states:
+            if wanted.hidden_states:
                 hidden_states += (hidden,)
             is_dropped = self._is_dropped(hidden)
             if is_dropped is True:
                 continue
-            inputs = (hidden, context, heads)
-            result, probs, logits = self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
+            result, probs, logits = self._call_layer(layer, hidden, context, heads)
             hidden = _unless(is_dropped, result, hidden)
             attentions += (probs,)
             router_logits += () if logits is None else (logits,)
         hidden = self._finish(hidden)
 
-        routers = {"router_logits": router_logits} if output_router_logits and router_logits else {}
+        routers = {"router_logits": router_logits} if wanted.router_logits and router_logits else {}
         output = self.output_class(
             last_hidden_state=hidden,
-            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
+            hidden_states=(*hidden_states, hidden) if wanted.hidden_states else None,
+            attentions=attentions if wanted.attentions else None,
             **routers,
         )
         return self._returned(output, return_dict)
@@ -205,24 +210,27 @@ class DecoderStack(EncoderDecoderStack):
     ) -> Any:
         """Run the decoder; the arguments are those of :meth:`EncoderDecoderModel.forward`, without "decoder"."""
         config = self.config
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        _check_exactly_one("decoder_input_ids", input_ids, "decoder_inputs_embeds", inputs_embeds)
+        wanted = optional_outputs(config, output_attentions, output_hidden_states, output_router_logits)
+        given = exactly_one(
+            neither="neither (and no labels)", decoder_input_ids=input_ids, decoder_inputs_embeds=inputs_embeds
+        )
+        batch_size, num_tokens = given.shape[:2]
         head_masks = self._head_masks("decoder_head_mask", head_mask)
         cross_masks = self._head_masks("cross_attn_head_mask", cross_attn_head_mask)
-        given: Any = input_ids if inputs_embeds is None else inputs_embeds
-        batch_size, num_tokens = given.shape[:2]
         source = _checked_source(encoder_hidden_states, batch_size, config.d_model, past_key_values)
         _check_source_mask(encoder_attention_mask, source.shape[1], (1, source.shape[0], batch_size))
-        cache, drops_layers = self._cache(past_key_values, use_cache)
+        cache = resolve_cache(
+            past_key_values,
+            # Layers that are left out would leave gaps in it.
+            False if self._drops_layers else use_cache,
+            config,
+            kind=EncoderDecoderCache,
+            make=EncoderDecoderCache,
+            checkpointed=self._is_checkpointed,
+        )
         if cache_position is None:
-            cache_position = (
-                torch.arange(num_tokens, device=given.device)
-                if cache is None
-                else cache.next_positions(num_tokens, given.device)
-            )
-        implementation = "eager" if output_attentions else config._attn_implementation
+            cache_position = new_positions(cache, num_tokens, given.device)
+        implementation = attention_implementation(config, wanted.attentions)
         deferred = implementation == FLASH_ATTENTION
         dtype = self.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
         mask = causal_mask(
@@ -261,17 +269,13 @@ class DecoderStack(EncoderDecoderStack):
         attentions: tuple[Any, ...] = ()
         cross_attentions: tuple[Any, ...] = ()
         router_logits: tuple[Tensor, ...] = ()
-        checkpointed = self.gradient_checkpointing and self.training
         for layer, heads, cross_heads in zip(self._layers, head_masks, cross_masks, strict=True):
-            if output_hidden_states:
+            if wanted.hidden_states:
                 hidden_states += (hidden,)
-            is_dropped = drops_layers and self._is_dropped(hidden)
+            is_dropped = cache is None and self._is_dropped(hidden)
             if is_dropped is True:
                 continue
-            inputs = (hidden, source, context, heads, cross_heads)
-            result, probs, cross_probs, logits = (
-                self._checkpoint_call(layer, *inputs) if checkpointed else layer(*inputs)
-            )
+            result, probs, cross_probs, logits = self._call_layer(layer, hidden, source, context, heads, cross_heads)
             hidden = _unless(is_dropped, result, hidden)
             attentions += (probs,)
             cross_attentions += (cross_probs,)
@@ -281,32 +285,12 @@ class DecoderStack(EncoderDecoderStack):
         output = MoEModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
-            cross_attentions=cross_attentions if output_attentions else None,
-            router_logits=router_logits if output_router_logits and router_logits else None,
+            hidden_states=(*hidden_states, hidden) if wanted.hidden_states else None,
+            attentions=attentions if wanted.attentions else None,
+            cross_attentions=cross_attentions if wanted.attentions else None,
+            router_logits=router_logits if wanted.router_logits and router_logits else None,
         )
         return self._returned(output, return_dict)
-
-    def _cache(
-        self, past_key_values: EncoderDecoderCache | None, use_cache: bool | None
-    ) -> tuple[EncoderDecoderCache | None, bool]:
-        """The cache to use, and whether layers may be left out: not with a cache, in which they would leave a gap."""
-        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
-            raise ValueError(
-                "past_key_values must be a moekernels EncoderDecoderCache or None, got "
-                f"{type(past_key_values).__name__}"
-            )
-        checkpointed = self.gradient_checkpointing and self.training
-        if past_key_values is not None:
-            # Layers run twice, and would fill a cache twice.
-            if checkpointed:
-                raise ValueError("past_key_values cannot be combined with gradient checkpointing")
-            return past_key_values, False
-        drops_layers = self.training and self.layerdrop > 0
-        if checkpointed or drops_layers or not (self.config.use_cache if use_cache is None else use_cache):
-            return None, drops_layers
-        return EncoderDecoderCache(), False
 
 
 def _unless(is_dropped: bool | Tensor, result: Tensor, hidden: Tensor) -> Tensor:
@@ -342,12 +326,6 @@ def _checked_source(
             f"{stored[0].shape[2]} source tokens, got {source.shape[0]} of {source.shape[1]}"
         )
     return source
-
-
-def _check_exactly_one(name: str, value: Tensor | None, other: str, other_value: Tensor | None) -> None:
-    if (value is None) == (other_value is None):
-        given = "both" if value is not None else "neither (and no labels)" if "decoder" in name else "neither"
-        raise ValueError(f"exactly one of {name} and {other} must be given, got {given}")
 
 
 def _visible_keys(attention_mask: Tensor | None) -> Tensor | None:

@@ -8,8 +8,6 @@ from typing import Any
 from moekernels.models.translation import TranslationConfig
 
 TOP_K = 2
-_SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
-_ROUTER_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class NllbMoeConfig(TranslationConfig):
@@ -147,9 +145,8 @@ class NllbMoeConfig(TranslationConfig):
         )
         for name in ("encoder_sparse_step", "decoder_sparse_step"):
             self._check(name, "an integer, 0 for no sparse layer", lambda v: isinstance(v, int) and v >= 0)
-        self._check("router_dtype", f"one of {', '.join(_ROUTER_DTYPES)}", lambda v: v in _ROUTER_DTYPES)
-        policies = ", ".join(_SECOND_EXPERT_POLICIES)
-        self._check("second_expert_policy", f"one of {policies}", lambda v: v in _SECOND_EXPERT_POLICIES)
+        self._check_one_of("router_dtype", "float32", "float16", "bfloat16")
+        self._check_one_of("second_expert_policy", "all", "sampling", "random")
         self._check_numbers("moe_token_dropout", high=1.0)
         self._check_numbers("router_aux_loss_coef", "router_z_loss_coef")
         self._check_numbers("moe_eval_capacity_token_fraction", low=-math.inf)

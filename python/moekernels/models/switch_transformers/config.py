@@ -8,7 +8,6 @@ from moekernels.models.configuration import PretrainedConfig
 from moekernels.nn.activations import op_activation
 
 _GATED = "gated-"
-_ROUTER_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class SwitchTransformersConfig(PretrainedConfig):
@@ -133,7 +132,7 @@ class SwitchTransformersConfig(PretrainedConfig):
             self._check(name, "a number of layers", _is_count)
         for name in ("encoder_sparse_step", "decoder_sparse_step"):
             self._check(name, "a number of layers, 0 for no sparse ones", _is_count)
-        self._check("router_dtype", f"one of {', '.join(_ROUTER_DTYPES)}", lambda v: v in _ROUTER_DTYPES)
+        self._check_one_of("router_dtype", "float32", "float16", "bfloat16")
         self._check("relative_attention_num_buckets", "an integer of at least 4", lambda v: _is_count(v) and v >= 4)
         half = self.relative_attention_num_buckets // 2
         self._check(
