@@ -51,6 +51,12 @@ def test_learns_saves_and_loads(name: str, corpus: Corpus, tmp_path: Path) -> No
     assert again.translate(pairs, num_beams=2) == learner.translate(pairs, num_beams=2)
 
 
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_any_number_of_steps(num_steps: int, corpus: Corpus) -> None:
+    learner = LEARNERS["switch"].create(corpus)
+    assert len(list(train(learner, corpus, num_steps=num_steps, batch_size=2))) == num_steps
+
+
 def test_exact_matches_counts(corpus: Corpus) -> None:
     class Knowing:
         def translate(self, pairs: list, **options: object) -> list[str]:

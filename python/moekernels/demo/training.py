@@ -22,7 +22,8 @@ def train(
     """Trains the learner's model, and yields the loss of every step; in the end the model is in evaluation mode."""
     model = learner.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.1)
+    warm_up = 0.105  # OneCycleLR divides by warm_up * num_steps - 1, which must not be zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=warm_up)
     batches = corpus.batches(batch_size, seed)
     for _ in range(num_steps):
         loss = model(**learner.batch(next(batches))).loss
