@@ -7,32 +7,59 @@
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx_gemm_task.h"
+#include "amx_split_task.h"
 #include "amx_weight_grad_task.h"
 #include "kernels.h"
 
 namespace moekernels::cpu {
 namespace {
 
-constexpr GemmSizes amx_sizes(int64_t right_bytes) {
+constexpr int64_t kMegabyte = 1024 * 1024;
+constexpr int64_t kElementSize = sizeof(BFloat16), kSplitSize = kSplitParts * kElementSize;
+
+constexpr GemmSizes bfloat16_sizes(int64_t right_bytes) {
   return {
-      .packed_element_size = sizeof(BFloat16),
+      .packed_element_size = kElementSize,
       .chunk = kAmxChunk,
       .row_granule = kAmxRows,
       .max_rows = kAmxMaxCols,
       .padding = 0,
-      .packed_bytes = 1024 * 1024,
+      .packed_bytes = kMegabyte,
       .weight_rows = kAmxMaxCols,
       .right_bytes = right_bytes,
   };
 }
 
-constexpr KernelTable kKernels = kernel_table({
-    .sizes = amx_sizes(0),
-    .run = run_amx_gemm_task,
-    .across = amx_sizes(kAmxMaxCols * kAmxChunk * sizeof(BFloat16)),
-    .run_transposed = run_amx_transposed_gemm_task,
-    .weight_grad = run_amx_weight_grad_task,
-});
+// Chunks and scratch memory serve the vector kernels too, which take some of the tasks.
+constexpr GemmSizes float32_sizes(int64_t right_cols) {
+  return {
+      .packed_element_size = kSplitSize,
+      .chunk = DotFloat32::kChunk,
+      .row_granule = kAmxRows,
+      .max_rows = kAmxMaxCols,
+      .padding = kOuterPadding,
+      .packed_bytes = 3 * kMegabyte / 2,
+      .weight_rows = kAmxMaxCols,
+      .right_bytes = 2 * right_cols * kSplitChunk * kSplitSize,
+  };
+}
+static_assert(DotFloat32::kChunk % kSplitChunk == 0 && DotFloat32::kChunk % kOuterChunk == 0);
+
+constexpr KernelTable kKernels = kernel_table(
+    {
+        .sizes = float32_sizes(2 * kAmxRows),
+        .run = run_float32_gemm_task,
+        .across = float32_sizes(kAmxMaxCols),
+        .run_transposed = run_float32_transposed_gemm_task,
+        .weight_grad = run_float32_weight_grad_task,
+    },
+    {
+        .sizes = bfloat16_sizes(0),
+        .run = run_amx_gemm_task,
+        .across = bfloat16_sizes(kAmxMaxCols * kAmxChunk * kElementSize),
+        .run_transposed = run_amx_transposed_gemm_task,
+        .weight_grad = run_amx_weight_grad_task,
+    });
 
 }  // namespace
 

@@ -8,7 +8,7 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr KernelTable kKernels = kernel_table(gemm_kernel<DotBFloat16>());
+constexpr KernelTable kKernels = kernel_table(gemm_kernel<DotFloat32>(), gemm_kernel<DotBFloat16>());
 
 }  // namespace
 

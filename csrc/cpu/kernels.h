@@ -49,9 +49,9 @@ using DotOfBFloat16 = DotBFloat16Native;
 using DotOfBFloat16 = DotBFloat16;
 #endif
 
-constexpr KernelTable kernel_table(GemmKernel bfloat16_gemm) {
+constexpr KernelTable kernel_table(GemmKernel float32_gemm, GemmKernel bfloat16_gemm) {
   return {
-      {gemm_kernel<DotFloat32>(), bfloat16_gemm, gemm_kernel<DotFloat16>()},
+      {float32_gemm, bfloat16_gemm, gemm_kernel<DotFloat16>()},
       {run_attention_task<DotFloat32>, run_attention_task<DotOfBFloat16>, run_attention_task<DotFloat16>},
       kTileRows,
       unpermute,

@@ -30,7 +30,9 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
       "-> (Tensor counts, Tensor prob_sums, Tensor z_sums)");
 
   // On the CPU, and without gradients: the Python functions leave everything else to torch.
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none') -> Tensor");
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none', bool batch_invariant=False) -> "
+      "Tensor");
   m.def("rms_norm(Tensor input, Tensor weight, float epsilon) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? bias=None) -> Tensor");
 

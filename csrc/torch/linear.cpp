@@ -9,7 +9,7 @@ namespace moekernels {
 
 // A grouped GEMM of one expert whose offsets need no tensor. input [..., in_features] -> [..., out_features]
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-              const std::string& activation) {
+              const std::string& activation, bool batch_invariant) {
   const Checks check("linear", "input", input);
   check.that(input.dim() >= 1, "input must have at least 1 dimension [..., in_features], got 0");
   check.rank("weight", weight, 2, "[out_features, in_features]");
@@ -55,6 +55,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
     params.out_features = out_features;
     params.in_features = in_features;
     params.num_experts = 1;
+    params.batch_invariant = batch_invariant;
     launch(params, input);
   }
   return input.dim() == 2 ? out : torch::stable::view(out, sizes);

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> router_stats(const Tensor& logits, int64_t nu
 Tensor rms_norm(const Tensor& input, const Tensor& weight, double epsilon);
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-              const std::string& activation);
+              const std::string& activation, bool batch_invariant);
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                  const std::optional<Tensor>& bias);

@@ -26,8 +26,9 @@ class _BatchInvariant(contextlib.AbstractContextManager[None]):
 def batch_invariant(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
     """Make a token's output bits independent of the other tokens in its batch (capacity drops aside).
 
-    Takes effect at once; used in a ``with`` statement, it is undone at the end of the block. On the CPU the kernels are
-    always batch-invariant. On a GPU every number of rows then takes the same path, which costs speed for few rows.
+    Takes effect at once; used in a ``with`` statement, it is undone at the end of the block. On a GPU every number of
+    rows then takes the same path, which costs speed for few rows. On the CPU the kernels are batch-invariant anyway,
+    but for float32 on processors with AMX, which are then slower for many rows.
     """
     global _batch_invariant
     previous, _batch_invariant = _batch_invariant, enabled

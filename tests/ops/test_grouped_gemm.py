@@ -158,10 +158,10 @@ def test_gathering_equals_permuting_first(device: torch.device, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
 def test_a_row_does_not_depend_on_its_neighbours(isa: str, dtype: torch.dtype) -> None:
-    """Bit for bit: each row alone, and all together."""
+    """Bit for bit: each row alone, and all together. Of float32 by tile registers this must be asked for."""
     rows = torch.randn(70, 600).to(dtype)
     weight = torch.randn(1, 90, 600).to(dtype)
-    with moekernels.cpu_isa(isa):
+    with moekernels.cpu_isa(isa), moekernels.batch_invariant(isa == "amx" and dtype is torch.float32):
         together = ops.grouped_gemm(rows, weight, offsets_of([70]), activation="silu", gated=True)
         for count in (1, 2, 3, 5, 8, 13):
             some = ops.grouped_gemm(rows[:count], weight, offsets_of([count]), activation="silu", gated=True)

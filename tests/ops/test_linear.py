@@ -46,7 +46,7 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         together = ops.linear(x, weight)
         for rows in (1, 7, 33, 64, 65):
             assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
-    assert torch.equal(ops.linear(x[:33], weight), together[:33])
+    assert torch.equal(ops.linear(x[:16], weight), together[:16])
 
 
 def test_nan_stays_in_its_row() -> None:

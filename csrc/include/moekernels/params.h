@@ -100,7 +100,7 @@ struct GroupedGemmParams {
   bool gated;
   bool transposed;       // then no bias, no activation and no gate
   bool allow_tf32;       // CUDA, float32 only: torch's own switch
-  bool batch_invariant;  // CUDA: sum K in the same order whatever the number of rows; the CPU always does
+  bool batch_invariant;  // sum in the same order whatever the number of rows; slower on CUDA and for float32 by AMX
   DType dtype;           // of rows, weight, bias and out
 };
 

@@ -107,7 +107,13 @@ def _activation(linear: Tensor, activation: str, gated: bool) -> Tensor:
 
 
 @torch.library.register_fake("moekernels::linear")
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    batch_invariant: bool = False,
+) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 

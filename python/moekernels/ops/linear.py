@@ -27,8 +27,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     """Multiply every row by one weight: ``activation(input @ weight.T + bias)``.
 
     In inference on a CPU few rows are multiplied by the kernel of :func:`grouped_gemm`, as those of one expert: sums
-    run in float32 and are rounded once, at the end, and the bits of a row do not depend on the others. With
-    :func:`moekernels.batch_invariant` so are many. All else is left to :func:`torch.nn.functional.linear` and the
+    run in float32 and are rounded once, at the end. With :func:`moekernels.batch_invariant` so are many, and the bits
+    of a row do not depend on the others. All else is left to :func:`torch.nn.functional.linear` and the
     activation of torch, with their dtypes, gradients and autocast.
 
     Args:
@@ -46,8 +46,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     """
     if runs_on_cpu_kernels(input, weight) and not wants_gradient(bias) and input.dim() > 0:
         num_rows = input.numel() // max(input.shape[-1], 1)
-        if 0 < num_rows <= _MOST_ROWS or is_batch_invariant():
-            return call(torch.ops.moekernels.linear.default, input, weight, bias, activation)
+        batch_invariant = is_batch_invariant()
+        if 0 < num_rows <= _MOST_ROWS or batch_invariant:
+            return call(torch.ops.moekernels.linear.default, input, weight, bias, activation, batch_invariant)
     if activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(
             f"moekernels::linear: activation must be one of {', '.join(ACTIVATION_FUNCTIONS)}; got '{activation}'"

@@ -1,0 +1,237 @@
+// float32 by tile registers: each value is split into three bfloat16 parts, of which the products that matter are added
+// up.
+//
+//   x = x0 + x1 + x2             the next 8 significant bits each: exact, unless they are subnormal
+//   x y = x2 y0 + x1 y0 + x1 y1 + x0 y1 + x0 y2 + x0 y0      what is left out is below 2^-21 |x y|
+//
+// Six products, each at sixteen times the rate of vector instructions. The parts of an infinity are not numbers: where
+// a sum is NaN (NanCheck), the task is done again by the vector kernel.
+//
+// Packed operands are groups of 16 rows (left) or columns (right): for each 32 elements of K the tiles of the three
+// parts, one after the other. A word of a tile holds elements i and i + 16 of these 32, so that splitting needs no
+// shuffles.
+//
+// This file splits and packs. Operands that are used again and again are packed by functions; those that stream through
+// by objects that go on step by step, so that vector instructions work while tiles are multiplied.
+#pragma once
+
+#include "amx_tile.h"
+#include "parts.h"
+#include "transpose.h"
+
+namespace moekernels::cpu {
+namespace {
+
+constexpr int kSplitParts = 3;
+constexpr int64_t kSplitChunk = 128;  // elements of K: a pair of packed groups takes half of the first-level cache
+constexpr int64_t kSplitTile = kSplitParts * kAmxElements;
+
+// The parts of 32 elements of K.
+MOEKERNELS_INLINE void split(VecF low, VecF high, VecU (&parts)[kSplitParts]) {
+  constexpr uint32_t kUpperHalf = 0xffff0000u;
+  MOEKERNELS_UNROLL
+  for (int part = 0; part < kSplitParts; ++part) {
+    parts[part] = (VecU)_mm512_mask_mov_epi16(_mm512_srli_epi32((__m512i)low, 16), 0xaaaaaaaau, (__m512i)high);
+    low -= VecF(VecU(low) & kUpperHalf);
+    high -= VecF(VecU(high) & kUpperHalf);
+  }
+}
+
+MOEKERNELS_INLINE void store_parts(BFloat16* to, const VecU (&parts)[kSplitParts]) {
+  MOEKERNELS_UNROLL
+  for (int part = 0; part < kSplitParts; ++part) *reinterpret_cast<VecUMemory*>(to + part * kAmxElements) = parts[part];
+}
+
+// Which of 32 elements are among the first n.
+MOEKERNELS_INLINE uint32_t first_lanes(int64_t n) {
+  return n >= kAmxDepth ? ~0u : n <= 0 ? 0 : (1u << n) - 1;
+}
+
+// 32 elements of a row; those that are not in `lanes` are zero and not read.
+MOEKERNELS_INLINE void split_row(const float* row, uint32_t lanes, VecU (&parts)[kSplitParts]) {
+  split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), row),
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> kLanes), row + kLanes), parts);
+}
+
+// Elements i and i + 16 of K of up to 16 columns; null: zeros.
+MOEKERNELS_INLINE void split_across(const float* low, const float* high, uint32_t lanes, VecU (&parts)[kSplitParts]) {
+  split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(low == nullptr ? 0 : lanes), low),
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>(high == nullptr ? 0 : lanes), high), parts);
+}
+
+// Whether any of the values it has seen is NaN.
+class NanCheck {
+ public:
+  MOEKERNELS_INLINE void see(VecF v) { seen_ |= v != v; }
+  bool found() const { return _mm512_test_epi32_mask((__m512i)seen_, (__m512i)seen_) != 0; }
+
+ private:
+  VecI seen_{};
+};
+
+// Packed groups in scratch memory, all of as many tiles as n elements of K fill.
+class SplitPacked {
+ public:
+  SplitPacked(void* memory, int64_t n)
+      : packed_(static_cast<BFloat16*>(memory)), tiles_((n + kAmxDepth - 1) / kAmxDepth) {}
+
+  int64_t tiles() const { return tiles_; }
+  BFloat16* at(int64_t group, int64_t tile) const { return packed_ + (group * tiles_ + tile) * kSplitTile; }
+
+ private:
+  BFloat16* packed_;
+  int64_t tiles_;
+};
+
+// A left operand: rows source(row)[0 .. n); null: zeros. Each step splits 32 elements of a row.
+template <class Source>
+class SplitRows {
+ public:
+  SplitRows(SplitPacked target, int64_t rows, int64_t n, const Source& source)
+      : source_(source),
+        target_(target),
+        tail_(first_lanes(n - (target.tiles() - 1) * kAmxDepth)),
+        left_(rows * target.tiles()) {
+    if (left_ > 0) find_row();
+  }
+
+  int64_t steps_left() const { return left_; }
+
+  MOEKERNELS_INLINE void step(int64_t count) {
+    for (; count > 0 && left_ > 0; --count) {
+      // What follows in this row comes with the next chunk.
+      _mm_prefetch(reinterpret_cast<const char*>(from_ + kSplitChunk), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(from_ + kSplitChunk + kLanes), _MM_HINT_T1);
+      VecU parts[kSplitParts];
+      split_row(from_, in_row_ == 1 ? last_ : most_, parts);
+      store_parts(to_, parts);
+      from_ += kAmxDepth;
+      to_ += kSplitTile;
+      --left_;
+      if (--in_row_ == 0 && left_ > 0) find_row();
+    }
+  }
+
+  void finish() { step(left_); }
+
+ private:
+  __attribute__((noinline)) void find_row() {
+    from_ = source_(row_);
+    to_ = target_.at(row_ / kAmxRows, 0) + row_ % kAmxRows * kAmxDepth;
+    most_ = from_ == nullptr ? 0 : ~0u;
+    last_ = from_ == nullptr ? 0 : tail_;
+    in_row_ = target_.tiles();
+    ++row_;
+  }
+
+  const Source source_;
+  const SplitPacked target_;
+  const uint32_t tail_;
+  int64_t left_, in_row_ = 0, row_ = 0;
+  uint32_t most_ = 0, last_ = 0;  // elements to read of a tile, and of the last one in the row
+  const float* from_ = nullptr;
+  BFloat16* to_ = nullptr;
+};
+
+// A right operand, of a matrix that lies across: column c is source(k)[c] for k in [0, n); null: zeros. Each step
+// splits elements i and i + 16 of K of 16 columns.
+template <class Source>
+class SplitAcross {
+ public:
+  SplitAcross(SplitPacked target, int64_t cols, int64_t n, const Source& source)
+      : source_(source),
+        target_(target),
+        groups_((cols + kAmxRows - 1) / kAmxRows),
+        n_(n),
+        tail_(first_lanes(cols - (groups_ - 1) * kAmxRows)),
+        left_(target.tiles() * kAmxRows * groups_) {
+    if (left_ > 0) find_rows();
+  }
+
+  int64_t steps_left() const { return left_; }
+
+  MOEKERNELS_INLINE void step(int64_t count) {
+    for (; count > 0 && left_ > 0; --count) {
+      VecU parts[kSplitParts];
+      split_across(low_, high_, in_row_ == 1 ? tail_ : ~0u, parts);
+      store_parts(to_, parts);
+      low_ = low_ == nullptr ? nullptr : low_ + kAmxRows;
+      high_ = high_ == nullptr ? nullptr : high_ + kAmxRows;
+      to_ += target_.tiles() * kSplitTile;
+      --left_;
+      if (--in_row_ == 0 && left_ > 0) find_rows();
+    }
+  }
+
+  void finish() { step(left_); }
+
+ private:
+  __attribute__((noinline)) void find_rows() {
+    const int64_t tile = pair_ / kAmxRows, i = pair_ % kAmxRows, k = tile * kAmxDepth + i;
+    low_ = k < n_ ? source_(k) : nullptr;
+    high_ = k + kLanes < n_ ? source_(k + kLanes) : nullptr;
+    to_ = target_.at(0, tile) + i * kAmxDepth;
+    in_row_ = groups_;
+    ++pair_;
+  }
+
+  const Source source_;
+  const SplitPacked target_;
+  const int64_t groups_, n_;
+  const uint32_t tail_;
+  int64_t left_, in_row_ = 0, pair_ = 0;
+  const float *low_ = nullptr, *high_ = nullptr;
+  BFloat16* to_ = nullptr;
+};
+
+// Words of three parts, 16 vectors each, transposed.
+MOEKERNELS_INLINE void store_transposed(BFloat16* to, VecU (&words)[kSplitParts][kAmxRows]) {
+  for (int part = 0; part < kSplitParts; ++part, to += kAmxElements) {
+    transpose(words[part]);
+    MOEKERNELS_UNROLL
+    for (int i = 0; i < kAmxRows; ++i) *reinterpret_cast<VecUMemory*>(to + i * kAmxDepth) = words[part][i];
+  }
+}
+
+// A right operand of a matrix whose rows lie along K: column c is source(c)[0 .. n); null: zeros.
+template <class Source>
+void split_right(SplitPacked target, int64_t cols, int64_t n, const Source& source) {
+  for (int64_t first = 0; first < cols; first += kAmxRows) {
+    const float* rows[kAmxRows];
+    for (int64_t c = 0; c < kAmxRows; ++c) rows[c] = first + c < cols ? source(first + c) : nullptr;
+    for (int64_t tile = 0; tile < target.tiles(); ++tile) {
+      const int64_t k = tile * kAmxDepth;
+      VecU words[kSplitParts][kAmxRows];
+      for (int c = 0; c < kAmxRows; ++c) {
+        VecU parts[kSplitParts];
+        split_row(rows[c] == nullptr ? nullptr : rows[c] + k, rows[c] == nullptr ? 0 : first_lanes(n - k), parts);
+        for (int part = 0; part < kSplitParts; ++part) words[part][c] = parts[part];
+      }
+      store_transposed(target.at(first / kAmxRows, tile), words);
+    }
+  }
+}
+
+// A left operand of a matrix that lies across: row r is source(k)[r] for k in [0, n); null: zeros.
+template <class Source>
+void split_left_across(SplitPacked target, int64_t rows, int64_t n, const Source& source) {
+  for (int64_t tile = 0; tile < target.tiles(); ++tile) {
+    const float* across[kAmxDepth];
+    for (int64_t i = 0; i < kAmxDepth; ++i)
+      across[i] = tile * kAmxDepth + i < n ? source(tile * kAmxDepth + i) : nullptr;
+    for (int64_t row = 0; row < rows; row += kAmxRows) {
+      VecU words[kSplitParts][kAmxRows];
+      for (int i = 0; i < kAmxRows; ++i) {
+        const float *low = across[i], *high = across[i + kLanes];
+        VecU parts[kSplitParts];
+        split_across(low == nullptr ? low : low + row, high == nullptr ? high : high + row, first_lanes(rows - row),
+                     parts);
+        for (int part = 0; part < kSplitParts; ++part) words[part][i] = parts[part];
+      }
+      store_transposed(target.at(row / kAmxRows, tile), words);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moekernels::cpu
