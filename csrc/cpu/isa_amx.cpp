@@ -22,6 +22,7 @@ constexpr GemmSizes amx_sizes(int64_t right_bytes) {
       .padding = 0,
       .packed_bytes = 1024 * 1024,
       .weight_rows = kAmxMaxCols,
+      .min_weight_rows = kAmxMinCols,
       .right_bytes = right_bytes,
   };
 }
