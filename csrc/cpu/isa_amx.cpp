@@ -26,6 +26,7 @@ constexpr GemmSizes bfloat16_sizes(int64_t right_bytes) {
       .padding = 0,
       .packed_bytes = kMegabyte,
       .weight_rows = kAmxMaxCols,
+      .min_weight_rows = kAmxMinCols,
       .right_bytes = right_bytes,
   };
 }
@@ -40,6 +41,7 @@ constexpr GemmSizes float32_sizes(int64_t right_cols) {
       .padding = kOuterPadding,
       .packed_bytes = 3 * kMegabyte / 2,
       .weight_rows = kAmxMaxCols,
+      .min_weight_rows = kAmxMinCols,
       .right_bytes = 2 * right_cols * kSplitChunk * kSplitSize,
   };
 }
