@@ -3,6 +3,11 @@
 // A weight row lies along K, so weights are the left operand straight from memory, and only the few rows of the task
 // are packed, as the right one: sums come out as [columns][rows] and are transposed when they are finished. A
 // transposed weight lies across K and is packed as the right operand instead, with the rows on the left.
+//
+// The weights come from memory once, and how they do decides the speed. A tile takes every second weight row: the
+// processor prefetches along one stream in a page, and weight rows of 2 KB share one. The first rows of the task that
+// are multiplied read them there; where many rows follow, those read a packed copy, as weight rows a power of two apart
+// displace each other from the first-level cache, and fetch the next weight rows meanwhile.
 #pragma once
 
 #include "amx_product.h"
@@ -46,6 +51,8 @@ class AmxGemmTaskRunner {
 
  private:
   static constexpr int64_t kStrip = 2 * kAmxRows;
+  static constexpr int64_t kCopyRowGroups = 5;   // as many make up for the copy
+  static constexpr int64_t kFetchRowGroups = 8;  // fewer leave no time in which memory is idle
 
   // A block of output columns; none are left when count is 0. Two strips of 32 weight rows, neighbours, or a gate and
   // its value, are two pairs of groups.
@@ -97,12 +104,23 @@ class AmxGemmTaskRunner {
         const int64_t rights = smaller(2, row_groups_ - right);
         const BFloat16* packed[2] = {rows_.at(right, k / kAmxDepth), rows_.at(right + rights - 1, k / kAmxDepth)};
         multiply_tiles(lefts, rights, left, packed, groups_of(n, kAmxDepth), sums_of(pair, 0, right),
-                       row_groups_ * kAmxSums, k_begin + k > 0);
+                       row_groups_ * kAmxSums, k_begin + k > 0, rows_to_fetch(cols, pair, right / 2, k_begin + k));
         for (int64_t l = 0; l < lefts; ++l) {
-          if (left[l].copy != nullptr) left[l] = {copies[l], kAmxDepth, kAmxElements, nullptr};
+          if (left[l].copy != nullptr) left[l] = left[l].of_copy();
         }
       }
     }
+  }
+
+  // The weights of the next pair that `step` fetches; the first one is busy with reading those of this pair.
+  AmxFetch rows_to_fetch(const Columns& cols, int64_t pair, int64_t step, int64_t k) const {
+    if (row_groups_ < kFetchRowGroups || step == 0) return {};
+    const int64_t left = (step - 1) / 4, row = (step - 1) % 4 * 4;
+    const Group group = pair + 1 < cols.pairs ? group_at(cols, pair + 1, left, k)
+                                              : group_at(columns_at(cols.begin + cols.count), 0, left, k);
+    if (group.rows < kAmxRows) return {};
+    const int64_t stride = 2 * p_.weight_row_stride;
+    return {group.weight + row * stride, stride};
   }
 
   // Few rows are multiplied over all of K at once: a chunk stays in the first-level cache for the next rows, and there
@@ -116,11 +134,11 @@ class AmxGemmTaskRunner {
   AmxLeft left_operand(const Group& group, int64_t k, int64_t n, BFloat16* copy) const {
     const int64_t stride = 2 * p_.weight_row_stride;
     if (group.rows == kAmxRows && n % kAmxDepth == 0) {
-      return {group.weight + k, stride, kAmxDepth, row_groups_ > 4 ? copy : nullptr};
+      return {group.weight + k, stride, kAmxDepth, row_groups_ >= kCopyRowGroups ? copy : nullptr};
     }
     AmxPacked packed(copy);
     packed.pack_left(group.rows, n, [&](int64_t row) { return group.weight + k + row * stride; });
-    return {copy, kAmxDepth, kAmxElements, nullptr};
+    return {copy, kAmxDepth, kAmxElements};
   }
 
   // A strip of columns of 16 rows. Sums lie along the rows: those of two columns become words of two elements, which

@@ -52,8 +52,7 @@ void amx_product(const GemmBlocking& blocking, void* scratch, int64_t rows, int6
         for (int64_t r = 0; r < row_groups; r += 2) {
           const int64_t lefts = smaller(2, row_groups - r);
           AmxLeft pair[2] = {};
-          for (int64_t l = 0; l < lefts; ++l)
-            pair[l] = {left.at(r + l, part / kAmxDepth), kAmxDepth, kAmxElements, nullptr};
+          for (int64_t l = 0; l < lefts; ++l) pair[l] = {left.at(r + l, part / kAmxDepth), kAmxDepth, kAmxElements};
           multiply_tiles(lefts, 2, pair, packed, groups_of(n, kAmxDepth), sums + r * stride + c * kAmxSums, stride,
                          begin > 0);
         }

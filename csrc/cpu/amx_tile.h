@@ -38,15 +38,32 @@ class AmxTiles {
 
 struct AmxLeft {
   const BFloat16* data;
-  int64_t row_stride;   // elements
-  int64_t tile_stride;  // elements to the next tile along K
-  BFloat16* copy;       // where multiply_tiles leaves the tiles, one after the other; null: nowhere
+  int64_t row_stride;        // elements
+  int64_t tile_stride;       // elements to the next tile along K
+  BFloat16* copy = nullptr;  // where multiply_tiles leaves the tiles, packed; or nowhere
+
+  AmxLeft of_copy() const { return {copy, kAmxDepth, kAmxElements}; }
 };
 
-// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side.
+// Four rows, a line of each of which multiply_tiles fetches into the second-level cache with every tile; or none.
+struct AmxFetch {
+  const BFloat16* rows = nullptr;
+  int64_t row_stride = 0;  // elements
+
+  MOEKERNELS_INLINE void fetch(int64_t tile) const {
+    if (rows == nullptr) return;
+    for (int64_t row = 0; row < 4; ++row) {
+      _mm_prefetch(reinterpret_cast<const char*>(rows + row * row_stride + tile * kAmxDepth), _MM_HINT_T1);
+    }
+  }
+};
+
+// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side. Only two of each
+// fetch what is next.
 template <int kLefts, int kRights>
 void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2], int64_t tiles, float* sums,
-                    int64_t sums_stride, bool add) {
+                    int64_t sums_stride, bool add, const AmxFetch& next = {}) {
+  const AmxFetch ahead = next;
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
   const AmxLeft a = left[0], b = left[1];
   const int64_t a_stride = a.row_stride * int64_t(sizeof(BFloat16)),
@@ -78,6 +95,7 @@ void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2],
       if (b.copy != nullptr) _tile_stored(5, b.copy + i * kAmxElements, kAmxStride);
       _tile_dpbf16ps(2, 5, 6);
     }
+    ahead.fetch(i);
     if constexpr (kLefts > 1 && kRights > 1) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums_at(0, 0), kAmxStride);
@@ -88,9 +106,9 @@ void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2],
 
 MOEKERNELS_INLINE void multiply_tiles(int64_t lefts, int64_t rights, const AmxLeft (&left)[2],
                                       const BFloat16* const (&right)[2], int64_t tiles, float* sums,
-                                      int64_t sums_stride, bool add) {
+                                      int64_t sums_stride, bool add, const AmxFetch& next = {}) {
   if (lefts > 1) {
-    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add);
+    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add, next);
     return multiply_tiles<2, 1>(left, right, tiles, sums, sums_stride, add);
   }
   if (rights > 1) return multiply_tiles<1, 2>(left, right, tiles, sums, sums_stride, add);
