@@ -43,6 +43,7 @@ class AmxGemmTaskRunner {
         if (!pack_once_) pack(k, n, false);
         for (int64_t pair = 0; pair < cols.pairs; ++pair) multiply(cols, pair, k, n);
       }
+      if (row_groups_ <= kFewRowGroups) fetch_beginning_of(columns_at(cols.begin + cols.count));
       for (int64_t row_group = 0; row_group < row_groups_; ++row_group) {
         for (int64_t column = 0; column < cols.count; column += kStrip) finish(cols, column, row_group);
       }
@@ -51,6 +52,7 @@ class AmxGemmTaskRunner {
 
  private:
   static constexpr int64_t kStrip = 2 * kAmxRows;
+  static constexpr int64_t kFewRowGroups = 2;
   static constexpr int64_t kCopyRowGroups = 5;   // as many make up for the copy
   static constexpr int64_t kFetchRowGroups = 8;  // fewer leave no time in which memory is idle
 
@@ -115,18 +117,31 @@ class AmxGemmTaskRunner {
   // The weights of the next pair that `step` fetches; the first one is busy with reading those of this pair.
   AmxFetch rows_to_fetch(const Columns& cols, int64_t pair, int64_t step, int64_t k) const {
     if (row_groups_ < kFetchRowGroups || step == 0) return {};
-    const int64_t left = (step - 1) / 4, row = (step - 1) % 4 * 4;
+    const int64_t row = (step - 1) * AmxFetch::kRows, left = row / kAmxRows;
     const Group group = pair + 1 < cols.pairs ? group_at(cols, pair + 1, left, k)
                                               : group_at(columns_at(cols.begin + cols.count), 0, left, k);
     if (group.rows < kAmxRows) return {};
     const int64_t stride = 2 * p_.weight_row_stride;
-    return {group.weight + row * stride, stride};
+    return {group.weight + row % kAmxRows * stride, stride};
+  }
+
+  // The first lines of the weights of a block, for memory to have something to do while the one before it is finished.
+  // Always inline: to the compiler a function that only fetches does nothing, and so it removes calls of it.
+  MOEKERNELS_INLINE void fetch_beginning_of(const Columns& cols) const {
+    constexpr int64_t kTiles = 8;
+    for (int64_t left = 0; left < 2; ++left) {
+      const Group group = group_at(cols, 0, left, 0);
+      for (int64_t row = 0; row < group.rows; ++row) {
+        const BFloat16* weight = group.weight + row * 2 * p_.weight_row_stride;
+        for (int64_t tile = 0; tile < kTiles; ++tile) fetch_line(weight + tile * kAmxDepth);
+      }
+    }
   }
 
   // Few rows are multiplied over all of K at once: a chunk stays in the first-level cache for the next rows, and there
   // are none.
   int64_t chunk_of(int64_t depth, bool whole_groups) const {
-    const bool at_once = row_groups_ <= 2 && whole_groups && depth >= kAmxDepth;
+    const bool at_once = row_groups_ <= kFewRowGroups && whole_groups && depth >= kAmxDepth;
     return at_once ? depth / kAmxDepth * kAmxDepth : smaller(kAmxChunk, depth);
   }
 

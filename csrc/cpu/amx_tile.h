@@ -45,16 +45,21 @@ struct AmxLeft {
   AmxLeft of_copy() const { return {copy, kAmxDepth, kAmxElements}; }
 };
 
-// Four rows, a line of each of which multiply_tiles fetches into the second-level cache with every tile; or none.
+// Into the second-level cache.
+MOEKERNELS_INLINE void fetch_line(const BFloat16* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
+// Four rows, a line of each of which multiply_tiles fetches with every tile; or none.
 struct AmxFetch {
+  static constexpr int64_t kRows = 4;
+
   const BFloat16* rows = nullptr;
   int64_t row_stride = 0;  // elements
 
   MOEKERNELS_INLINE void fetch(int64_t tile) const {
     if (rows == nullptr) return;
-    for (int64_t row = 0; row < 4; ++row) {
-      _mm_prefetch(reinterpret_cast<const char*>(rows + row * row_stride + tile * kAmxDepth), _MM_HINT_T1);
-    }
+    for (int64_t row = 0; row < kRows; ++row) fetch_line(rows + row * row_stride + tile * kAmxDepth);
   }
 };
 
