@@ -50,13 +50,23 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "dtype", "most"), [("amx", torch.bfloat16, 256), ("amx", torch.float32, 64), ("avx2", torch.bfloat16, 64)]
+    ("isa", "dtype", "in_features", "most"),
+    [
+        ("amx", torch.bfloat16, 4096, 256),
+        ("amx", torch.float32, 2048, 256),
+        ("amx", torch.float32, 2049, 64),
+        ("amx", torch.float16, 40, 64),
+        ("avx2", torch.bfloat16, 40, 64),
+    ],
+    ids=str,
 )
-def test_more_rows_are_left_to_torch(isa: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_are_left_to_torch(
+    isa: str, dtype: torch.dtype, in_features: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if isa not in build_info()["cpu_isas"]:
         pytest.skip(f"no {isa}")
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *_: x)
-    x, weight = torch.randn(most + 1, 40).to(dtype), torch.randn(24, 40).to(dtype)
+    x, weight = torch.zeros(most + 1, in_features, dtype=dtype), torch.zeros(24, in_features, dtype=dtype)
     with cpu_isa(isa):
         assert ops.linear(x[:most], weight).shape == (most, 24)
         assert ops.linear(x, weight) is x

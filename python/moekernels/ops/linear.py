@@ -19,14 +19,20 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Up to here the time goes into reading the weight, at which this package's kernels are better; measured with torch
-# 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast, on a Xeon with AMX 0.85 to 2.2 times in float32.
+# 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast.
 _MOST_ROWS = 64
-# bfloat16 by tile registers, on that Xeon: 1.0 to 1.9 times as fast up to 256 rows, 0.7 to 1.2 times at 512.
+# By tile registers, on a Xeon with AMX, 1024 to 4096 wide: 1.0 to 1.8 times as fast up to 256 rows, 0.7 to 1.2 times at
+# 512. In float32 0.8 to 0.9 times with more features than this, of which fewer rows at a time fit the cache.
 _MOST_ROWS_BY_TILES = 256
+_MOST_FLOAT32_FEATURES = 2048
 
 
-def _most_rows(dtype: torch.dtype) -> int:
-    return _MOST_ROWS_BY_TILES if dtype == torch.bfloat16 and current_cpu_isa() == "amx" else _MOST_ROWS
+def _most_rows(input: Tensor) -> int:
+    if current_cpu_isa() != "amx" or input.dtype == torch.float16:
+        return _MOST_ROWS
+    if input.dtype == torch.float32 and input.shape[-1] > _MOST_FLOAT32_FEATURES:
+        return _MOST_ROWS
+    return _MOST_ROWS_BY_TILES
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -53,7 +59,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if runs_on_cpu_kernels(input, weight) and not wants_gradient(bias) and input.dim() > 0:
         num_rows = input.numel() // max(input.shape[-1], 1)
         batch_invariant = is_batch_invariant()
-        if 0 < num_rows <= _most_rows(input.dtype) or batch_invariant:
+        if 0 < num_rows <= _most_rows(input) or batch_invariant:
             return call(torch.ops.moekernels.linear.default, input, weight, bias, activation, batch_invariant)
     if activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(
