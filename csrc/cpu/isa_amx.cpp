@@ -43,7 +43,7 @@ constexpr GemmSizes float32_sizes(int64_t right_cols) {
       .padding = kOuterPadding,
       .packed_bytes = 3 * kMegabyte / 2,
       .weight_rows = kAmxMaxCols,
-      .min_weight_rows = 2 * kAmxRows,
+      .min_weight_rows = kAmxMinCols,
       .right_bytes = 2 * right_cols * kSplitChunk * kSplitSize,
   };
 }
