@@ -3,6 +3,11 @@
 // A weight row lies along K, so weights are the left operand straight from memory, and only the few rows of the task
 // are packed, as the right one: sums come out as [columns][rows] and are transposed when they are finished. A
 // transposed weight lies across K and is packed as the right operand instead, with the rows on the left.
+//
+// The weights come from memory once, and how they do decides the speed. A tile takes every second weight row: the
+// processor prefetches along one stream in a page, and weight rows of 2 KB share one. The first rows of the task that
+// are multiplied read them there; where many rows follow, those read a packed copy, as weight rows a power of two apart
+// displace each other from the first-level cache, and fetch the next weight rows meanwhile.
 #pragma once
 
 #include "amx_product.h"
@@ -30,101 +35,151 @@ class AmxGemmTaskRunner {
 
   void run() {
     const AmxTiles tiles;
-    if (pack_once_) pack(0, p_.in_features);
+    if (pack_once_) pack(0, p_.in_features, task_.rows_packed);
     for (Columns cols = columns_at(task_.col_begin); cols.count > 0; cols = columns_at(cols.begin + cols.count)) {
-      if (p_.in_features == 0) clear_sums(sums_, cols.num_groups * row_groups_);
+      if (p_.in_features == 0) clear_sums(sums_, 2 * cols.pairs * row_groups_);
       for (int64_t k = 0; k < p_.in_features; k += blocking_.depth) {
         const int64_t n = smaller(blocking_.depth, p_.in_features - k);
-        if (!pack_once_) pack(k, n);
-        multiply(cols, k, n);
+        if (!pack_once_) pack(k, n, false);
+        for (int64_t pair = 0; pair < cols.pairs; ++pair) multiply(cols, pair, k, n);
       }
-      finish(cols);
+      if (row_groups_ <= kFewRowGroups) fetch_beginning_of(columns_at(cols.begin + cols.count));
+      for (int64_t row_group = 0; row_group < row_groups_; ++row_group) {
+        for (int64_t column = 0; column < cols.count; column += kStrip) finish(cols, column, row_group);
+      }
     }
   }
 
  private:
-  // A block of output columns; none are left when count is 0.
+  static constexpr int64_t kStrip = 2 * kAmxRows;
+  static constexpr int64_t kFewRowGroups = 2;
+  static constexpr int64_t kCopyRowGroups = 5;   // as many make up for the copy
+  static constexpr int64_t kFetchRowGroups = 8;  // fewer leave no time in which memory is idle
+
+  // A block of output columns; none are left when count is 0. Two strips of 32 weight rows, neighbours, or a gate and
+  // its value, are two pairs of groups.
   struct Columns {
-    int64_t begin, count;
-    int64_t groups;      // of 16 columns
-    int64_t num_groups;  // twice that when gated: the gate's groups, then the value's
+    int64_t begin, count, pairs;
   };
 
-  // 16 weight rows, or what is left of them.
+  // Every second of the 32 weight rows of a strip, or what is left of them.
   struct Group {
     const BFloat16* weight;
     int64_t rows;
   };
 
   Columns columns_at(int64_t begin) const {
-    Columns cols;
-    cols.begin = begin;
-    cols.count = smaller(blocking_.cols, task_.col_end - begin);
-    cols.groups = groups_of(cols.count);
-    cols.num_groups = p_.gated ? 2 * cols.groups : cols.groups;
-    return cols;
+    const int64_t of_two_pairs = p_.gated ? kStrip : 2 * kStrip;
+    const int64_t count = smaller(pack_once_ ? of_two_pairs : blocking_.cols, task_.col_end - begin);
+    return {begin, count, 2 * groups_of(count, of_two_pairs)};
   }
 
-  Group group_at(const Columns& cols, int64_t group, int64_t k) const {
-    const bool value = group >= cols.groups;
-    const int64_t first = (value ? group - cols.groups : group) * kAmxRows;
-    const int64_t row = cols.begin + first + (value ? p_.out_features / 2 : 0);
-    return {weight_ + row * p_.weight_row_stride + k, smaller(kAmxRows, cols.count - first)};
+  Group group_at(const Columns& cols, int64_t pair, int64_t left, int64_t k) const {
+    const int64_t first = (p_.gated ? pair / 2 : pair / 2 * 2 + left) * kStrip + pair % 2;
+    const int64_t row = cols.begin + first + (p_.gated ? left * (p_.out_features / 2) : 0);
+    return {weight_ + row * p_.weight_row_stride + k, smaller(kAmxRows, (cols.count - first + 1) / 2)};
   }
 
-  void pack(int64_t k, int64_t n) {
+  float* sums_of(int64_t pair, int64_t left, int64_t row_group) const {
+    return sums_ + ((2 * pair + left) * row_groups_ + row_group) * kAmxSums;
+  }
+
+  void pack(int64_t k, int64_t n, bool packed) {
+    rows_.resize(n);
+    if (packed) return;
     rows_.pack_right(num_rows_, n, [&](int64_t row) { return source_.at(task_.row_begin + row, k); });
   }
 
-  void multiply(const Columns& cols, int64_t k_begin, int64_t depth) {
-    BFloat16 edges[2][kAmxRows * kAmxChunk];
-    for (int64_t group = 0; group < cols.num_groups; group += 2) {
-      const int64_t lefts = smaller(2, cols.num_groups - group);
-      for (int64_t k = 0; k < depth; k += kAmxChunk) {
-        const int64_t n = smaller(kAmxChunk, depth - k);
-        AmxLeft left[2] = {};
+  void multiply(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
+    alignas(64) BFloat16 copies[2][kAmxRows * kAmxChunk];
+    Group groups[2];
+    int64_t lefts = 0;
+    bool whole = true;
+    for (; lefts < 2 && (groups[lefts] = group_at(cols, pair, lefts, k_begin)).rows > 0; ++lefts) {
+      whole = whole && groups[lefts].rows == kAmxRows;
+    }
+    for (int64_t k = 0, n; lefts > 0 && k < depth; k += n) {
+      n = chunk_of(depth - k, whole);
+      AmxLeft left[2] = {};
+      for (int64_t l = 0; l < lefts; ++l) left[l] = left_operand(groups[l], k, n, copies[l]);
+      for (int64_t right = 0; right < row_groups_; right += 2) {
+        const int64_t rights = smaller(2, row_groups_ - right);
+        const BFloat16* packed[2] = {rows_.at(right, k / kAmxDepth), rows_.at(right + rights - 1, k / kAmxDepth)};
+        multiply_tiles(lefts, rights, left, packed, groups_of(n, kAmxDepth), sums_of(pair, 0, right),
+                       row_groups_ * kAmxSums, k_begin + k > 0, rows_to_fetch(cols, pair, right / 2, k_begin + k));
         for (int64_t l = 0; l < lefts; ++l) {
-          left[l] = left_operand(group_at(cols, group + l, k_begin + k), n, edges[l]);
-        }
-        for (int64_t right = 0; right < row_groups_; right += 2) {
-          const int64_t rights = smaller(2, row_groups_ - right);
-          const BFloat16* packed[2] = {rows_.at(right, k / kAmxDepth), rows_.at(right + rights - 1, k / kAmxDepth)};
-          multiply_tiles(lefts, rights, left, packed, groups_of(n, kAmxDepth),
-                         sums_ + (group * row_groups_ + right) * kAmxSums, row_groups_ * kAmxSums, k_begin + k > 0);
+          if (left[l].copy != nullptr) left[l] = left[l].of_copy();
         }
       }
     }
+  }
+
+  // The weights of the next pair that `step` fetches; the first one is busy with reading those of this pair.
+  AmxFetch rows_to_fetch(const Columns& cols, int64_t pair, int64_t step, int64_t k) const {
+    if (row_groups_ < kFetchRowGroups || step == 0) return {};
+    const int64_t row = (step - 1) * AmxFetch::kRows, left = row / kAmxRows;
+    const Group group = pair + 1 < cols.pairs ? group_at(cols, pair + 1, left, k)
+                                              : group_at(columns_at(cols.begin + cols.count), 0, left, k);
+    if (group.rows < kAmxRows) return {};
+    const int64_t stride = 2 * p_.weight_row_stride;
+    return {group.weight + row % kAmxRows * stride, stride};
+  }
+
+  // The first lines of the weights of a block, for memory to have something to do while the one before it is finished.
+  // Always inline: to the compiler a function that only fetches does nothing, and so it removes calls of it.
+  MOEKERNELS_INLINE void fetch_beginning_of(const Columns& cols) const {
+    constexpr int64_t kTiles = 8;
+    for (int64_t left = 0; left < 2; ++left) {
+      const Group group = group_at(cols, 0, left, 0);
+      for (int64_t row = 0; row < group.rows; ++row) {
+        const BFloat16* weight = group.weight + row * 2 * p_.weight_row_stride;
+        for (int64_t tile = 0; tile < kTiles; ++tile) fetch_line(weight + tile * kAmxDepth);
+      }
+    }
+  }
+
+  // Few rows are multiplied over all of K at once: a chunk stays in the first-level cache for the next rows, and there
+  // are none.
+  int64_t chunk_of(int64_t depth, bool whole_groups) const {
+    const bool at_once = row_groups_ <= kFewRowGroups && whole_groups && depth >= kAmxDepth;
+    return at_once ? depth / kAmxDepth * kAmxDepth : smaller(kAmxChunk, depth);
   }
 
   // The weights where they are, or, where a tile would reach beyond them, a copy with zeros around.
-  AmxLeft left_operand(const Group& group, int64_t n, BFloat16* edge) const {
-    if (group.rows == kAmxRows && n % kAmxDepth == 0) return {group.weight, p_.weight_row_stride, kAmxDepth};
-    AmxPacked copy(edge);
-    copy.pack_left(group.rows, n, [&](int64_t row) { return group.weight + row * p_.weight_row_stride; });
-    return {edge, kAmxDepth, kAmxElements};
-  }
-
-  void finish(const Columns& cols) const {
-    for (int64_t group = 0; group < cols.groups; ++group) {
-      const int64_t column = group * kAmxRows;
-      for (int64_t row_group = 0; row_group < row_groups_; ++row_group) {
-        VecU sums[kAmxRows], values[kAmxRows] = {};
-        load_transposed(group, row_group, sums);
-        if (p_.gated) load_transposed(cols.groups + group, row_group, values);
-        const int64_t first = row_group * kAmxRows;
-        for (int64_t row = 0; row < smaller(kAmxRows, num_rows_ - first); ++row) {
-          epilogue_.store(task_.row_begin + first + row, cols.begin + column, cols.count - column, VecF(sums[row]),
-                          VecF(values[row]));
-        }
-      }
+  AmxLeft left_operand(const Group& group, int64_t k, int64_t n, BFloat16* copy) const {
+    const int64_t stride = 2 * p_.weight_row_stride;
+    if (group.rows == kAmxRows && n % kAmxDepth == 0) {
+      return {group.weight + k, stride, kAmxDepth, row_groups_ >= kCopyRowGroups ? copy : nullptr};
     }
+    AmxPacked packed(copy);
+    packed.pack_left(group.rows, n, [&](int64_t row) { return group.weight + k + row * stride; });
+    return {copy, kAmxDepth, kAmxElements};
   }
 
-  MOEKERNELS_INLINE void load_transposed(int64_t group, int64_t row_group, VecU (&v)[kAmxRows]) const {
-    const float* tile = sums_ + (group * row_groups_ + row_group) * kAmxSums;
-    MOEKERNELS_UNROLL
-    for (int i = 0; i < kAmxRows; ++i) v[i] = VecU(load(tile + i * kAmxRows));
-    transpose(v);
+  // A strip of columns of 16 rows. Sums lie along the rows: those of two columns become words of two elements, which
+  // one transposition turns into whole lines of the output.
+  void finish(const Columns& cols, int64_t column, int64_t row_group) const {
+    const int64_t count = smaller(kStrip, cols.count - column);
+    const int64_t row = task_.row_begin + row_group * kAmxRows;
+    const int64_t num_rows = smaller(kAmxRows, task_.row_end - row);
+    const int64_t strip = column / kStrip;
+    const int64_t pair = p_.gated ? 2 * strip : strip / 2 * 2, left = p_.gated ? 0 : strip % 2;
+    const float* even = sums_of(pair, left, row_group);
+    const float* odd = sums_of(pair + 1, left, row_group);
+    const int64_t value = p_.gated ? row_groups_ * kAmxSums : 0;
+    const VecF scales = epilogue_.row_scales(row, num_rows);
+    VecU words[kAmxRows];
+    for (int64_t c = 0; c < count; c += 2, even += kAmxRows, odd += kAmxRows) {
+      const int64_t at = cols.begin + column + c;
+      const VecF low = epilogue_.column(at, load(even), load(even + value), scales);
+      const VecF high = epilogue_.column(at + (c + 1 < count), load(odd), load(odd + value), scales);
+      words[c / 2] = rounded_upper_halves(low) >> 16 | (rounded_upper_halves(high) & 0xffff0000u);
+    }
+    transpose(words);
+    const __mmask32 mask = count < kStrip ? (1u << count) - 1 : ~0u;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      _mm512_mask_storeu_epi16(epilogue_.out(row + r, cols.begin + column), mask, (__m512i)words[r]);
+    }
   }
 
   const GroupedGemmParams& p_;
@@ -134,7 +189,7 @@ class AmxGemmTaskRunner {
   const GatheredRows<BFloat16> source_;
   const GemmEpilogue<BFloat16> epilogue_;
   AmxPacked rows_;
-  float* const sums_;  // [groups of columns][groups of rows] tiles of the current columns
+  float* const sums_;  // [pairs][2][groups of rows] tiles of the current columns
   const int64_t num_rows_, row_groups_;
   const bool pack_once_;
 };

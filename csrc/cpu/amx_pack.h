@@ -9,6 +9,7 @@
 namespace moekernels::cpu {
 namespace {
 
+constexpr int64_t kAmxMinCols = 64;   // of a task: two pairs of groups
 constexpr int64_t kAmxMaxCols = 256;  // no task has more rows, no block more columns
 
 // source(i), ..., for one block of transpose_block; rows from n on, and rows that are not there (null), are zero.
@@ -26,12 +27,13 @@ class AmxPacked {
  public:
   explicit AmxPacked(void* memory) : packed_(static_cast<BFloat16*>(memory)) {}
 
+  void resize(int64_t n) { tiles_ = (n + kAmxDepth - 1) / kAmxDepth; }
   const BFloat16* at(int64_t group, int64_t tile) const { return packed_ + (group * tiles_ + tile) * kAmxElements; }
 
   // left: rows source(row)[0 .. n); null: zeros
   template <class Source>
   void pack_left(int64_t rows, int64_t n, const Source& source) {
-    tiles_ = (n + kAmxDepth - 1) / kAmxDepth;
+    resize(n);
     for (int64_t row = 0; row < rows; ++row) {
       const BFloat16* from = source(row);
       BFloat16* to = target(row / kAmxRows, 0) + row % kAmxRows * kAmxDepth;
@@ -42,7 +44,7 @@ class AmxPacked {
   // left, of a matrix that lies across: source(k)[row] for k in [0, n)
   template <class Source>
   void pack_left_transposed(int64_t rows, int64_t n, const Source& source) {
-    tiles_ = (n + kAmxDepth - 1) / kAmxDepth;
+    resize(n);
     const BFloat16* across[kAmxDepth];
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       block_rows(source, tile * kAmxDepth, n, across);
@@ -55,7 +57,7 @@ class AmxPacked {
   // right, of a matrix whose rows lie along K: column c is source(c)[0 .. n); null: zeros
   template <class Source>
   void pack_right(int64_t cols, int64_t n, const Source& source) {
-    tiles_ = (n + kAmxDepth - 1) / kAmxDepth;
+    resize(n);
     for (int64_t first = 0; first < cols; first += kAmxRows) {
       const BFloat16* rows[kAmxRows];
       for (int64_t c = 0; c < kAmxRows; ++c) rows[c] = first + c < cols ? source(first + c) : nullptr;
@@ -75,7 +77,7 @@ class AmxPacked {
   // the order in which the instructions leave them: `in_order` undoes it.
   template <class Source>
   void pack_right_transposed(int64_t cols, int64_t n, const Source& source) {
-    tiles_ = (n + kAmxDepth - 1) / kAmxDepth;
+    resize(n);
     const BFloat16* rows[kAmxDepth];
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       block_rows(source, tile * kAmxDepth, n, rows);

@@ -47,16 +47,10 @@ MOEKERNELS_INLINE uint32_t first_lanes(int64_t n) {
   return n >= kAmxDepth ? ~0u : n <= 0 ? 0 : (1u << n) - 1;
 }
 
-// 32 elements of a row; those that are not in `lanes` are zero and not read.
-MOEKERNELS_INLINE void split_row(const float* row, uint32_t lanes, VecU (&parts)[kSplitParts]) {
-  split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), row),
-        _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> kLanes), row + kLanes), parts);
-}
-
-// Elements i and i + 16 of K of up to 16 columns; null: zeros.
-MOEKERNELS_INLINE void split_across(const float* low, const float* high, uint32_t lanes, VecU (&parts)[kSplitParts]) {
-  split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(low == nullptr ? 0 : lanes), low),
-        _mm512_maskz_loadu_ps(static_cast<__mmask16>(high == nullptr ? 0 : lanes), high), parts);
+// 16 elements of a row from i on; null, and those that are not in `lanes`: zeros, not read.
+MOEKERNELS_INLINE VecU lanes_from(const float* row, int64_t i, uint32_t lanes) {
+  if (row == nullptr) return VecU{};
+  return VecU(VecF(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), row + i)));
 }
 
 // Whether any of the values it has seen is NaN.
@@ -103,7 +97,9 @@ class SplitRows {
       _mm_prefetch(reinterpret_cast<const char*>(from_ + kSplitChunk), _MM_HINT_T1);
       _mm_prefetch(reinterpret_cast<const char*>(from_ + kSplitChunk + kLanes), _MM_HINT_T1);
       VecU parts[kSplitParts];
-      split_row(from_, in_row_ == 1 ? last_ : most_, parts);
+      const uint32_t lanes = in_row_ == 1 ? last_ : most_;
+      split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from_),
+            _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> kLanes), from_ + kLanes), parts);
       store_parts(to_, parts);
       from_ += kAmxDepth;
       to_ += kSplitTile;
@@ -153,7 +149,8 @@ class SplitAcross {
   MOEKERNELS_INLINE void step(int64_t count) {
     for (; count > 0 && left_ > 0; --count) {
       VecU parts[kSplitParts];
-      split_across(low_, high_, in_row_ == 1 ? tail_ : ~0u, parts);
+      const uint32_t lanes = in_row_ == 1 ? tail_ : ~0u;
+      split(VecF(lanes_from(low_, 0, lanes)), VecF(lanes_from(high_, 0, lanes)), parts);
       store_parts(to_, parts);
       low_ = low_ == nullptr ? nullptr : low_ + kAmxRows;
       high_ = high_ == nullptr ? nullptr : high_ + kAmxRows;
@@ -184,12 +181,15 @@ class SplitAcross {
   BFloat16* to_ = nullptr;
 };
 
-// Words of three parts, 16 vectors each, transposed.
-MOEKERNELS_INLINE void store_transposed(BFloat16* to, VecU (&words)[kSplitParts][kAmxRows]) {
-  for (int part = 0; part < kSplitParts; ++part, to += kAmxElements) {
-    transpose(words[part]);
-    MOEKERNELS_UNROLL
-    for (int i = 0; i < kAmxRows; ++i) *reinterpret_cast<VecUMemory*>(to + i * kAmxDepth) = words[part][i];
+// A tile's parts from 32 vectors that lie across it: `low` the first 16 and `high` the others, in the order in which a
+// transposition leaves them.
+MOEKERNELS_INLINE void store_transposed(BFloat16* to, VecU (&low)[kAmxRows], VecU (&high)[kAmxRows]) {
+  transpose(low);
+  transpose(high);
+  for (int i = 0; i < kAmxRows; ++i, to += kAmxDepth) {
+    VecU parts[kSplitParts];
+    split(VecF(low[i]), VecF(high[i]), parts);
+    store_parts(to, parts);
   }
 }
 
@@ -201,13 +201,13 @@ void split_right(SplitPacked target, int64_t cols, int64_t n, const Source& sour
     for (int64_t c = 0; c < kAmxRows; ++c) rows[c] = first + c < cols ? source(first + c) : nullptr;
     for (int64_t tile = 0; tile < target.tiles(); ++tile) {
       const int64_t k = tile * kAmxDepth;
-      VecU words[kSplitParts][kAmxRows];
+      const uint32_t lanes = first_lanes(n - k);
+      VecU low[kAmxRows], high[kAmxRows];
       for (int c = 0; c < kAmxRows; ++c) {
-        VecU parts[kSplitParts];
-        split_row(rows[c] == nullptr ? nullptr : rows[c] + k, rows[c] == nullptr ? 0 : first_lanes(n - k), parts);
-        for (int part = 0; part < kSplitParts; ++part) words[part][c] = parts[part];
+        low[c] = lanes_from(rows[c], k, lanes);
+        high[c] = lanes_from(rows[c], k + kLanes, lanes >> kLanes);
       }
-      store_transposed(target.at(first / kAmxRows, tile), words);
+      store_transposed(target.at(first / kAmxRows, tile), low, high);
     }
   }
 }
@@ -220,15 +220,13 @@ void split_left_across(SplitPacked target, int64_t rows, int64_t n, const Source
     for (int64_t i = 0; i < kAmxDepth; ++i)
       across[i] = tile * kAmxDepth + i < n ? source(tile * kAmxDepth + i) : nullptr;
     for (int64_t row = 0; row < rows; row += kAmxRows) {
-      VecU words[kSplitParts][kAmxRows];
+      const uint32_t lanes = first_lanes(rows - row);
+      VecU low[kAmxRows], high[kAmxRows];
       for (int i = 0; i < kAmxRows; ++i) {
-        const float *low = across[i], *high = across[i + kLanes];
-        VecU parts[kSplitParts];
-        split_across(low == nullptr ? low : low + row, high == nullptr ? high : high + row, first_lanes(rows - row),
-                     parts);
-        for (int part = 0; part < kSplitParts; ++part) words[part][i] = parts[part];
+        low[i] = lanes_from(across[i], row, lanes);
+        high[i] = lanes_from(across[i + kLanes], row, lanes);
       }
-      store_transposed(target.at(row / kAmxRows, tile), words);
+      store_transposed(target.at(row / kAmxRows, tile), low, high);
     }
   }
 }

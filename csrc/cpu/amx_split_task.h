@@ -39,7 +39,7 @@ class SplitGemmTaskRunner {
   // Whether all sums are numbers.
   bool run() {
     const AmxTiles tiles;
-    if (pack_once_) pack(0, p_.in_features);
+    if (!task_.rows_packed) pack_all();
     for (Columns cols = columns_at(task_.col_begin); cols.count > 0; cols = columns_at(cols.begin + cols.count)) {
       if (p_.in_features == 0) clear_sums(sums_, cols.num_groups * row_groups_);
       for (int64_t k = 0; k < p_.in_features; k += blocking_.depth) {
@@ -50,6 +50,11 @@ class SplitGemmTaskRunner {
       finish(cols);
     }
     return !nan_.found();
+  }
+
+  // The next task may count on it.
+  void pack_all() {
+    if (pack_once_) pack(0, p_.in_features);
   }
 
  private:
@@ -168,8 +173,11 @@ void run_float32_gemm_task(const GroupedGemmParams& params, const GemmBlocking& 
                            void* scratch) {
   constexpr int64_t kFewRows = 16;
   const bool by_tiles = !params.batch_invariant && task.row_end - task.row_begin > kFewRows;
-  if (by_tiles && SplitGemmTaskRunner(params, blocking, task, scratch).run()) return;
+  if (!by_tiles) return run_gemm_task<DotFloat32>(params, blocking, task, scratch);
+  SplitGemmTaskRunner runner(params, blocking, task, scratch);
+  if (runner.run()) return;
   run_gemm_task<DotFloat32>(params, blocking, task, scratch);
+  runner.pack_all();
 }
 
 void run_float32_transposed_gemm_task(const GroupedGemmParams& p, const GemmBlocking& blocking, const GemmTask& task,

@@ -38,15 +38,42 @@ class AmxTiles {
 
 struct AmxLeft {
   const BFloat16* data;
-  int64_t row_stride;   // elements
-  int64_t tile_stride;  // elements to the next tile along K
+  int64_t row_stride;        // elements
+  int64_t tile_stride;       // elements to the next tile along K
+  BFloat16* copy = nullptr;  // where multiply_tiles leaves the tiles, packed; or nowhere
+
+  AmxLeft of_copy() const { return {copy, kAmxDepth, kAmxElements}; }
 };
 
-// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side.
+// Into the second-level cache.
+MOEKERNELS_INLINE void fetch_line(const BFloat16* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
+
+// Four rows, a line of each of which multiply_tiles fetches with every tile; or none.
+struct AmxFetch {
+  static constexpr int64_t kRows = 4;
+
+  const BFloat16* rows = nullptr;
+  int64_t row_stride = 0;  // elements
+
+  MOEKERNELS_INLINE void fetch(int64_t tile) const {
+    if (rows == nullptr) return;
+    for (int64_t row = 0; row < kRows; ++row) fetch_line(rows + row * row_stride + tile * kAmxDepth);
+  }
+};
+
+// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side. Only two of each
+// fetch what is next.
 template <int kLefts, int kRights>
 void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2], int64_t tiles, float* sums,
-                    int64_t sums_stride, bool add) {
+                    int64_t sums_stride, bool add, const AmxFetch& next = {}) {
+  const AmxFetch ahead = next;
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
+  const AmxLeft a = left[0], b = left[1];
+  const int64_t a_stride = a.row_stride * int64_t(sizeof(BFloat16)),
+                b_stride = b.row_stride * int64_t(sizeof(BFloat16));
+  const BFloat16 *const c = right[0], *const d = right[1];
   const auto sums_at = [=](int l, int r) { return sums + l * sums_stride + r * kAmxSums; };
   if (add) {
     _tile_loadd(0, sums_at(0, 0), kAmxStride);
@@ -60,17 +87,20 @@ void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2],
     if constexpr (kLefts > 1 && kRights > 1) _tile_zero(3);
   }
   for (int64_t i = 0; i < tiles; ++i) {
-    _tile_loadd(4, left[0].data + i * left[0].tile_stride, left[0].row_stride * int64_t(sizeof(BFloat16)));
-    _tile_loadd(6, right[0] + i * kAmxElements, kAmxStride);
+    _tile_loadd(4, a.data + i * a.tile_stride, a_stride);
+    if (a.copy != nullptr) _tile_stored(4, a.copy + i * kAmxElements, kAmxStride);
+    _tile_loadd(6, c + i * kAmxElements, kAmxStride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kRights > 1) {
-      _tile_loadd(7, right[1] + i * kAmxElements, kAmxStride);
+      _tile_loadd(7, d + i * kAmxElements, kAmxStride);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (kLefts > 1) {
-      _tile_loadd(5, left[1].data + i * left[1].tile_stride, left[1].row_stride * int64_t(sizeof(BFloat16)));
+      _tile_loadd(5, b.data + i * b.tile_stride, b_stride);
+      if (b.copy != nullptr) _tile_stored(5, b.copy + i * kAmxElements, kAmxStride);
       _tile_dpbf16ps(2, 5, 6);
     }
+    ahead.fetch(i);
     if constexpr (kLefts > 1 && kRights > 1) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums_at(0, 0), kAmxStride);
@@ -81,9 +111,9 @@ void multiply_tiles(const AmxLeft (&left)[2], const BFloat16* const (&right)[2],
 
 MOEKERNELS_INLINE void multiply_tiles(int64_t lefts, int64_t rights, const AmxLeft (&left)[2],
                                       const BFloat16* const (&right)[2], int64_t tiles, float* sums,
-                                      int64_t sums_stride, bool add) {
+                                      int64_t sums_stride, bool add, const AmxFetch& next = {}) {
   if (lefts > 1) {
-    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add);
+    if (rights > 1) return multiply_tiles<2, 2>(left, right, tiles, sums, sums_stride, add, next);
     return multiply_tiles<2, 1>(left, right, tiles, sums, sums_stride, add);
   }
   if (rights > 1) return multiply_tiles<1, 2>(left, right, tiles, sums, sums_stride, add);

@@ -8,6 +8,17 @@
 namespace moekernels::cpu {
 namespace {
 
+// Gradients of as many bytes are out of the caches before anyone reads them. Their lines are written past the caches,
+// which would have to read them first.
+constexpr int64_t kStreamedBytes = 8 * 1024 * 1024;
+
+MOEKERNELS_INLINE bool streams(const GroupedWeightGradParams& p) {
+  constexpr int64_t kLine = 64, kLineElements = kLine / int64_t(sizeof(BFloat16));
+  const int64_t elements = p.num_experts * p.out_features * p.in_features;
+  return elements * int64_t(sizeof(BFloat16)) >= kStreamedBytes && p.in_features % kLineElements == 0 &&
+         reinterpret_cast<uintptr_t>(p.grad_weight) % kLine == 0;
+}
+
 void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocking& blocking,
                               const WeightGradTask& task, void* scratch) {
   const GatheredRows<BFloat16> grads(p.grad_rows, p.grad_row_stride, p.grad_token_of_row, p.num_source_grad_rows);
@@ -17,6 +28,7 @@ void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocki
   }
   if (p.grad_weight == nullptr) return;
   BFloat16* out = static_cast<BFloat16*>(p.grad_weight) + task.expert * p.out_features * p.in_features;
+  const bool stream = streams(p);
   amx_product(
       blocking, scratch, task.row_end - task.row_begin, task.end - task.begin, task.col_begin, task.col_end,
       [&](AmxPacked& left, int64_t num_rows, int64_t k, int64_t n) {
@@ -26,12 +38,14 @@ void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocki
       [&](int64_t row, int64_t col, int64_t n, VecF low, VecF high) {
         BFloat16* target = out + (task.row_begin + row) * p.in_features + col;
         if (n >= 2 * kLanes) {
-          _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-          return;
+          const __m512i line = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+          if (stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), line);
+          return _mm512_storeu_si512(target, line);
         }
         store_n(target, low, n);
         if (n > kLanes) store_n(target + kLanes, high, n - kLanes);
       });
+  if (stream) _mm_sfence();  // before another thread is told that the task is done
 }
 
 }  // namespace

@@ -13,13 +13,12 @@ inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
 
 // For `rows` rows at most and sums over `depth` elements.
 inline GemmBlocking gemm_blocking(const GemmSizes& sizes, int64_t rows, int64_t depth, bool gated) {
-  constexpr int64_t kMinRows = 48;  // per task, where K is long: no fewer than make good use of each weight
   constexpr int64_t kLine = 64;
 
   const int64_t elements = sizes.packed_bytes / sizes.packed_element_size;
   const int64_t all_depth = round_up(depth > 0 ? depth : 1, sizes.chunk);
   GemmBlocking b{};
-  b.rows = clamp(elements / all_depth, kMinRows, sizes.max_rows);
+  b.rows = clamp(elements / all_depth, sizes.min_rows, sizes.max_rows);
   b.rows = clamp(rows, 1, b.rows);
   b.depth = clamp(elements / b.rows / sizes.chunk * sizes.chunk, sizes.chunk, all_depth);
   b.cols = sizes.weight_rows / (gated ? 2 : 1);

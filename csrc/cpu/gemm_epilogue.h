@@ -17,17 +17,38 @@ class GemmEpilogue {
 
   // Elements column .. column + n (at most a vector) of an output row; `value` counts only where the weight is gated.
   MOEKERNELS_INLINE void store(int64_t row, int64_t column, int64_t n, VecF x, VecF value) const {
-    if (bias_ != nullptr) x += load_n(bias_ + column, n);
-    x = activate(p_.activation, x);
-    if (p_.gated) {
-      if (bias_ != nullptr) value += load_n(bias_ + width_ + column, n);
-      x *= value;
+    if (bias_ != nullptr) {
+      x += load_n(bias_ + column, n);
+      if (p_.gated) value += load_n(bias_ + width_ + column, n);
     }
+    x = activated(x, value);
     if (p_.row_scale != nullptr) x *= p_.row_scale[row];
-    store_n(static_cast<T*>(p_.out) + row * width_ + column, x, n);
+    store_n(out(row, column), x, n);
+  }
+
+  // The same of rows row .. row + n (at most a vector) in one column, with their scales.
+  MOEKERNELS_INLINE VecF column(int64_t column, VecF x, VecF value, VecF scales) const {
+    if (bias_ != nullptr) {
+      x += widened(bias_[column]);
+      if (p_.gated) value += widened(bias_[width_ + column]);
+    }
+    x = activated(x, value);
+    return p_.row_scale != nullptr ? x * scales : x;
+  }
+  VecF row_scales(int64_t row, int64_t n) const {
+    return p_.row_scale == nullptr ? VecF{} : load_n(p_.row_scale + row, n);
+  }
+
+  MOEKERNELS_INLINE T* out(int64_t row, int64_t column) const {
+    return static_cast<T*>(p_.out) + row * width_ + column;
   }
 
  private:
+  MOEKERNELS_INLINE VecF activated(VecF x, VecF value) const {
+    x = activate(p_.activation, x);
+    return p_.gated ? x * value : x;
+  }
+
   const GroupedGemmParams& p_;
   const T* const bias_;
   const int64_t width_;

@@ -2,7 +2,8 @@
 //
 // The work is cut into tasks of some rows of an expert times some columns. Workers take tasks from a common counter, so
 // uneven experts balance out; each output belongs to one task, so who took it does not matter. The tasks of one column
-// block come one after the other: its weights are still in the cache for the next rows.
+// block come one after the other: its weights are still in the cache for the next rows. Where there is one expert the
+// tasks of one row block do, which find their rows packed.
 #include <atomic>
 #include <cstring>
 
@@ -17,8 +18,8 @@ using cpu::GemmBlocking;
 using cpu::GemmTask;
 using cpu::round_up;
 
-constexpr int64_t kMinWeightRows = 32;            // per task
 constexpr int64_t kTasksPerWorker = 16;           // as many as let workers finish together
+constexpr int64_t kEqualTasksPerWorker = 4;       // where all have the same rows
 constexpr int64_t kWeightsPerWorker = 64 * 1024;  // fewer are not worth waking another thread for
 constexpr int64_t kZeroedBytesPerTask = 256 * 1024;
 
@@ -26,8 +27,12 @@ int64_t output_width(const GroupedGemmParams& p) {
   return p.gated ? p.out_features / 2 : p.out_features;
 }
 
+const cpu::GemmSizes& sizes_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
+  return p.transposed ? kernel.across : kernel.sizes;
+}
+
 GemmBlocking blocking_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
-  return cpu::gemm_blocking(p.transposed ? kernel.across : kernel.sizes, p.num_rows, p.in_features, p.gated);
+  return cpu::gemm_blocking(sizes_of(p, kernel), p.num_rows, p.in_features, p.gated);
 }
 
 class GroupedGemm {
@@ -73,8 +78,9 @@ class GroupedGemm {
     const int64_t weights = blocks * p_.out_features * p_.in_features;
     num_workers_ = clamp(weights / kWeightsPerWorker + zero_tasks, 1, parallel.num_threads);
     cols_ = clamp(out_width_, 1, out_width_ + 1);
-    const int64_t min_cols = kMinWeightRows / (p_.gated ? 2 : 1);
-    while (num_workers_ > 1 && cols_ > min_cols && blocks * col_blocks() < num_workers_ * kTasksPerWorker) {
+    const int64_t min_cols = sizes_of(p_, kernel_).min_weight_rows / (p_.gated ? 2 : 1);
+    const int64_t tasks = num_workers_ * (p_.num_experts == 1 ? kEqualTasksPerWorker : kTasksPerWorker);
+    while (num_workers_ > 1 && cols_ > min_cols && blocks * col_blocks() < tasks) {
       cols_ = round_up(ceil_div(cols_, 2), min_cols);
     }
     num_gemm_tasks_ = blocks * col_blocks();
@@ -84,6 +90,7 @@ class GroupedGemm {
   void work(int64_t worker) {
     void* scratch = static_cast<char*>(p_.workspace) + worker * blocking_.scratch_bytes;
     int64_t expert = 0, first_task = 0;  // of the expert
+    int64_t packed_row = -1;             // where the rows of the last task begin
     for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) {
       if (i >= num_gemm_tasks_) {
         zero(i - num_gemm_tasks_);
@@ -91,7 +98,10 @@ class GroupedGemm {
       }
       for (int64_t tasks; i >= first_task + (tasks = tasks_of(expert)); ++expert) first_task += tasks;
       const auto run = p_.transposed ? kernel_.run_transposed : kernel_.run;
-      run(p_, blocking_, task_of(expert, i - first_task), scratch);
+      GemmTask task = task_of(expert, i - first_task);
+      task.rows_packed = task.row_begin == packed_row;
+      packed_row = task.row_begin;
+      run(p_, blocking_, task, scratch);
     }
   }
 
@@ -99,8 +109,9 @@ class GroupedGemm {
   GemmTask task_of(int64_t expert, int64_t index) const {
     const Range rows = rows_of(expert);
     const int64_t blocks = row_blocks(expert);
-    const int64_t row_block = index % blocks, col_block = index / blocks;
-    GemmTask task;
+    const int64_t row_block = p_.num_experts == 1 ? index / col_blocks() : index % blocks;
+    const int64_t col_block = p_.num_experts == 1 ? index % col_blocks() : index / blocks;
+    GemmTask task{};
     task.expert = expert;
     task.row_begin = rows.begin + rows.size() * row_block / blocks;
     task.row_end = rows.begin + rows.size() * (row_block + 1) / blocks;

@@ -22,10 +22,12 @@ constexpr GemmSizes bfloat16_sizes(int64_t right_bytes) {
       .packed_element_size = kElementSize,
       .chunk = kAmxChunk,
       .row_granule = kAmxRows,
+      .min_rows = 48,
       .max_rows = kAmxMaxCols,
       .padding = 0,
       .packed_bytes = kMegabyte,
       .weight_rows = kAmxMaxCols,
+      .min_weight_rows = kAmxMinCols,
       .right_bytes = right_bytes,
   };
 }
@@ -36,10 +38,12 @@ constexpr GemmSizes float32_sizes(int64_t right_cols) {
       .packed_element_size = kSplitSize,
       .chunk = DotFloat32::kChunk,
       .row_granule = kAmxRows,
+      .min_rows = 128,
       .max_rows = kAmxMaxCols,
       .padding = kOuterPadding,
       .packed_bytes = 3 * kMegabyte / 2,
       .weight_rows = kAmxMaxCols,
+      .min_weight_rows = kAmxMinCols,
       .right_bytes = 2 * right_cols * kSplitChunk * kSplitSize,
   };
 }

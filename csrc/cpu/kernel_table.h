@@ -14,6 +14,7 @@ struct GemmTask {
   int64_t expert;
   int64_t row_begin, row_end;
   int64_t col_begin, col_end;
+  bool rows_packed;  // the worker's last task had the same rows: where all of K fits, they are in its scratch still
 };
 
 // A piece of one expert's weight gradient: some of its rows (out features) times some of its columns (in features).
@@ -39,10 +40,12 @@ struct GemmSizes {
   int64_t packed_element_size;  // bytes of one element of packed rows
   int64_t chunk;                // elements of K that are summed in registers; depth is a multiple of it
   int64_t row_granule;          // scratch holds a multiple of so many rows
+  int64_t min_rows;             // of a task where K is long: no fewer than make good use of each weight
   int64_t max_rows;             // of a task: as many as amortise what is done once for each block of weights
   int64_t padding;              // elements between packed rows, or between their elements where those lie across
   int64_t packed_bytes;         // of those rows: they stay in the second-level cache
   int64_t weight_rows;          // per block of columns; gate and value count separately
+  int64_t min_weight_rows;      // of a task
   int64_t right_bytes;          // of the right operand that are packed at a time
 };
 

@@ -155,11 +155,17 @@ MOEKERNELS_INLINE VecF times_power_of_2(VecF x, VecF n) {
 MOEKERNELS_INLINE VecF load(const BFloat16* p) {
   return VecF(__builtin_convertvector(*reinterpret_cast<const VecHMemory*>(p), VecU) << 16);
 }
-MOEKERNELS_INLINE void store(BFloat16* p, VecF v) {
+MOEKERNELS_INLINE float widened(BFloat16 x) {
+  return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
+}
+// Rounded to bfloat16, in the upper halves; the lower ones are undefined.
+MOEKERNELS_INLINE VecU rounded_upper_halves(VecF v) {
   const VecU bits = VecU(v);
-  const VecU rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const VecU quiet_nan = bits >> 16 | 0x40u;
-  *reinterpret_cast<VecHMemory*>(p) = __builtin_convertvector(v != v ? quiet_nan : rounded, VecH);
+  const VecU quiet_nan = bits | 0x400000u;
+  return v != v ? quiet_nan : bits + 0x7fffu + (bits >> 16 & 1u);
+}
+MOEKERNELS_INLINE void store(BFloat16* p, VecF v) {
+  *reinterpret_cast<VecHMemory*>(p) = __builtin_convertvector(rounded_upper_halves(v) >> 16, VecH);
 }
 
 MOEKERNELS_INLINE float sum_of(VecF v) {

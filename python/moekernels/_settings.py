@@ -10,6 +10,7 @@ import torch
 from moekernels._library import _C
 
 _batch_invariant = False
+_cpu_isa: str = _C.build_info()["cpu_isa"]
 
 
 class _BatchInvariant(contextlib.AbstractContextManager[None]):
@@ -47,12 +48,23 @@ def cpu_isa(name: str) -> Iterator[None]:
     Raises:
         ValueError: if this machine or this build does not have it.
     """
-    previous = _C.build_info()["cpu_isa"]
-    _C.set_cpu_isa(name)
+    previous = _cpu_isa
+    _set_cpu_isa(name)
     try:
         yield
     finally:
-        _C.set_cpu_isa(previous)
+        _set_cpu_isa(previous)
+
+
+def current_cpu_isa() -> str:
+    """The instruction set of the CPU kernels in use."""
+    return _cpu_isa
+
+
+def _set_cpu_isa(name: str) -> None:
+    global _cpu_isa
+    _C.set_cpu_isa(name)
+    _cpu_isa = name
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -90,6 +90,8 @@ def test_infinities_and_nan_stay_what_they_are() -> None:
     weight[0, 7, 9] = float("-inf")
     grad[11, 2] = float("inf")
     torch.testing.assert_close(ops.grouped_gemm(rows, weight, offsets_of(40)), rows @ weight[0].T, equal_nan=True)
+    wide = torch.randn(1, 1500, 60)  # several tasks for the same rows
+    torch.testing.assert_close(ops.grouped_gemm(rows, wide, offsets_of(40)), rows @ wide[0].T, equal_nan=True)
     transposed = ops.grouped_gemm(grad, weight, offsets_of(40), transposed=True)
     torch.testing.assert_close(transposed, grad @ weight[0], equal_nan=True)
     bias_scale = torch.ones(40)

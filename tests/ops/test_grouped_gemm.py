@@ -93,6 +93,28 @@ def test_more_rows_and_columns_than_a_block(dtype: torch.dtype, isa: str) -> Non
         check(rows, weight, offsets_of([283, 17]), transposed=True)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("in_features", [300, 544])
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 32, 33, 64, 65, 112, 113, 256, 257])
+def test_numbers_of_rows_at_which_tile_registers_are_used_otherwise(
+    num_rows: int, in_features: int, gated: bool
+) -> None:
+    """All of K at once, copied weights, weights fetched ahead; over several tasks, to the same bits."""
+    rows = torch.randn(280, in_features).bfloat16()
+    weight = (torch.randn(1, 270, in_features) * in_features**-0.5).bfloat16()
+    actual = check(rows[:num_rows], weight, offsets_of([num_rows]), gated=gated, activation="silu")
+    together = ops.grouped_gemm(rows, weight, offsets_of([280]), gated=gated, activation="silu")
+    assert torch.equal(actual, together[:num_rows])
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_do_not_fit_the_scratch_memory(device: torch.device, dtype: torch.dtype, gated: bool) -> None:
+    rows = torch.randn(70, 12000, device=device).to(dtype)
+    weight = (torch.randn(2, 150, 12000, device=device) * 12000**-0.5).to(dtype)
+    check(rows, weight, offsets_of([1, 69], device), gated=gated)
+
+
 @pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)

@@ -69,8 +69,12 @@ def test_every_instruction_set(dtype: torch.dtype, isa: str) -> None:
             check(grad_rows, rows, offsets_of(counts), need_bias=True)
 
 
-def test_a_gradient_of_many_megabytes(device: torch.device) -> None:
-    check(torch.randn(9, 1100, device=device), torch.randn(9, 1030, device=device), offsets_of([2, 0, 7], device))
+@pytest.mark.parametrize(
+    ("dtype", "in_features"), [(torch.float32, 1030), (torch.bfloat16, 1408), (torch.bfloat16, 1410)], ids=str
+)
+def test_a_gradient_of_many_megabytes(device: torch.device, dtype: torch.dtype, in_features: int) -> None:
+    grad_rows = torch.randn(9, 1100, device=device).to(dtype)
+    check(grad_rows, torch.randn(9, in_features, device=device).to(dtype), offsets_of([2, 0, 7], device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekernels import batch_invariant, cpu_isa, ops
+from moekernels import batch_invariant, build_info, cpu_isa, ops
 from moekernels.ops import reference
 from tests.tolerance import assert_accurate
 
@@ -47,6 +47,19 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
         for rows in (1, 7, 33, 64, 65):
             assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
     assert torch.equal(ops.linear(x[:16], weight), together[:16])
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "most"), [("amx", torch.bfloat16, 256), ("amx", torch.float32, 512), ("avx2", torch.bfloat16, 64)]
+)
+def test_more_rows_are_left_to_torch(isa: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in build_info()["cpu_isas"]:
+        pytest.skip(f"no {isa}")
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *_: x)
+    x, weight = torch.randn(most + 1, 40).to(dtype), torch.randn(24, 40).to(dtype)
+    with cpu_isa(isa):
+        assert ops.linear(x[:most], weight).shape == (most, 24)
+        assert ops.linear(x, weight) is x
 
 
 def test_nan_stays_in_its_row() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekernels._settings import is_batch_invariant
+from moekernels._settings import current_cpu_isa, is_batch_invariant
 from moekernels.ops._call import call, runs_on_cpu_kernels, wants_gradient
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -19,8 +19,15 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Up to here the time goes into reading the weight, at which this package's kernels are better; measured with torch
-# 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast, on a Xeon with AMX 1.0 to 2.1 times.
+# 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast.
 _MOST_ROWS = 64
+# By tile registers, on a Xeon with AMX: bfloat16 0.9 to 1.8 times as fast, 0.7 to 1.2 times at 512 rows; float32 1.1 to
+# 1.8 times, 1.0 to 1.3 times at 1024.
+_MOST_ROWS_BY_TILES = {torch.bfloat16: 256, torch.float32: 512}
+
+
+def _most_rows(dtype: torch.dtype) -> int:
+    return _MOST_ROWS_BY_TILES.get(dtype, _MOST_ROWS) if current_cpu_isa() == "amx" else _MOST_ROWS
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -47,7 +54,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if runs_on_cpu_kernels(input, weight) and not wants_gradient(bias) and input.dim() > 0:
         num_rows = input.numel() // max(input.shape[-1], 1)
         batch_invariant = is_batch_invariant()
-        if 0 < num_rows <= _MOST_ROWS or batch_invariant:
+        if 0 < num_rows <= _most_rows(input.dtype) or batch_invariant:
             return call(torch.ops.moekernels.linear.default, input, weight, bias, activation, batch_invariant)
     if activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(
