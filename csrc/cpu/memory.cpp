@@ -53,7 +53,7 @@ class Blocks {
       for (size_t i = kept_.size(); i-- > 0;) {  // the last one first: it may still be in the cache
         if (kept_[i].size == size) return take_out(i);
       }
-      while (!kept_.empty() && usage_.in_use + usage_.kept > usage_.most_in_use) surplus.push_back(take_oldest());
+      while (!kept_.empty() && usage_.in_use + usage_.kept > limit()) surplus.push_back(take_oldest());
     }
     unmap(surplus);
     void* memory = map_block(size);
@@ -100,6 +100,9 @@ class Blocks {
   Blocks() {
     pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
   }
+
+  // Of all blocks together. A step of training never needs all of its sizes at once, but each of them in every step.
+  size_t limit() const { return usage_.most_in_use + usage_.most_in_use / 2; }
 
   void* take_out(size_t i) {
     void* memory = kept_[i].memory;
