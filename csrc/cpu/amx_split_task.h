@@ -13,6 +13,7 @@
 #include "gemm_epilogue.h"
 #include "gemm_task.h"
 #include "kernel_table.h"
+#include "streamed_grad.h"
 #include "transposed_gemm_task.h"
 #include "weight_grad_task.h"
 
@@ -205,6 +206,7 @@ void run_float32_weight_grad_task(const GroupedWeightGradParams& p, const GemmBl
   const GatheredRows<float> inputs(p.rows, p.row_stride, p.token_of_row, p.num_source_rows);
   if (p.grad_weight == nullptr) return run_weight_grad_task<float>(p, blocking, task, scratch);
   float* out = static_cast<float*>(p.grad_weight) + task.expert * p.out_features * p.in_features;
+  const bool stream = is_streamed<float>(p);
   NanCheck nan;
   split_product(
       blocking, scratch, task.row_end - task.row_begin, task.end - task.begin, task.col_begin, task.col_end,
@@ -215,13 +217,10 @@ void run_float32_weight_grad_task(const GroupedWeightGradParams& p, const GemmBl
       [&](int64_t row, int64_t col, int64_t n, VecF sums) {
         nan.see(sums);
         float* to = out + (task.row_begin + row) * p.in_features + col;
-        if (n >= kLanes && reinterpret_cast<uintptr_t>(to) % sizeof(VecF) == 0) {
-          _mm512_stream_ps(to, sums);  // nobody reads it soon, and its line need not be read before
-        } else {
-          store_n(to, sums, n);
-        }
+        if (stream) return _mm512_stream_ps(to, sums);
+        store_n(to, sums, n);
       });
-  _mm_sfence();
+  if (stream) _mm_sfence();  // before another thread is told that the task is done
   if (nan.found()) return run_weight_grad_task<float>(p, blocking, task, scratch);
   if (p.grad_bias != nullptr && task.col_begin == 0) {
     sum_bias(p, task, grads, reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset));

@@ -4,20 +4,10 @@
 #include "amx_product.h"
 #include "bias_grad.h"
 #include "kernel_table.h"
+#include "streamed_grad.h"
 
 namespace moekernels::cpu {
 namespace {
-
-// Gradients of as many bytes are out of the caches before anyone reads them. Their lines are written past the caches,
-// which would have to read them first.
-constexpr int64_t kStreamedBytes = 8 * 1024 * 1024;
-
-MOEKERNELS_INLINE bool streams(const GroupedWeightGradParams& p) {
-  constexpr int64_t kLine = 64, kLineElements = kLine / int64_t(sizeof(BFloat16));
-  const int64_t elements = p.num_experts * p.out_features * p.in_features;
-  return elements * int64_t(sizeof(BFloat16)) >= kStreamedBytes && p.in_features % kLineElements == 0 &&
-         reinterpret_cast<uintptr_t>(p.grad_weight) % kLine == 0;
-}
 
 void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocking& blocking,
                               const WeightGradTask& task, void* scratch) {
@@ -28,7 +18,7 @@ void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocki
   }
   if (p.grad_weight == nullptr) return;
   BFloat16* out = static_cast<BFloat16*>(p.grad_weight) + task.expert * p.out_features * p.in_features;
-  const bool stream = streams(p);
+  const bool stream = is_streamed<BFloat16>(p);
   amx_product(
       blocking, scratch, task.row_end - task.row_begin, task.end - task.begin, task.col_begin, task.col_end,
       [&](AmxPacked& left, int64_t num_rows, int64_t k, int64_t n) {

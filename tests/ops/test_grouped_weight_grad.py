@@ -70,7 +70,9 @@ def test_every_instruction_set(dtype: torch.dtype, isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "in_features"), [(torch.float32, 1030), (torch.bfloat16, 1408), (torch.bfloat16, 1410)], ids=str
+    ("dtype", "in_features"),
+    [(torch.float32, 1030), (torch.float32, 1040), (torch.bfloat16, 1408), (torch.bfloat16, 1410)],
+    ids=str,
 )
 def test_a_gradient_of_many_megabytes(device: torch.device, dtype: torch.dtype, in_features: int) -> None:
     grad_rows = torch.randn(9, 1100, device=device).to(dtype)
