@@ -22,18 +22,19 @@ MOEKERNELS_INLINE void load_right(const BFloat16* const (&groups)[2], int64_t of
   if constexpr (kRights > 1) _tile_loadd(7, groups[1] + offset, kAmxStride);
 }
 
-template <int kLefts, int kRights>
-MOEKERNELS_INLINE void multiply_loaded() {
+// `next` goes on for some steps while the tile unit multiplies.
+template <int kLefts, int kRights, class Next>
+MOEKERNELS_INLINE void multiply_loaded(Next& next, int64_t steps) {
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (kRights > 1) _tile_dpbf16ps(1, 4, 7);
   if constexpr (kLefts > 1) _tile_dpbf16ps(2, 5, 6);
   if constexpr (kLefts > 1 && kRights > 1) _tile_dpbf16ps(3, 5, 7);
+  next.step(steps);
 }
 
 constexpr int64_t kSplitProducts = 6;  // for each tile of K
 
-// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side. After each
-// product `next` goes on for some steps.
+// sums[l][r] (+)= left[l] * right[r] over `tiles` tiles of K. Sums of the same left lie side by side.
 template <int kLefts, int kRights, class Next>
 void multiply_split(const BFloat16* const (&left)[2], const BFloat16* const (&right)[2], int64_t tiles, float* sums,
                     int64_t sums_stride, bool add, Next& next, int64_t steps) {
@@ -46,23 +47,17 @@ void multiply_split(const BFloat16* const (&left)[2], const BFloat16* const (&ri
     const int64_t part0 = tile * kSplitTile, part1 = part0 + kAmxElements, part2 = part1 + kAmxElements;
     load_left<kLefts>(left, part2);
     load_right<kRights>(right, part0);
-    multiply_loaded<kLefts, kRights>();
-    next.step(steps);
+    multiply_loaded<kLefts, kRights>(next, steps);
     load_left<kLefts>(left, part1);
-    multiply_loaded<kLefts, kRights>();
-    next.step(steps);
+    multiply_loaded<kLefts, kRights>(next, steps);
     load_right<kRights>(right, part1);
-    multiply_loaded<kLefts, kRights>();
-    next.step(steps);
+    multiply_loaded<kLefts, kRights>(next, steps);
     load_left<kLefts>(left, part0);
-    multiply_loaded<kLefts, kRights>();
-    next.step(steps);
+    multiply_loaded<kLefts, kRights>(next, steps);
     load_right<kRights>(right, part2);
-    multiply_loaded<kLefts, kRights>();
-    next.step(steps);
+    multiply_loaded<kLefts, kRights>(next, steps);
     load_right<kRights>(right, part0);
-    multiply_loaded<kLefts, kRights>();
-    next.step(steps);
+    multiply_loaded<kLefts, kRights>(next, steps);
   }
   alignas(64) float chunk[4][kAmxSums];
   float* to[4];

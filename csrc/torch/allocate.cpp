@@ -16,15 +16,12 @@ using torch::stable::Tensor;
 
 // None if the tensor is better left to torch.
 std::optional<Tensor> in_block(IntHeaderOnlyArrayRef sizes, ScalarType dtype, size_t element_size) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t num_elements = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = num_elements;
-    num_elements *= sizes[i];
-  }
-  const size_t num_bytes = static_cast<size_t>(num_elements) * element_size;
+  size_t num_bytes = element_size;
+  for (const int64_t size : sizes) num_bytes *= static_cast<size_t>(size);
   void* block = take_block(num_bytes);
   if (block == nullptr) return std::nullopt;
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(block, sizes, IntHeaderOnlyArrayRef(strides), cpu, dtype,
                                   [num_bytes](void* memory) { give_back_block(memory, num_bytes); });

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moekernels.checkpoint import CheckpointError, checkpoint_tensors
 from moekernels.models import AutoModel, AutoModelForSeq2SeqLM
 from moekernels.models.outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput, Seq2SeqMoEOutput
 from moekernels.models.translation import shift_tokens_right
-from moekernels.nn import DynamicCache, EncoderDecoderCache, StaticCache
+from moekernels.nn import DynamicCache, EncoderDecoderCache
+from tests.models.encoder_decoder import decode_in_pieces, rewrite
 from tests.models.translation_checkpoints import HIDDEN, OURS, PAD, THEIRS, VOCAB, Pair, assert_close, batch, pair
 from tests.nn.test_attention import FakeFlashAttention
 from tests.tolerance import assert_accurate
@@ -170,22 +171,8 @@ def test_decoding_with_a_cache_equals_one_pass(models: Pair, cache_kind: str, pa
         mask[1, :2] = 0
         target = target.masked_fill(mask == 0, PAD)
     expected = models.theirs(**inputs, decoder_input_ids=target, decoder_attention_mask=mask, use_cache=False).logits
-    own = StaticCache(models.ours.config, 2, 8) if cache_kind == "static" else DynamicCache()
-    cache = EncoderDecoderCache(own)
-    encoded = models.ours.get_encoder()(**inputs)
-    pieces = []
-    # A prefix, a chunk on top of it, then single tokens.
-    for start, stop in [(0, 3), (3, 5), (5, 6)]:
-        out = models.ours(
-            encoder_outputs=encoded,
-            attention_mask=inputs["attention_mask"],
-            decoder_input_ids=target[:, start:stop],
-            decoder_attention_mask=mask[:, :stop] if padded else None,
-            past_key_values=cache,
-        )
-        assert out.past_key_values is cache and cache.get_seq_length() == stop
-        pieces.append(out.logits)
-    assert_close(torch.cat(pieces, dim=1)[mask.bool()], expected[mask.bool()])
+    actual = decode_in_pieces(models.ours, inputs, target, mask if padded else None, cache_kind)
+    assert_close(actual[mask.bool()], expected[mask.bool()])
 
 
 @torch.no_grad()
@@ -373,15 +360,6 @@ def reloaded(kind: str, directory: Path) -> Any:
     return OURS[kind].from_pretrained(directory, progress=False)
 
 
-def rewrite(plain: Pair, directory: Path, tensors: dict[str, Tensor], pickled: bool = False) -> Path:
-    (directory / "config.json").write_text((plain.directory / "config.json").read_text())
-    if pickled:
-        torch.save(tensors, directory / "pytorch_model.bin")
-    else:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    return directory
-
-
 @torch.no_grad()
 def test_transformers_reads_what_we_save(plain: Pair, kind: str, tmp_path: Path) -> None:
     plain.ours.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -416,7 +394,7 @@ def test_layouts_of_the_hub(plain: Pair, kind: str, tmp_path: Path, prefix: bool
         tensors[f"model.{stack}.embed_positions._float_tensor"] = torch.zeros(1)
     if not prefix:
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    rewrite(plain, tmp_path, tensors, pickled)
+    rewrite(plain.directory, tmp_path, tensors, pickled)
     expected = plain.theirs(**batch()).logits
     assert_close(reloaded(kind, tmp_path)(**batch()).logits, expected)
     if tied != "head":
@@ -436,7 +414,7 @@ def test_an_untied_head(kind: str, tmp_path: Path) -> None:
 def test_incomplete_checkpoints(plain: Pair, kind: str, tmp_path: Path) -> None:
     tensors = load_file(plain.directory / "model.safetensors")
     del tensors["model.encoder.layers.0.self_attn.q_proj.bias"]
-    rewrite(plain, tmp_path, tensors)
+    rewrite(plain.directory, tmp_path, tensors)
     with pytest.raises(CheckpointError, match=r"missing tensor 'model.encoder.layers.0.self_attn.q_proj.bias'"):
         reloaded(kind, tmp_path)
 

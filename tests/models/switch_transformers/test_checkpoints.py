@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moekernels.checkpoint import CheckpointError, checkpoint_tensors
@@ -15,18 +15,10 @@ from moekernels.models import (
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
+from tests.models.encoder_decoder import rewrite
 from tests.models.switch_checkpoints import TINY, VOCAB, Pair, assert_close, batch, pair, reloaded
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:transformers")
-
-
-def rewrite(plain: Pair, directory: Path, tensors: dict[str, Tensor], pickled: bool = False) -> Path:
-    (directory / "config.json").write_text((plain.directory / "config.json").read_text())
-    if pickled:
-        torch.save(tensors, directory / "pytorch_model.bin")
-    else:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    return directory
 
 
 @torch.no_grad()
@@ -67,11 +59,11 @@ def test_layouts_of_the_hub(plain: Pair, tmp_path: Path, tied: str, pickled: boo
     tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(8, 4)
     # Released files are in half precision, but for the routers that ran once.
     half = {n: t if "classifier" in n else t.bfloat16() for n, t in tensors.items()}
-    rewrite(plain, tmp_path, half, pickled)
+    rewrite(plain.directory, tmp_path, half, pickled)
     ours = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, progress=False)
     router = "encoder.block.1.layer.1.mlp.router.classifier.weight"
     assert torch.equal(ours.get_parameter(router), tensors[router]) and ours.shared.weight.dtype == torch.bfloat16
-    rewrite(plain, tmp_path, tensors, pickled)
+    rewrite(plain.directory, tmp_path, tensors, pickled)
     assert_close(reloaded(tmp_path)(**batch()).logits, plain.theirs(**batch()).logits)
 
 
@@ -86,7 +78,7 @@ def test_incomplete_checkpoints(plain: Pair, tmp_path: Path) -> None:
     tensors = load_file(plain.directory / "model.safetensors")
     name = "encoder.block.1.layer.1.mlp.experts.expert_3.wo.weight"
     del tensors[name]
-    rewrite(plain, tmp_path, tensors)
+    rewrite(plain.directory, tmp_path, tensors)
     with pytest.raises(CheckpointError, match=f"missing tensor '{name}'"):
         reloaded(tmp_path)
 

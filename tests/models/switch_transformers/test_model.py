@@ -19,7 +19,8 @@ from moekernels.models import (
     SwitchTransformersForConditionalGeneration,
     SwitchTransformersModel,
 )
-from moekernels.nn import DynamicCache, EncoderDecoderCache, StaticCache
+from moekernels.nn import DynamicCache, EncoderDecoderCache
+from tests.models.encoder_decoder import decode_in_pieces
 from tests.models.switch_checkpoints import HIDDEN, PAD, VOCAB, Pair, assert_close, batch, pair, reloaded, write
 from tests.tolerance import assert_accurate
 
@@ -186,21 +187,7 @@ def test_decoding_with_a_cache_equals_one_pass(models: Pair, cache_kind: str, pa
     if padded:
         mask[1, :2] = 0
     expected = models.theirs(**inputs, decoder_input_ids=target, decoder_attention_mask=mask, use_cache=False).logits
-    cache = EncoderDecoderCache(StaticCache(models.ours.config, 2, 8) if cache_kind == "static" else DynamicCache())
-    encoded = models.ours.get_encoder()(**inputs)
-    pieces = []
-    # A prefix, a chunk on top of it, then a single token.
-    for start, stop in [(0, 3), (3, 5), (5, 6)]:
-        out = models.ours(
-            encoder_outputs=encoded,
-            attention_mask=inputs["attention_mask"],
-            decoder_input_ids=target[:, start:stop],
-            decoder_attention_mask=mask[:, :stop] if padded else None,
-            past_key_values=cache,
-        )
-        assert out.past_key_values is cache and cache.get_seq_length() == stop
-        pieces.append(out.logits)
-    actual = torch.cat(pieces, dim=1)
+    actual = decode_in_pieces(models.ours, inputs, target, mask if padded else None, cache_kind)
     assert torch.isfinite(actual).all()
     assert_close(actual[mask.bool()], expected[mask.bool()])
 
