@@ -5,12 +5,14 @@
 // transposed weight lies across K and is packed as the right operand instead, with the rows on the left.
 //
 // The weights come from memory once, and how they do decides the speed. A tile takes every second weight row: the
-// processor prefetches along one stream in a page, and weight rows of 2 KB share one. The first rows of the task that
-// are multiplied read them there; where many rows follow, those read a packed copy, as weight rows a power of two apart
-// displace each other from the first-level cache, and fetch the next weight rows meanwhile.
+// processor prefetches along one stream in a page, and weight rows of 2 KB share one. Few rows are multiplied all at
+// once, over all of K (amx_stream.h). Of many the first ones read the weights chunk by chunk where they are; the others
+// read a packed copy, as weight rows a power of two apart displace each other from the first-level cache, and fetch the
+// next weight rows meanwhile.
 #pragma once
 
 #include "amx_product.h"
+#include "amx_stream.h"
 #include "gathered_rows.h"
 #include "gemm_epilogue.h"
 #include "kernel_table.h"
@@ -25,6 +27,7 @@ class AmxGemmTaskRunner {
         blocking_(blocking),
         task_(task),
         weight_(static_cast<const BFloat16*>(params.weight) + task.expert * params.weight_expert_stride),
+        weight_stride_(2 * params.weight_row_stride),
         source_(params.rows, params.row_stride, params.token_of_row, params.num_source_rows),
         epilogue_(params, task.expert),
         rows_(scratch),
@@ -41,9 +44,14 @@ class AmxGemmTaskRunner {
       for (int64_t k = 0; k < p_.in_features; k += blocking_.depth) {
         const int64_t n = smaller(blocking_.depth, p_.in_features - k);
         if (!pack_once_) pack(k, n, false);
-        for (int64_t pair = 0; pair < cols.pairs; ++pair) multiply(cols, pair, k, n);
+        for (int64_t pair = 0; pair < cols.pairs; ++pair) {
+          if (row_groups_ <= kAmxStreamed) {
+            stream(cols, pair, k, n);
+          } else {
+            multiply(cols, pair, k, n);
+          }
+        }
       }
-      if (row_groups_ <= kFewRowGroups) fetch_beginning_of(columns_at(cols.begin + cols.count));
       for (int64_t row_group = 0; row_group < row_groups_; ++row_group) {
         for (int64_t column = 0; column < cols.count; column += kStrip) finish(cols, column, row_group);
       }
@@ -52,8 +60,6 @@ class AmxGemmTaskRunner {
 
  private:
   static constexpr int64_t kStrip = 2 * kAmxRows;
-  static constexpr int64_t kFewRowGroups = 2;
-  static constexpr int64_t kCopyRowGroups = 5;   // as many make up for the copy
   static constexpr int64_t kFetchRowGroups = 8;  // fewer leave no time in which memory is idle
 
   // A block of output columns; none are left when count is 0. Two strips of 32 weight rows, neighbours, or a gate and
@@ -80,6 +86,12 @@ class AmxGemmTaskRunner {
     return {weight_ + row * p_.weight_row_stride + k, smaller(kAmxRows, (cols.count - first + 1) / 2)};
   }
 
+  // Of the next block where this one has no further pair.
+  Group group_of_next_pair(const Columns& cols, int64_t pair, int64_t left, int64_t k) const {
+    if (pair + 1 < cols.pairs) return group_at(cols, pair + 1, left, k);
+    return group_at(columns_at(cols.begin + cols.count), 0, left, k);
+  }
+
   float* sums_of(int64_t pair, int64_t left, int64_t row_group) const {
     return sums_ + ((2 * pair + left) * row_groups_ + row_group) * kAmxSums;
   }
@@ -90,18 +102,37 @@ class AmxGemmTaskRunner {
     rows_.pack_right(num_rows_, n, [&](int64_t row) { return source_.at(task_.row_begin + row, k); });
   }
 
+  // One group of weights after the other, each read once.
+  void stream(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
+    alignas(64) BFloat16 copy[kAmxRows * kAmxChunk];
+    for (int64_t left = 0; left < 2; ++left) {
+      const Group group = group_at(cols, pair, left, k_begin);
+      if (group.rows <= 0) return;
+      const Group next = left == 0 ? group_at(cols, pair, 1, k_begin) : group_of_next_pair(cols, pair, 0, k_begin);
+      const AmxNext ahead = {next.rows == kAmxRows ? next.weight : nullptr, weight_stride_};
+      for (int64_t k = 0, n; k < depth; k += n) {
+        const bool in_place = group.rows == kAmxRows && depth - k >= kAmxDepth;
+        n = in_place ? (depth - k) / kAmxDepth * kAmxDepth : smaller(kAmxChunk, depth - k);
+        stream_tiles(row_groups_, left_operand(group, k, n, copy), rows_.at(0, k / kAmxDepth),
+                     rows_.at(1, 0) - rows_.at(0, 0), groups_of(n, kAmxDepth), sums_of(pair, left, 0), k_begin + k > 0,
+                     ahead);
+      }
+    }
+  }
+
+  // Two groups of weights at a time, a chunk of which stays in the first-level cache for all rows.
   void multiply(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
     alignas(64) BFloat16 copies[2][kAmxRows * kAmxChunk];
     Group groups[2];
     int64_t lefts = 0;
-    bool whole = true;
-    for (; lefts < 2 && (groups[lefts] = group_at(cols, pair, lefts, k_begin)).rows > 0; ++lefts) {
-      whole = whole && groups[lefts].rows == kAmxRows;
-    }
+    while (lefts < 2 && (groups[lefts] = group_at(cols, pair, lefts, k_begin)).rows > 0) ++lefts;
     for (int64_t k = 0, n; lefts > 0 && k < depth; k += n) {
-      n = chunk_of(depth - k, whole);
+      n = smaller(kAmxChunk, depth - k);
       AmxLeft left[2] = {};
-      for (int64_t l = 0; l < lefts; ++l) left[l] = left_operand(groups[l], k, n, copies[l]);
+      for (int64_t l = 0; l < lefts; ++l) {
+        left[l] = left_operand(groups[l], k, n, copies[l]);
+        if (left[l].data != copies[l]) left[l].copy = copies[l];
+      }
       for (int64_t right = 0; right < row_groups_; right += 2) {
         const int64_t rights = smaller(2, row_groups_ - right);
         const BFloat16* packed[2] = {rows_.at(right, k / kAmxDepth), rows_.at(right + rights - 1, k / kAmxDepth)};
@@ -118,41 +149,16 @@ class AmxGemmTaskRunner {
   AmxFetch rows_to_fetch(const Columns& cols, int64_t pair, int64_t step, int64_t k) const {
     if (row_groups_ < kFetchRowGroups || step == 0) return {};
     const int64_t row = (step - 1) * AmxFetch::kRows, left = row / kAmxRows;
-    const Group group = pair + 1 < cols.pairs ? group_at(cols, pair + 1, left, k)
-                                              : group_at(columns_at(cols.begin + cols.count), 0, left, k);
+    const Group group = group_of_next_pair(cols, pair, left, k);
     if (group.rows < kAmxRows) return {};
-    const int64_t stride = 2 * p_.weight_row_stride;
-    return {group.weight + row % kAmxRows * stride, stride};
-  }
-
-  // The first lines of the weights of a block, for memory to have something to do while the one before it is finished.
-  // Always inline: to the compiler a function that only fetches does nothing, and so it removes calls of it.
-  MOEKERNELS_INLINE void fetch_beginning_of(const Columns& cols) const {
-    constexpr int64_t kTiles = 8;
-    for (int64_t left = 0; left < 2; ++left) {
-      const Group group = group_at(cols, 0, left, 0);
-      for (int64_t row = 0; row < group.rows; ++row) {
-        const BFloat16* weight = group.weight + row * 2 * p_.weight_row_stride;
-        for (int64_t tile = 0; tile < kTiles; ++tile) fetch_line(weight + tile * kAmxDepth);
-      }
-    }
-  }
-
-  // Few rows are multiplied over all of K at once: a chunk stays in the first-level cache for the next rows, and there
-  // are none.
-  int64_t chunk_of(int64_t depth, bool whole_groups) const {
-    const bool at_once = row_groups_ <= kFewRowGroups && whole_groups && depth >= kAmxDepth;
-    return at_once ? depth / kAmxDepth * kAmxDepth : smaller(kAmxChunk, depth);
+    return {group.weight + row % kAmxRows * weight_stride_, weight_stride_};
   }
 
   // The weights where they are, or, where a tile would reach beyond them, a copy with zeros around.
   AmxLeft left_operand(const Group& group, int64_t k, int64_t n, BFloat16* copy) const {
-    const int64_t stride = 2 * p_.weight_row_stride;
-    if (group.rows == kAmxRows && n % kAmxDepth == 0) {
-      return {group.weight + k, stride, kAmxDepth, row_groups_ >= kCopyRowGroups ? copy : nullptr};
-    }
+    if (group.rows == kAmxRows && n % kAmxDepth == 0) return {group.weight + k, weight_stride_, kAmxDepth};
     AmxPacked packed(copy);
-    packed.pack_left(group.rows, n, [&](int64_t row) { return group.weight + k + row * stride; });
+    packed.pack_left(group.rows, n, [&](int64_t row) { return group.weight + k + row * weight_stride_; });
     return {copy, kAmxDepth, kAmxElements};
   }
 
@@ -186,6 +192,7 @@ class AmxGemmTaskRunner {
   const GemmBlocking& blocking_;
   const GemmTask& task_;
   const BFloat16* const weight_;
+  const int64_t weight_stride_;  // between the rows of a group
   const GatheredRows<BFloat16> source_;
   const GemmEpilogue<BFloat16> epilogue_;
   AmxPacked rows_;
