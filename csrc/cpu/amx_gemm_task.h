@@ -6,16 +6,17 @@
 //
 // The weights come from memory once, and how they do decides the speed. A tile takes every second weight row: the
 // processor prefetches along one stream in a page, and weight rows of 2 KB share one. Few rows are multiplied all at
-// once, over all of K (amx_stream.h). Of many the first ones read the weights chunk by chunk where they are; the others
-// read a packed copy, as weight rows a power of two apart displace each other from the first-level cache, and fetch the
-// next weight rows meanwhile.
+// once, over all of K (amx_few_rows.h). Of many the first ones read the weights chunk by chunk where they are; the
+// others read a packed copy, as weight rows a power of two apart displace each other from the first-level cache, and
+// fetch the next weight rows meanwhile.
 #pragma once
 
+#include "amx_few_rows.h"
 #include "amx_product.h"
-#include "amx_stream.h"
 #include "gathered_rows.h"
 #include "gemm_epilogue.h"
 #include "kernel_table.h"
+#include "streamed_output.h"
 
 namespace moekernels::cpu {
 namespace {
@@ -34,7 +35,8 @@ class AmxGemmTaskRunner {
         sums_(reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset)),
         num_rows_(task.row_end - task.row_begin),
         row_groups_(groups_of(num_rows_)),
-        pack_once_(params.in_features <= blocking.depth) {}
+        pack_once_(params.in_features <= blocking.depth),
+        stream_out_(is_streamed(params.out, params.num_rows, epilogue_.width() * int64_t(sizeof(BFloat16)))) {}
 
   void run() {
     const AmxTiles tiles;
@@ -45,10 +47,10 @@ class AmxGemmTaskRunner {
         const int64_t n = smaller(blocking_.depth, p_.in_features - k);
         if (!pack_once_) pack(k, n, false);
         for (int64_t pair = 0; pair < cols.pairs; ++pair) {
-          if (row_groups_ <= kAmxStreamed) {
-            stream(cols, pair, k, n);
+          if (row_groups_ <= kAmxFewRowGroups) {
+            multiply_by_few_rows(cols, pair, k, n);
           } else {
-            multiply(cols, pair, k, n);
+            multiply_by_many_rows(cols, pair, k, n);
           }
         }
       }
@@ -56,11 +58,13 @@ class AmxGemmTaskRunner {
         for (int64_t column = 0; column < cols.count; column += kStrip) finish(cols, column, row_group);
       }
     }
+    if (stream_out_) _mm_sfence();
   }
 
  private:
-  static constexpr int64_t kStrip = 2 * kAmxRows;
-  static constexpr int64_t kFetchRowGroups = 8;  // fewer leave no time in which memory is idle
+  static constexpr int64_t kStrip = 2 * kAmxRows;  // a line of the output
+  static_assert(kAmxMinCols / 2 % kStrip == 0);    // with which every task begins
+  static constexpr int64_t kFetchRowGroups = 8;    // fewer leave no time in which memory is idle
 
   // A block of output columns; none are left when count is 0. Two strips of 32 weight rows, neighbours, or a gate and
   // its value, are two pairs of groups.
@@ -103,7 +107,7 @@ class AmxGemmTaskRunner {
   }
 
   // One group of weights after the other, each read once.
-  void stream(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
+  void multiply_by_few_rows(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
     alignas(64) BFloat16 copy[kAmxRows * kAmxChunk];
     for (int64_t left = 0; left < 2; ++left) {
       const Group group = group_at(cols, pair, left, k_begin);
@@ -113,15 +117,15 @@ class AmxGemmTaskRunner {
       for (int64_t k = 0, n; k < depth; k += n) {
         const bool in_place = group.rows == kAmxRows && depth - k >= kAmxDepth;
         n = in_place ? (depth - k) / kAmxDepth * kAmxDepth : smaller(kAmxChunk, depth - k);
-        stream_tiles(row_groups_, left_operand(group, k, n, copy), rows_.at(0, k / kAmxDepth),
-                     rows_.at(1, 0) - rows_.at(0, 0), groups_of(n, kAmxDepth), sums_of(pair, left, 0), k_begin + k > 0,
-                     ahead);
+        multiply_few_rows(row_groups_, left_operand(group, k, n, copy), rows_.at(0, k / kAmxDepth),
+                          rows_.at(1, 0) - rows_.at(0, 0), groups_of(n, kAmxDepth), sums_of(pair, left, 0),
+                          k_begin + k > 0, ahead);
       }
     }
   }
 
   // Two groups of weights at a time, a chunk of which stays in the first-level cache for all rows.
-  void multiply(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
+  void multiply_by_many_rows(const Columns& cols, int64_t pair, int64_t k_begin, int64_t depth) {
     alignas(64) BFloat16 copies[2][kAmxRows * kAmxChunk];
     Group groups[2];
     int64_t lefts = 0;
@@ -184,7 +188,12 @@ class AmxGemmTaskRunner {
     transpose(words);
     const __mmask32 mask = count < kStrip ? (1u << count) - 1 : ~0u;
     for (int64_t r = 0; r < num_rows; ++r) {
-      _mm512_mask_storeu_epi16(epilogue_.out(row + r, cols.begin + column), mask, (__m512i)words[r]);
+      BFloat16* target = epilogue_.out(row + r, cols.begin + column);
+      if (stream_out_ && count == kStrip) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)words[r]);
+      } else {
+        _mm512_mask_storeu_epi16(target, mask, (__m512i)words[r]);
+      }
     }
   }
 
@@ -198,7 +207,7 @@ class AmxGemmTaskRunner {
   AmxPacked rows_;
   float* const sums_;  // [pairs][2][groups of rows] tiles of the current columns
   const int64_t num_rows_, row_groups_;
-  const bool pack_once_;
+  const bool pack_once_, stream_out_;
 };
 
 void run_amx_transposed_gemm_task(const GroupedGemmParams& p, const GemmBlocking& blocking, const GemmTask& task,

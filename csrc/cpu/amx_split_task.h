@@ -13,7 +13,7 @@
 #include "gemm_epilogue.h"
 #include "gemm_task.h"
 #include "kernel_table.h"
-#include "streamed_grad.h"
+#include "streamed_output.h"
 #include "transposed_gemm_task.h"
 #include "weight_grad_task.h"
 
@@ -220,7 +220,7 @@ void run_float32_weight_grad_task(const GroupedWeightGradParams& p, const GemmBl
         if (stream) return _mm512_stream_ps(to, sums);
         store_n(to, sums, n);
       });
-  if (stream) _mm_sfence();  // before another thread is told that the task is done
+  if (stream) _mm_sfence();
   if (nan.found()) return run_weight_grad_task<float>(p, blocking, task, scratch);
   if (p.grad_bias != nullptr && task.col_begin == 0) {
     sum_bias(p, task, grads, reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset));

@@ -4,7 +4,7 @@
 #include "amx_product.h"
 #include "bias_grad.h"
 #include "kernel_table.h"
-#include "streamed_grad.h"
+#include "streamed_output.h"
 
 namespace moekernels::cpu {
 namespace {
@@ -35,7 +35,7 @@ void run_amx_weight_grad_task(const GroupedWeightGradParams& p, const GemmBlocki
         store_n(target, low, n);
         if (n > kLanes) store_n(target + kLanes, high, n - kLanes);
       });
-  if (stream) _mm_sfence();  // before another thread is told that the task is done
+  if (stream) _mm_sfence();
 }
 
 }  // namespace

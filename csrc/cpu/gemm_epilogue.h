@@ -39,6 +39,8 @@ class GemmEpilogue {
     return p_.row_scale == nullptr ? VecF{} : load_n(p_.row_scale + row, n);
   }
 
+  int64_t width() const { return width_; }  // of an output row
+
   MOEKERNELS_INLINE T* out(int64_t row, int64_t column) const {
     return static_cast<T*>(p_.out) + row * width_ + column;
   }

@@ -95,16 +95,29 @@ def test_more_rows_and_columns_than_a_block(dtype: torch.dtype, isa: str) -> Non
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("in_features", [300, 544])
-@pytest.mark.parametrize("num_rows", [1, 16, 17, 32, 33, 64, 65, 112, 113, 256, 257])
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 33, 49, 65, 81, 96, 97, 112, 113, 256, 257])
 def test_numbers_of_rows_at_which_tile_registers_are_used_otherwise(
     num_rows: int, in_features: int, gated: bool
 ) -> None:
-    """All of K at once, copied weights, weights fetched ahead; over several tasks, to the same bits."""
+    """All rows at once, copied weights, weights fetched ahead; over several tasks, to the same bits."""
     rows = torch.randn(280, in_features).bfloat16()
     weight = (torch.randn(1, 270, in_features) * in_features**-0.5).bfloat16()
     actual = check(rows[:num_rows], weight, offsets_of([num_rows]), gated=gated, activation="silu")
     together = ops.grouped_gemm(rows, weight, offsets_of([280]), gated=gated, activation="silu")
     assert torch.equal(actual, together[:num_rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1056, 1050])
+def test_an_output_that_no_cache_holds(width: int, dtype: torch.dtype) -> None:
+    """As parts of it that some do: large outputs may be written past the caches."""
+    rows = torch.randn(4200, 33).to(dtype)
+    weight = torch.randn(3, width, 33).to(dtype)
+    together = ops.grouped_gemm(rows, weight, offsets_of([70, 4000, 130]))
+    assert together.nbytes > 8 << 20
+    for expert, (begin, end) in enumerate(((0, 70), (70, 1000), (4070, 4200))):
+        part = ops.grouped_gemm(rows[begin:end], weight[expert : expert + 1], offsets_of([end - begin]))
+        torch.testing.assert_close(together[begin:end], part, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

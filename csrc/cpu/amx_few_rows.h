@@ -3,11 +3,12 @@
 #pragma once
 
 #include "amx_tile.h"
+#include "parts.h"
 
 namespace moekernels::cpu {
 namespace {
 
-constexpr int64_t kAmxStreamed = 6;  // groups of rows: two registers of eight hold the operands
+constexpr int64_t kAmxFewRowGroups = 6;  // groups of rows: two registers of eight hold the operands
 
 // The weights that are read next. While the last tiles are multiplied their first lines are fetched, so that memory has
 // something to do until they are multiplied themselves.
@@ -26,13 +27,13 @@ struct AmxNext {
 
 // sums[r] (+)= left * right[r] over `tiles` tiles of K, where right[r] begins at right + r * right_stride.
 template <int kRights>
-void stream_tiles(const AmxLeft& left, const BFloat16* right, int64_t right_stride, int64_t tiles, float* sums,
-                  bool add, const AmxNext& next) {
+void multiply_few_rows(const AmxLeft& left, const BFloat16* right, int64_t right_stride, int64_t tiles, float* sums,
+                       bool add, const AmxNext& next) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
   const AmxNext ahead = next;
   const BFloat16* weight = left.data;
   const int64_t tile_stride = left.tile_stride, row_stride = left.row_stride * int64_t(sizeof(BFloat16));
-  const int64_t fetch_from = ahead.weight == nullptr ? tiles : tiles - AmxNext::kTiles;
+  const int64_t fetch_from = ahead.weight == nullptr ? tiles : tiles - smaller(AmxNext::kTiles, tiles);
   if (add) {
     _tile_loadd(0, sums, kAmxStride);
     if constexpr (kRights > 1) _tile_loadd(1, sums + kAmxSums, kAmxStride);
@@ -82,11 +83,13 @@ void stream_tiles(const AmxLeft& left, const BFloat16* right, int64_t right_stri
   if constexpr (kRights > 5) _tile_stored(5, sums + 5 * kAmxSums, kAmxStride);
 }
 
-// For 1 to kAmxStreamed groups of rows.
-MOEKERNELS_INLINE void stream_tiles(int64_t rights, const AmxLeft& left, const BFloat16* right, int64_t right_stride,
-                                    int64_t tiles, float* sums, bool add, const AmxNext& next) {
-  constexpr decltype(&stream_tiles<1>) kOf[kAmxStreamed] = {stream_tiles<1>, stream_tiles<2>, stream_tiles<3>,
-                                                            stream_tiles<4>, stream_tiles<5>, stream_tiles<6>};
+// For 1 to kAmxFewRowGroups groups of rows.
+MOEKERNELS_INLINE void multiply_few_rows(int64_t rights, const AmxLeft& left, const BFloat16* right,
+                                         int64_t right_stride, int64_t tiles, float* sums, bool add,
+                                         const AmxNext& next) {
+  constexpr decltype(&multiply_few_rows<1>) kOf[kAmxFewRowGroups] = {multiply_few_rows<1>, multiply_few_rows<2>,
+                                                                     multiply_few_rows<3>, multiply_few_rows<4>,
+                                                                     multiply_few_rows<5>, multiply_few_rows<6>};
   kOf[rights - 1](left, right, right_stride, tiles, sums, add, next);
 }
 
