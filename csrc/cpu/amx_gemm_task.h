@@ -113,7 +113,7 @@ class AmxGemmTaskRunner {
       const Group group = group_at(cols, pair, left, k_begin);
       if (group.rows <= 0) return;
       const Group next = left == 0 ? group_at(cols, pair, 1, k_begin) : group_of_next_pair(cols, pair, 0, k_begin);
-      const AmxNext ahead = {next.rows == kAmxRows ? next.weight : nullptr, weight_stride_};
+      const AmxLeft ahead = {next.rows == kAmxRows ? next.weight : nullptr, weight_stride_, kAmxDepth};
       for (int64_t k = 0, n; k < depth; k += n) {
         const bool in_place = group.rows == kAmxRows && depth - k >= kAmxDepth;
         n = in_place ? (depth - k) / kAmxDepth * kAmxDepth : smaller(kAmxChunk, depth - k);
