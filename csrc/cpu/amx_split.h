@@ -29,9 +29,10 @@ constexpr int64_t kSplitTile = kSplitParts * kAmxElements;
 // The parts of 32 elements of K.
 MOEKERNELS_INLINE void split(VecF low, VecF high, VecU (&parts)[kSplitParts]) {
   constexpr uint32_t kUpperHalf = 0xffff0000u;
+  constexpr uint64_t kLowerHalves = 0x3333333333333333u;  // of words, by bytes
   MOEKERNELS_UNROLL
   for (int part = 0; part < kSplitParts; ++part) {
-    parts[part] = (VecU)_mm512_mask_mov_epi16(_mm512_srli_epi32((__m512i)low, 16), 0xaaaaaaaau, (__m512i)high);
+    parts[part] = (VecU)_mm512_mask_alignr_epi8((__m512i)high, kLowerHalves, (__m512i)low, (__m512i)low, 2);
     low -= VecF(VecU(low) & kUpperHalf);
     high -= VecF(VecU(high) & kUpperHalf);
   }
@@ -51,6 +52,14 @@ MOEKERNELS_INLINE uint32_t first_lanes(int64_t n) {
 MOEKERNELS_INLINE VecU lanes_from(const float* row, int64_t i, uint32_t lanes) {
   if (row == nullptr) return VecU{};
   return VecU(VecF(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), row + i)));
+}
+
+// Splits the elements of 32 that are among `lanes`; the others become zeros and are not read.
+MOEKERNELS_INLINE void split_row(const float* row, uint32_t lanes, BFloat16* to) {
+  VecU parts[kSplitParts];
+  split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), row),
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> kLanes), row + kLanes), parts);
+  store_parts(to, parts);
 }
 
 // Whether any of the values it has seen is NaN.
@@ -77,57 +86,17 @@ class SplitPacked {
   int64_t tiles_;
 };
 
-// A left operand: rows source(row)[0 .. n); null: zeros. Each step splits 32 elements of a row.
+// A left operand: rows source(row)[0 .. n); null: zeros.
 template <class Source>
-class SplitRows {
- public:
-  SplitRows(SplitPacked target, int64_t rows, int64_t n, const Source& source)
-      : source_(source),
-        target_(target),
-        tail_(first_lanes(n - (target.tiles() - 1) * kAmxDepth)),
-        left_(rows * target.tiles()) {
-    if (left_ > 0) find_row();
-  }
-
-  int64_t steps_left() const { return left_; }
-
-  MOEKERNELS_INLINE void step(int64_t count) {
-    for (; count > 0 && left_ > 0; --count) {
-      // What follows in this row comes with the next chunk.
-      _mm_prefetch(reinterpret_cast<const char*>(from_ + kSplitChunk), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(from_ + kSplitChunk + kLanes), _MM_HINT_T1);
-      VecU parts[kSplitParts];
-      const uint32_t lanes = in_row_ == 1 ? last_ : most_;
-      split(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from_),
-            _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> kLanes), from_ + kLanes), parts);
-      store_parts(to_, parts);
-      from_ += kAmxDepth;
-      to_ += kSplitTile;
-      --left_;
-      if (--in_row_ == 0 && left_ > 0) find_row();
+void split_left(SplitPacked target, int64_t rows, int64_t n, const Source& source) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = source(row);
+    BFloat16* to = target.at(row / kAmxRows, 0) + row % kAmxRows * kAmxDepth;
+    for (int64_t k = 0; k < n; k += kAmxDepth, to += kSplitTile) {
+      split_row(from + k, from == nullptr ? 0 : first_lanes(n - k), to);
     }
   }
-
-  void finish() { step(left_); }
-
- private:
-  __attribute__((noinline)) void find_row() {
-    from_ = source_(row_);
-    to_ = target_.at(row_ / kAmxRows, 0) + row_ % kAmxRows * kAmxDepth;
-    most_ = from_ == nullptr ? 0 : ~0u;
-    last_ = from_ == nullptr ? 0 : tail_;
-    in_row_ = target_.tiles();
-    ++row_;
-  }
-
-  const Source source_;
-  const SplitPacked target_;
-  const uint32_t tail_;
-  int64_t left_, in_row_ = 0, row_ = 0;
-  uint32_t most_ = 0, last_ = 0;  // elements to read of a tile, and of the last one in the row
-  const float* from_ = nullptr;
-  BFloat16* to_ = nullptr;
-};
+}
 
 // A right operand, of a matrix that lies across: column c is source(k)[c] for k in [0, n); null: zeros. Each step
 // splits elements i and i + 16 of K of 16 columns.

@@ -33,27 +33,27 @@ constexpr GemmSizes bfloat16_sizes(int64_t right_bytes) {
 }
 
 // Chunks and scratch memory serve the vector kernels too, which take some of the tasks.
-constexpr GemmSizes float32_sizes(int64_t right_cols) {
+constexpr GemmSizes float32_sizes(int64_t min_rows, int64_t max_rows, int64_t right_elements) {
   return {
       .packed_element_size = kSplitSize,
       .chunk = DotFloat32::kChunk,
       .row_granule = kAmxRows,
-      .min_rows = 128,
-      .max_rows = kAmxMaxCols,
+      .min_rows = min_rows,
+      .max_rows = max_rows,
       .padding = kOuterPadding,
       .packed_bytes = 3 * kMegabyte / 2,
       .weight_rows = kAmxMaxCols,
       .min_weight_rows = kAmxMinCols,
-      .right_bytes = 2 * right_cols * kSplitChunk * kSplitSize,
+      .right_bytes = right_elements * kSplitSize,
   };
 }
 static_assert(DotFloat32::kChunk % kSplitChunk == 0 && DotFloat32::kChunk % kOuterChunk == 0);
 
 constexpr KernelTable kKernels = kernel_table(
     {
-        .sizes = float32_sizes(2 * kAmxRows),
+        .sizes = float32_sizes(kStreamRows, kStreamRows, kStreamElements),
         .run = run_float32_gemm_task,
-        .across = float32_sizes(kAmxMaxCols),
+        .across = float32_sizes(128, kAmxMaxCols, 2 * kAmxMaxCols * kSplitChunk),
         .run_transposed = run_float32_transposed_gemm_task,
         .weight_grad = run_float32_weight_grad_task,
     },

@@ -45,9 +45,9 @@ def check_all(rows: Tensor, weight: Tensor, grad: Tensor, offsets: Tensor) -> No
         assert_accurate(actual, truth, plain)  # type: ignore[arg-type]
 
 
-# Rows on both sides of the number from which tiles are used, of a pair of groups and of a block; K on both sides of a
-# tile and of a chunk; columns that leave groups incomplete.
-@pytest.mark.parametrize("counts", [(17, 0, 16), (33, 1, 32), (129, 20, 0), (0, 300, 18)], ids=str)
+# Rows on both sides of the number from which tiles are used, of each number of groups and of a block; K on both sides
+# of a tile and of a chunk; columns that leave groups incomplete.
+@pytest.mark.parametrize("counts", [(7, 0, 6), (17, 16, 33), (48, 1, 49), (64, 65, 20), (0, 300, 129)], ids=str)
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 17), (33, 31), (48, 129), (272, 128), (20, 513)])
 def test_shapes(counts: tuple[int, ...], out_features: int, in_features: int) -> None:
     num_rows = sum(counts) + 3
@@ -55,13 +55,39 @@ def test_shapes(counts: tuple[int, ...], out_features: int, in_features: int) ->
     check_all(rows, weight, torch.randn(num_rows, out_features), offsets_of(*counts))
 
 
-def test_a_gate_of_odd_width() -> None:
-    rows, weight, bias = torch.randn(70, 200), torch.randn(2, 2 * 37, 200), torch.randn(2, 2 * 37)
+@pytest.mark.parametrize("counts", [(50, 20), (7, 63), (16, 33)], ids=str)
+@pytest.mark.parametrize("in_features", [200, 9001])
+def test_a_gate_of_odd_width(counts: tuple[int, int], in_features: int) -> None:
+    rows, weight, bias = torch.randn(70, in_features), torch.randn(2, 2 * 37, in_features), torch.randn(2, 2 * 37)
+    rows /= in_features**0.5
     options = {"activation": "silu", "gated": True}
-    actual = ops.grouped_gemm(rows, weight, offsets_of(50, 20), bias=bias, **options)
-    plain = by_vectors("grouped_gemm", rows, weight, offsets_of(50, 20), bias=bias, **options)
-    truth = reference.grouped_gemm(rows.double(), weight.double(), offsets_of(50, 20), bias=bias.double(), **options)
+    actual = ops.grouped_gemm(rows, weight, offsets_of(*counts), bias=bias, **options)
+    plain = by_vectors("grouped_gemm", rows, weight, offsets_of(*counts), bias=bias, **options)
+    truth = reference.grouped_gemm(rows.double(), weight.double(), offsets_of(*counts), bias=bias.double(), **options)
     assert_accurate(actual, truth, plain)  # type: ignore[arg-type]
+
+
+def test_gathered_rows_some_of_which_are_missing() -> None:
+    rows, weight, scale = torch.randn(30, 129), torch.randn(2, 2 * 20, 129), torch.rand(75)
+    tokens = torch.randint(30, (75,), dtype=torch.int32)
+    tokens[3] = tokens[40] = tokens[74] = -1
+    options = {"activation": "silu", "gated": True, "token_of_row": tokens}
+    actual = ops.grouped_gemm(rows, weight, offsets_of(35, 40), row_scale=scale, **options)
+    plain = by_vectors("grouped_gemm", rows, weight, offsets_of(35, 40), row_scale=scale, **options)
+    truth = reference.grouped_gemm(
+        rows.double(), weight.double(), offsets_of(35, 40), row_scale=scale.double(), **options
+    )
+    assert_accurate(actual, truth, plain)  # type: ignore[arg-type]
+    assert not actual[[3, 40, 74]].any()
+
+
+@pytest.mark.parametrize("in_features", [31, 600])
+def test_bits_do_not_depend_on_what_is_computed_beside(in_features: int) -> None:
+    rows, weight = torch.randn(130, in_features), torch.randn(1, 90, in_features)
+    together = ops.grouped_gemm(rows, weight, offsets_of(130))
+    for count in (7, 17, 40, 64, 65):
+        few = ops.grouped_gemm(rows[:count], weight[:, 5:47].contiguous(), offsets_of(count))
+        assert torch.equal(few, together[:count, 5:47])
 
 
 def test_rows_too_long_to_be_packed_at_once() -> None:
@@ -74,6 +100,17 @@ def test_rows_too_long_to_be_packed_at_once() -> None:
 def test_magnitudes(scale: float) -> None:
     rows, weight, grad = torch.randn(40, 150) * scale, torch.randn(1, 30, 150) / scale, torch.randn(40, 30) * scale
     check_all(rows, weight, grad, offsets_of(40))
+
+
+@pytest.mark.parametrize("count", [7, 40])
+def test_subnormal_values_count_as_zero_at_worst(count: int) -> None:
+    rows, weight = torch.randn(count, 150), torch.randn(1, 30, 150)
+    rows[:, ::3] *= 1e-40
+    weight[:, 1::5] *= 1e-41
+    expected = rows.double() @ weight[0].double().T
+    assert_accurate(ops.grouped_gemm(rows, weight, offsets_of(count)), expected, rows @ weight[0].T)
+    tiny = ops.grouped_gemm(rows * 1e-40, weight, offsets_of(count))
+    assert tiny.isfinite().all() and tiny.abs().max() < 1e-38
 
 
 def test_every_bit_of_a_value_counts() -> None:
@@ -90,6 +127,9 @@ def test_infinities_and_nan_stay_what_they_are() -> None:
     weight[0, 7, 9] = float("-inf")
     grad[11, 2] = float("inf")
     torch.testing.assert_close(ops.grouped_gemm(rows, weight, offsets_of(40)), rows @ weight[0].T, equal_nan=True)
+    for count in (7, 21):  # one and two groups of rows; the value is in the last one
+        few = ops.grouped_gemm(rows[21 - count : 21], weight, offsets_of(count))
+        torch.testing.assert_close(few, rows[21 - count : 21] @ weight[0].T, equal_nan=True)
     wide = torch.randn(1, 1500, 60)  # several tasks for the same rows
     torch.testing.assert_close(ops.grouped_gemm(rows, wide, offsets_of(40)), rows @ wide[0].T, equal_nan=True)
     transposed = ops.grouped_gemm(grad, weight, offsets_of(40), transposed=True)
@@ -101,9 +141,9 @@ def test_infinities_and_nan_stay_what_they_are() -> None:
 
 
 def test_few_rows_are_those_of_the_vector_kernels() -> None:
-    rows, weight = torch.randn(16, 300), torch.randn(1, 50, 300)
+    rows, weight = torch.randn(6, 300), torch.randn(1, 50, 300)
     assert torch.equal(
-        ops.grouped_gemm(rows, weight, offsets_of(16)), by_vectors("grouped_gemm", rows, weight, offsets_of(16))
+        ops.grouped_gemm(rows, weight, offsets_of(6)), by_vectors("grouped_gemm", rows, weight, offsets_of(6))
     )
 
 
@@ -111,5 +151,5 @@ def test_batch_invariance_on_request() -> None:
     rows, weight = torch.randn(70, 600), torch.randn(1, 90, 600)
     with moekernels.batch_invariant():
         together = ops.grouped_gemm(rows, weight, offsets_of(70))
-        for count in (1, 16, 17, 40):
+        for count in (1, 6, 7, 40):
             assert torch.equal(ops.grouped_gemm(rows[:count], weight, offsets_of(count)), together[:count])
