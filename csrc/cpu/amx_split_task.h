@@ -118,10 +118,9 @@ class SplitGemmTaskRunner {
 // By its rows alone, unless a row's bits may not depend on how many others its expert has.
 void run_float32_gemm_task(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task,
                            void* scratch) {
-  constexpr int64_t kFewRows = kTileRows;
-  const bool few_rows = task.row_end - task.row_begin <= kFewRows;
-  if (few_rows || params.in_features == 0 || params.batch_invariant)
-    return run_gemm_task<DotFloat32>(params, blocking, task, scratch);
+  const bool few_rows = task.row_end - task.row_begin <= kTileRows;  // of a tile of the vector kernel
+  const bool by_vectors = few_rows || params.batch_invariant || params.in_features == 0;
+  if (by_vectors) return run_gemm_task<DotFloat32>(params, blocking, task, scratch);
   SplitGemmTaskRunner runner(params, blocking, task, scratch);
   if (runner.run()) return;
   run_gemm_task<DotFloat32>(params, blocking, task, scratch);
