@@ -1,7 +1,8 @@
 // query [B, H, Q, D], key and value [B', G, S, D] -> out [B, Q, H, D]
 //
-// A task is some of the rows that look at the keys of one head of one row of the batch. Workers take tasks from a
-// common counter.
+// A task is some of the rows that look at the keys of one head of one row of the batch. Workers take a
+// few at a time from a common counter. A few queries read the keys from where they lie; for many of them tile registers
+// are the faster.
 #include <atomic>
 
 #include "kernel_table.h"
@@ -10,22 +11,29 @@
 namespace moekernels {
 namespace {
 
-using cpu::AttentionScratch;
+using cpu::AttentionKernel;
 using cpu::AttentionTask;
 using cpu::ceil_div;
 using cpu::round_up;
 
 constexpr int64_t kElementsPerWorker = 32 * 1024;  // of keys and values; fewer are not worth waking another thread for
+constexpr int64_t kChunksPerWorker = 8;
 constexpr int64_t kLine = 64;
 
-AttentionScratch scratch_of(const AttentionParams& p, int64_t max_rows) {
-  constexpr int64_t kMostStep = 32;   // elements of a row are packed in steps of at most so many
-  constexpr int64_t kMostLanes = 16;  // and scores are written by vectors of at most so many
-  AttentionScratch s;
-  s.score_stride = round_up(p.num_keys > 0 ? p.num_keys : 1, kMostLanes);
-  s.scores_offset = max_rows * round_up(p.head_dim, kMostStep) * static_cast<int64_t>(sizeof(float));
-  s.bytes = round_up(s.scores_offset + max_rows * s.score_stride * static_cast<int64_t>(sizeof(float)), kLine);
-  return s;
+// From here on packing the keys pays. What counts are the queries of one row and head, whose bits thus do not depend on
+// what else is computed.
+constexpr int64_t kMinQueriesByTiles = 9;
+
+const AttentionKernel& kernel_for(const AttentionParams& p) {
+  const cpu::KernelTable& kernels = cpu::kernels();
+  const bool by_tiles = p.dtype == DType::kBFloat16 && p.num_queries >= kMinQueriesByTiles &&
+                        p.head_dim <= kernels.attention_by_tiles.max_head_dim;
+  return by_tiles ? kernels.attention_by_tiles : kernels.attention[static_cast<int32_t>(p.dtype)];
+}
+
+// Aligned for each worker.
+int64_t scratch_bytes(const AttentionKernel& kernel, const AttentionParams& p) {
+  return round_up(kernel.scratch_bytes(p), kLine);
 }
 
 // Rows of queries that look at the same keys.
@@ -42,24 +50,28 @@ int64_t workers(const AttentionParams& p, const Parallel& parallel) {
 }  // namespace
 
 int64_t attention_workspace_cpu(const AttentionParams& p, const Parallel& parallel) {
-  return scratch_of(p, cpu::kernels().attention_rows).bytes * workers(p, parallel);
+  return scratch_bytes(kernel_for(p), p) * workers(p, parallel);
 }
 
 void attention_cpu(const AttentionParams& p, const Parallel& parallel) {
-  const cpu::KernelTable& kernels = cpu::kernels();
-  const auto run = kernels.attention[static_cast<int32_t>(p.dtype)];
-  const AttentionScratch scratch = scratch_of(p, kernels.attention_rows);
+  const AttentionKernel& kernel = kernel_for(p);
+  const int64_t bytes = scratch_bytes(kernel, p);
   const int64_t rows = rows_per_key(p);
-  const int64_t blocks = ceil_div(rows, kernels.attention_rows);
+  const int64_t blocks = ceil_div(rows, kernel.max_rows);
   const int64_t num_tasks = p.key_batch_size * p.num_key_heads * blocks;
+  const int64_t num_workers = workers(p, parallel);
+  // The heads of a row lie side by side, and a processor fetches what lies beside what it reads.
+  const int64_t chunk = ceil_div(num_tasks, kChunksPerWorker * num_workers);
   std::atomic<int64_t> next_task{0};
-  cpu::for_workers(parallel, workers(p, parallel), [&](int64_t worker) {
-    void* memory = static_cast<char*>(p.workspace) + worker * scratch.bytes;
-    for (int64_t i; (i = next_task.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-      const int64_t block = i % blocks, head = i / blocks;
-      const AttentionTask task{head / p.num_key_heads, head % p.num_key_heads, rows * block / blocks,
-                               rows * (block + 1) / blocks};
-      run(p, task, scratch, memory);
+  cpu::for_workers(parallel, num_workers, [&](int64_t worker) {
+    void* memory = static_cast<char*>(p.workspace) + worker * bytes;
+    for (int64_t begin; (begin = next_task.fetch_add(chunk, std::memory_order_relaxed)) < num_tasks;) {
+      for (int64_t i = begin; i < begin + chunk && i < num_tasks; ++i) {
+        const int64_t block = i % blocks, head = i / blocks;
+        const AttentionTask task{head / p.num_key_heads, head % p.num_key_heads, rows * block / blocks,
+                                 rows * (block + 1) / blocks};
+        kernel.run(p, task, memory);
+      }
     }
   });
 }

@@ -6,6 +6,7 @@
 #include "kernel_table.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "amx_attention_task.h"
 #include "amx_gemm_task.h"
 #include "amx_split_task.h"
 #include "amx_weight_grad_task.h"
@@ -63,6 +64,12 @@ constexpr KernelTable kKernels = kernel_table(
         .across = bfloat16_sizes(kAmxMaxCols * kAmxChunk * kElementSize),
         .run_transposed = run_amx_transposed_gemm_task,
         .weight_grad = run_amx_weight_grad_task,
+    },
+    {
+        .max_rows = kAmxAttentionRows,
+        .max_head_dim = kAmxMaxCols,
+        .scratch_bytes = amx_attention_scratch,
+        .run = run_amx_attention_task,
     });
 
 }  // namespace

@@ -65,18 +65,17 @@ struct AttentionTask {
   int64_t row_begin, row_end;
 };
 
-// What each worker needs for one: the packed rows, then their scores [rows][score_stride].
-struct AttentionScratch {
-  int64_t score_stride;
-  int64_t scores_offset;
-  int64_t bytes;
+struct AttentionKernel {
+  int64_t max_rows;  // of a task
+  int64_t max_head_dim;
+  int64_t (*scratch_bytes)(const AttentionParams& params);  // that each worker needs
+  void (*run)(const AttentionParams& params, const AttentionTask& task, void* scratch);
 };
 
 struct KernelTable {
-  GemmKernel gemm[3];  // by DType
-  void (*attention[3])(const AttentionParams& params, const AttentionTask& task, const AttentionScratch& scratch,
-                       void* memory);
-  int64_t attention_rows;  // of a task, at most
+  GemmKernel gemm[3];                  // by DType
+  AttentionKernel attention[3];        // by DType
+  AttentionKernel attention_by_tiles;  // of many queries in bfloat16; of none without tile registers
   void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
   void (*unpermute_grad_rows)(const UnpermuteGradParams& params, int64_t row_begin, int64_t row_end);
   void (*unpermute_grad_weights)(const UnpermuteGradParams& params, int64_t token_begin, int64_t token_end);

@@ -53,11 +53,12 @@ using DotOfBFloat16 = DotBFloat16Native;
 using DotOfBFloat16 = DotBFloat16;
 #endif
 
-constexpr KernelTable kernel_table(GemmKernel float32_gemm, GemmKernel bfloat16_gemm) {
+constexpr KernelTable kernel_table(GemmKernel float32_gemm, GemmKernel bfloat16_gemm,
+                                   AttentionKernel attention_by_tiles = {}) {
   return {
       {float32_gemm, bfloat16_gemm, gemm_kernel<DotFloat16>()},
-      {run_attention_task<DotFloat32>, run_attention_task<DotOfBFloat16>, run_attention_task<DotFloat16>},
-      kTileRows,
+      {attention_kernel<DotFloat32>(), attention_kernel<DotOfBFloat16>(), attention_kernel<DotFloat16>()},
+      attention_by_tiles,
       unpermute,
       unpermute_grad_rows,
       unpermute_grad_weights,

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moekernels import ops
+from moekernels._settings import current_cpu_isa
 from moekernels.nn import (
     ATTENTION_FUNCTIONS,
     AttentionMask,
@@ -101,6 +103,32 @@ def test_gradients(name: str) -> None:
     truth = torch.autograd.grad((definition(*inputs, visible, 0.3) * weights).sum(), inputs)
     for mine, other in zip(ours, truth, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("of_query", "num_keys", "is_ours"),
+    [
+        ((2, 4, 1, 8), 900, True),
+        ((8, 4, 4, 8), 9, False),
+        ((2, 4, 9, 8), 512, "amx"),
+        ((2, 4, 9, 8), 513, False),
+        ((2, 4, 9, 264), 9, False),
+    ],
+    ids=str,
+)
+def test_where_the_kernel_is_the_faster(
+    of_query: tuple[int, ...], num_keys: int, is_ours: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: calls.append(args))
+    query = torch.ones(of_query, dtype=torch.bfloat16)
+    key = torch.ones(2, 4, num_keys, of_query[3], dtype=torch.bfloat16)
+    expected = current_cpu_isa() == is_ours if isinstance(is_ours, str) else is_ours
+    sdpa_attention(query, key, key, AttentionMask(), scale=1.0)
+    assert bool(calls) == expected
+    calls.clear()
+    sdpa_attention(query.float(), key.float(), key.float(), AttentionMask(), scale=1.0)
+    assert bool(calls) == (is_ours is True)
 
 
 def test_probabilities() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from moekernels.ops import reference
 from tests.tolerance import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# B, B', H, G, Q, S, D: beams, grouped heads, more rows than a task has, heads below and beside a vector, long keys.
+# B, B', H, G, Q, S, D: beams, grouped heads, more rows than a task has, heads below and beside a vector, long keys;
+# then many queries, for which there are tile registers.
 SHAPES = (
     (2, 2, 4, 4, 1, 9, 16),
     (5, 1, 3, 3, 1, 33, 64),
@@ -18,6 +21,11 @@ SHAPES = (
     (1, 1, 2, 2, 1, 1, 1),
     (2, 1, 2, 2, 2, 7, 1100),
     (1, 1, 2, 1, 1, 700, 128),
+    (1, 1, 2, 2, 32, 32, 64),
+    (6, 2, 4, 2, 19, 45, 40),
+    (1, 1, 2, 1, 140, 33, 256),
+    (1, 1, 1, 1, 9, 1, 1),
+    (1, 1, 1, 1, 10, 50, 300),
 )
 
 
@@ -58,7 +66,7 @@ def test_against_the_definition(dtype: torch.dtype, shape: tuple[int, ...], bias
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
-    for shape in ((6, 2, 8, 2, 3, 21, 72), (1, 1, 1, 1, 5, 6, 7)):
+    for shape in ((6, 2, 8, 2, 3, 21, 72), (1, 1, 1, 1, 5, 6, 7), (1, 1, 2, 1, 17, 20, 33)):
         query, key, value = inputs(shape, dtype)
         truth = reference.attention(query.double(), key.double(), value.double(), scale=0.2)
         with cpu_isa(isa):
@@ -67,43 +75,58 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
         assert_accurate(out, truth, plain, value.abs().max().item())
 
 
-@pytest.mark.parametrize("of_bias", [(4, 6, 3, 9), (1, 6, 1, 9), (2, 6, 3, 9), (4, 1, 1, 9), (1, 1, 3, 9)], ids=str)
-def test_broadcast_bias_and_strides(of_bias: tuple[int, ...]) -> None:
-    query, key, value = inputs((4, 2, 6, 3, 3, 9, 16))
-    bias = torch.randn(of_bias)
+# float32, and bfloat16 of many queries: both kernels.
+BOTH_KERNELS = pytest.mark.parametrize(("dtype", "num_queries"), [(torch.float32, 3), (torch.bfloat16, 12)], ids=str)
+
+
+@BOTH_KERNELS
+@pytest.mark.parametrize("of_bias", [(4, 6, 0, 9), (1, 6, 1, 9), (2, 6, 0, 9), (4, 1, 1, 9), (1, 1, 0, 9)], ids=str)
+def test_broadcast_bias_and_strides(of_bias: tuple[int, ...], dtype: torch.dtype, num_queries: int) -> None:
+    query, key, value = inputs((4, 2, 6, 3, num_queries, 9, 16), dtype)
+    bias = torch.randn([size or num_queries for size in of_bias]).to(dtype)
     expected = reference.attention(query, key, value, scale=1.0, bias=bias)
-    torch.testing.assert_close(ops.attention(query, key, value, scale=1.0, bias=bias), expected)
+    close = partial(
+        torch.testing.assert_close, expected=expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0
+    )
+    close(ops.attention(query, key, value, scale=1.0, bias=bias))
     across = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value, bias))
     query, key, value, bias = across
-    torch.testing.assert_close(ops.attention(query, key, value, scale=1.0, bias=bias), expected)
+    close(ops.attention(query, key, value, scale=1.0, bias=bias))
 
 
-def test_a_query_does_not_depend_on_the_others() -> None:
-    query, key, value = inputs((6, 1, 4, 2, 2, 33, 64), torch.bfloat16)
+@pytest.mark.parametrize("num_queries", [2, 40])
+def test_a_query_does_not_depend_on_the_others(num_queries: int) -> None:
+    query, key, value = inputs((6, 1, 4, 2, num_queries, 33, 64), torch.bfloat16)
     together = ops.attention(query, key, value, scale=0.1)
     for row in range(6):
         assert torch.equal(ops.attention(query[row : row + 1], key, value, scale=0.1), together[row : row + 1])
     assert torch.equal(ops.attention(query[:, :, 1:], key, value, scale=0.1), together[:, 1:])
 
 
-def test_hidden_keys_and_rows_that_see_nothing() -> None:
-    query, key, value = inputs((1, 1, 1, 1, 2, 4, 16))
-    lowest = torch.finfo(torch.float32).min
-    bias = torch.tensor([[0.0, lowest, -torch.inf, 0.0], [lowest] * 4])[None, None]
+@BOTH_KERNELS
+def test_hidden_keys_and_rows_that_see_nothing(dtype: torch.dtype, num_queries: int) -> None:
+    query, key, value = inputs((1, 1, 1, 1, num_queries, 4, 16), dtype)
+    lowest = torch.finfo(dtype).min
+    bias = torch.full((1, 1, num_queries, 4), lowest, dtype=dtype)
+    bias[..., 0, :] = torch.tensor([0.0, lowest, -torch.inf, 0.0])
     out = ops.attention(query * 20, key, value, scale=1.0, bias=bias)
     seen = reference.attention(query[:, :, :1] * 20, key[:, :, [0, 3]], value[:, :, [0, 3]], scale=1.0)
     torch.testing.assert_close(out[:, :1], seen)
     assert out.isfinite().all()
     value[0, 0, 0, 0] = torch.nan
     out = ops.attention(query, key, value, scale=1.0)
-    assert torch.equal(out.isnan()[0], torch.tensor([[True] + [False] * 15] * 2))
+    assert torch.equal(out.isnan()[0], torch.tensor([[True] + [False] * 15] * num_queries))
     query[0, 0, 1, 0] = torch.nan
-    assert torch.equal(ops.attention(query, key, value, scale=1.0).isnan()[0, :, 1], torch.tensor([False, True]))
+    out = ops.attention(query, key, value, scale=1.0)
+    assert torch.equal(out.isnan()[0, :, 1], torch.arange(num_queries) == 1)
 
 
-@pytest.mark.parametrize("shape", [(0, 0, 2, 2, 1, 3, 8), (2, 2, 2, 2, 0, 3, 8), (2, 1, 2, 2, 1, 0, 8)], ids=str)
-def test_empty(shape: tuple[int, ...]) -> None:
-    query, key, value = inputs(shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(0, 0, 2, 2, 1, 3, 8), (2, 2, 2, 2, 0, 3, 8), (2, 1, 2, 2, 1, 0, 8), (2, 1, 2, 2, 10, 0, 8)], ids=str
+)
+def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, key, value = inputs(shape, dtype)
     expected = reference.attention(query, key, value, scale=1.0)
     assert torch.equal(ops.attention(query, key, value, scale=1.0), expected)
 

@@ -11,10 +11,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: 
     """Attend to keys that several queries may share: ``softmax(scale * query @ key.T + bias) @ value``.
 
     Made for decoding, where a few queries read many keys: every key is read once for up to six queries, from where it
-    lies in a cache, and neither keys nor scores are copied into float32. The batch and the heads of the keys may divide
+    lies in a cache, and neither keys nor scores are copied into float32. Nine bfloat16 queries of a row and more are
+    multiplied by tile registers, on processors that have them (AMX). The batch and the heads of the keys may divide
     those of the queries: then as many consecutive rows of the batch (beams), and heads (arXiv 2305.13245), as it takes
-    look at the same keys. In inference on a CPU this is a kernel, in which a query's bits do not depend on the others;
-    elsewhere, and for a gradient, it is plain PyTorch.
+    look at the same keys. In inference on a CPU this is a kernel, in which a query's bits do not depend on the others,
+    but for whether they are nine; elsewhere, and for a gradient, it is plain PyTorch.
 
     Args:
         query: ``[B, H, Q, D]``, float32, bfloat16 or float16.
