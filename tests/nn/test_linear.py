@@ -4,8 +4,11 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moekernels.nn import Linear
+from moekernels.nn.linear import activated
 from moekernels.ops import linear
 from tests.tolerance import assert_accurate
 
@@ -65,3 +68,63 @@ def test_compiles_and_autocasts() -> None:
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 40), (2, 100, 40), (0, 40)], ids=str)
+@torch.no_grad()
+def test_an_activated_layer_has_the_bits_of_layer_and_activation(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    layer, x = Linear(40, 24).to(dtype), torch.randn(shape).to(dtype)
+    for activation in (F.relu, F.gelu):
+        assert torch.equal(activated(layer, activation, x), activation(layer(x)))
+
+
+@torch.no_grad()
+def test_whoever_watches_a_layer_sees_what_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Linear(40, 24), torch.randn(3, 40)
+    expected = layer(x)
+    assert (expected < 0).any()
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    def check() -> None:
+        assert torch.equal(activated(layer, F.relu, x), expected.relu())
+        assert len(seen) == 1 and torch.equal(seen.pop(), expected)
+
+    with layer.register_forward_hook(watch):
+        check()
+    with nn.modules.module.register_module_forward_hook(watch):
+        check()
+    with layer.register_forward_pre_hook(lambda *_: seen.append(expected)):
+        check()
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", lambda x: seen.append(expected) or expected)
+        check()
+    activated(layer, F.relu, x)
+    assert not seen
+
+    class Doubled(Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    doubled = Doubled(40, 24)
+    doubled.load_state_dict(layer.state_dict())
+    assert torch.equal(activated(doubled, F.relu, x), 2 * expected.relu())
+
+
+def test_gradients_and_graph_of_an_activated_layer() -> None:
+    layer, x = Linear(40, 24), torch.randn(3, 40, requires_grad=True)
+    ours, plain = (
+        torch.autograd.grad(out.sum(), (x, layer.weight, layer.bias))
+        for out in (activated(layer, F.relu, x), F.relu(F.linear(x, layer.weight, layer.bias)))
+    )
+    assert all(map(torch.equal, ours, plain))
+    calls: list[int] = []
+    with layer.register_full_backward_hook(lambda *_: calls.append(1)):
+        activated(layer, F.relu, x).sum().backward()
+    assert calls == [1]
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: activated(layer, F.relu, x), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), activated(layer, F.relu, x))

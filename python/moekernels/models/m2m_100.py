@@ -24,6 +24,7 @@ from moekernels.models.translation import (
 )
 from moekernels.nn import Linear
 from moekernels.nn.activations import activation_function
+from moekernels.nn.linear import activated
 
 
 class M2M100Config(TranslationConfig):
@@ -73,7 +74,7 @@ class M2M100EncoderLayer(nn.Module):
         """``hidden [B, S, H]`` -> output ``[B, S, H]``, attention probabilities, no router logits."""
         attended, probs = self.self_attn(self.self_attn_layer_norm(hidden), context, head_mask)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        inner = self.activation(self.fc1(self.final_layer_norm(hidden)))
+        inner = activated(self.fc1, self.activation, self.final_layer_norm(hidden))
         mixed = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
         hidden = hidden + F.dropout(mixed, self.dropout, self.training)
         return clamp_float16(hidden, always=True), probs, None
@@ -110,7 +111,7 @@ class M2M100DecoderLayer(nn.Module):
             self.encoder_attn_layer_norm(hidden), context, cross_head_mask, source
         )
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        inner = self.activation(self.fc1(self.final_layer_norm(hidden)))
+        inner = activated(self.fc1, self.activation, self.final_layer_norm(hidden))
         mixed = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
         return hidden + F.dropout(mixed, self.dropout, self.training), probs, cross_probs, None
 

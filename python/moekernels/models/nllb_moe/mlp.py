@@ -16,7 +16,7 @@ from moekernels import ops
 from moekernels.models.nllb_moe.config import TOP_K, NllbMoeConfig
 from moekernels.nn import GroupedExperts, Linear
 from moekernels.nn.activations import activation_function, op_activation
-from moekernels.nn.linear import linear_in
+from moekernels.nn.linear import activated, linear_in
 
 
 class Top2Routing(NamedTuple):
@@ -148,7 +148,7 @@ class NllbMoeDenseActDense(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""
-        inner = self.activation(self.fc1(hidden_states))
+        inner = activated(self.fc1, self.activation, hidden_states)
         return self.fc2(F.dropout(inner, self.dropout, self.training))
 
 

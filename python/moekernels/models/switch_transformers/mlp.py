@@ -15,7 +15,7 @@ from moekernels import ops
 from moekernels.models.switch_transformers.config import SwitchTransformersConfig, activation_and_gate
 from moekernels.nn import GroupedExperts, Linear
 from moekernels.nn.activations import activation_function, op_activation
-from moekernels.nn.linear import linear_in
+from moekernels.nn.linear import activated, linear_in
 
 
 class Top1Routing(NamedTuple):
@@ -113,7 +113,7 @@ class SwitchTransformersDenseActDense(nn.Module):
         if self.gated:
             inner = self.activation(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
         else:
-            inner = self.activation(self.wi(hidden_states))
+            inner = activated(self.wi, self.activation, hidden_states)
         return self.wo(F.dropout(inner, self.dropout, self.training))
 
 
