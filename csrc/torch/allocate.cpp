@@ -29,12 +29,15 @@ std::optional<Tensor> in_block(IntHeaderOnlyArrayRef sizes, ScalarType dtype, si
 
 }  // namespace
 
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-  const IntHeaderOnlyArrayRef sizes(shape.begin(), shape.size());
+Tensor new_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes) {
   if (like.is_cpu()) {
     if (std::optional<Tensor> tensor = in_block(sizes, like.scalar_type(), like.element_size())) return *tensor;
   }
   return torch::stable::new_empty(like, sizes);
+}
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return moekernels::new_empty(like, IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
 }
 
 Tensor empty_bytes(int64_t num_bytes, const Tensor& on) {

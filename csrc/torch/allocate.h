@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 #include <initializer_list>
 
@@ -9,6 +10,7 @@ namespace moekernels {
 
 // An uninitialised tensor with the dtype and the device of `like`. A large one on the CPU lies in a block of
 // moekernels/memory.h and cannot be resized.
+torch::stable::Tensor new_empty(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes);
 torch::stable::Tensor new_empty(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes);
 
 // Scratch memory on the device of `on`, likewise.

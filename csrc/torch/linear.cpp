@@ -37,7 +37,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   }
   sizes.push_back(out_features);
   check.that(params.num_rows <= INT32_MAX, "input must have at most ", INT32_MAX, " rows, got ", params.num_rows);
-  Tensor out = new_empty(input, {params.num_rows, out_features});
+  Tensor out = moekernels::new_empty(input, sizes);  // and not torch::stable's
   if (out.numel() > 0) {
     const bool is_matrix = input.dim() == 2;
     const Tensor source = is_matrix ? dense_rows(input) : dense(input);
@@ -58,7 +58,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
     params.batch_invariant = batch_invariant;
     launch(params, input);
   }
-  return input.dim() == 2 ? out : torch::stable::view(out, sizes);
+  return out;
 }
 
 }  // namespace moekernels

@@ -104,7 +104,8 @@ class EncoderDecoderAttention(nn.Module):
 
     def _heads(self, projected: Tensor) -> Tensor:
         """``[B, T, heads * D]`` -> ``[B, heads, T, D]``."""
-        return projected.view(*projected.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+        batch_size, num_tokens, _ = projected.shape
+        return projected.view(batch_size, num_tokens, self.num_heads, self.head_dim).transpose(1, 2)
 
 
 def clamp_float16(hidden: Tensor, *, always: bool = False) -> Tensor:
