@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., hidden_size]`` -> the same shape, in the dtype of the weight."""
-        return ops.rms_norm(hidden.to(self.weight.dtype), self.weight, epsilon=self.eps)
+        weight = self.weight
+        return ops.rms_norm(hidden.to(weight.dtype), weight, epsilon=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -323,6 +323,12 @@ def test_labels_need_a_start_token(tmp_path: Path) -> None:
         reloaded(tmp_path)._shift_right(torch.ones(1, 2, dtype=torch.long))
 
 
+def test_the_position_bias_lies_as_kernels_read_it(plain: Pair) -> None:
+    for stack in (plain.ours.get_encoder(), plain.ours.get_decoder()):
+        bias = stack._position_bias(torch.arange(3), 7)
+        assert bias.shape == (1, plain.ours.config.num_heads, 3, 7) and bias.is_contiguous()
+
+
 def test_flash_attention_has_no_position_bias(plain: Pair) -> None:
     with pytest.raises(ValueError, match="attn_implementation must be one of sdpa, eager, got 'flash_attention_2'"):
         AutoModelForSeq2SeqLM.from_pretrained(plain.directory, attn_implementation="flash_attention_2", progress=False)

@@ -48,7 +48,8 @@ class SwitchTransformersAttention(EncoderDecoderAttention):
         )
         # This block may be on another device than the rest of the stack.
         bias = self.relative_attention_bias(buckets.to(self.relative_attention_bias.weight.device))
-        return bias.permute(2, 0, 1)[None].to(positions.device)
+        # Read in every layer, where a kernel wants the keys side by side.
+        return bias.permute(2, 0, 1)[None].to(positions.device).contiguous()
 
     def project_query(self, hidden: Tensor) -> Tensor:
         return self.q(hidden)
