@@ -34,7 +34,7 @@ constexpr GemmSizes bfloat16_sizes(int64_t right_bytes) {
 }
 
 // Chunks and scratch memory serve the vector kernels too, which take some of the tasks.
-constexpr GemmSizes float32_sizes(int64_t min_rows, int64_t max_rows, int64_t right_elements) {
+constexpr GemmSizes float32_sizes(int64_t min_rows, int64_t max_rows, int64_t packed_bytes, int64_t right_elements) {
   return {
       .packed_element_size = kSplitSize,
       .chunk = DotFloat32::kChunk,
@@ -42,7 +42,7 @@ constexpr GemmSizes float32_sizes(int64_t min_rows, int64_t max_rows, int64_t ri
       .min_rows = min_rows,
       .max_rows = max_rows,
       .padding = kOuterPadding,
-      .packed_bytes = 3 * kMegabyte / 2,
+      .packed_bytes = packed_bytes,
       .weight_rows = kAmxMaxCols,
       .min_weight_rows = kAmxMinCols,
       .right_bytes = right_elements * kSplitSize,
@@ -52,9 +52,9 @@ static_assert(DotFloat32::kChunk % kSplitChunk == 0 && DotFloat32::kChunk % kOut
 
 constexpr KernelTable kKernels = kernel_table(
     {
-        .sizes = float32_sizes(kStreamRows, kStreamRows, kStreamElements),
+        .sizes = float32_sizes(kStreamRows, kStreamRows, 3 * kMegabyte / 4, kStreamElements),
         .run = run_float32_gemm_task,
-        .across = float32_sizes(128, kAmxMaxCols, 2 * kAmxMaxCols * kSplitChunk),
+        .across = float32_sizes(128, kAmxMaxCols, 3 * kMegabyte / 2, 2 * kAmxMaxCols * kSplitChunk),
         .run_transposed = run_float32_transposed_gemm_task,
         .weight_grad = run_float32_weight_grad_task,
     },
