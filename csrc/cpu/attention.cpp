@@ -1,7 +1,8 @@
 // query [B, H, Q, D], key and value [B', G, S, D] -> out [B, Q, H, D]
 //
-// A task is some of the rows that look at the keys of one head of one row of the batch. Workers take a few at a time from
-// a common counter. A few queries read the keys from where they lie; for many of them tile registers are the faster.
+// A task is some of the rows that look at the keys of one head of one row of the batch. Workers take a few at a time
+// from a common counter. A few queries read the keys from where they lie; for many of them tile registers are the
+// faster.
 #include <atomic>
 
 #include "kernel_table.h"
