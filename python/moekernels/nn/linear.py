@@ -8,10 +8,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from moekernels import ops
 from moekernels._settings import autocast_dtype
+
+# Private to torch: where it is missing, there may always be one.
+_has_any_global_hook: Callable[[], bool] = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
 class Linear(nn.Linear):
