@@ -64,7 +64,6 @@ class AmxGemmTaskRunner {
  private:
   static constexpr int64_t kStrip = 2 * kAmxRows;  // a line of the output
   static_assert(kAmxMinCols / 2 % kStrip == 0);    // with which every task begins
-  static constexpr int64_t kFetchRowGroups = 8;    // fewer leave no time in which memory is idle
 
   // A block of output columns; none are left when count is 0. Two strips of 32 weight rows, neighbours, or a gate and
   // its value, are two pairs of groups.
@@ -151,7 +150,7 @@ class AmxGemmTaskRunner {
 
   // The weights of the next pair that `step` fetches; the first one is busy with reading those of this pair.
   AmxFetch rows_to_fetch(const Columns& cols, int64_t pair, int64_t step, int64_t k) const {
-    if (row_groups_ < kFetchRowGroups || step == 0) return {};
+    if (step == 0) return {};
     const int64_t row = (step - 1) * AmxFetch::kRows, left = row / kAmxRows;
     const Group group = group_of_next_pair(cols, pair, left, k);
     if (group.rows < kAmxRows) return {};

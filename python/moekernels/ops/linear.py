@@ -22,7 +22,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast.
 _MOST_ROWS = 64
 # By tile registers, on a Xeon with AMX: bfloat16 0.9 to 1.8 times as fast, 0.7 to 1.2 times at 512 rows; float32 1.3 to
-# 2.6 times up to 64 rows, 1.1 to 1.8 times up to 1024.
+# 2.6 times up to 64 rows, 1.05 to 1.8 times up to 1024.
 _MOST_ROWS_BY_TILES = {torch.bfloat16: 256, torch.float32: 1024}
 
 
