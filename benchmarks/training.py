@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.memory import peak_bytes
-from moekernels.bench.case import working
-from moekernels.bench.check import check_agreement
+from moekernels.bench.case import results
+from moekernels.bench.check import Mismatch, disagreements
 from moekernels.bench.clocks import Run, interleaved_medians, make_clock
 from moekernels.bench.layer import baselines, ours
 from moekernels.bench.machine import machine
@@ -64,8 +64,11 @@ def measure(
         others = baselines(x, shape).items()
         forwards |= {name: run for name, run in others if not any(part in name for part in args.skip)}
     steps = {name: as_step(forward, leaves, direction) for name, forward in forwards.items()}
-    outputs = working(steps, args.device)
-    check_agreement(f"{shape.name}, {num_tokens} tokens", outputs)
+    outputs, failures = results(steps, args.device)
+    failures |= disagreements(outputs)
+    if failures:
+        found = ", ".join(f"{name} {what}" for name, what in failures.items())
+        raise Mismatch(f"{shape.name}, {num_tokens} tokens: {found}")
     steps = {name: steps[name] for name in outputs}
     del outputs
     memory = {

@@ -32,6 +32,7 @@ from moekernels.bench.table import Row, render, save
 from moekernels.checkpoint import KEY_MAPS, checkpoint_tensors
 from moekernels.models import AutoConfig, AutoModelForSeq2SeqLM
 from moekernels.nn import EncoderDecoderCache, GroupedExperts
+from moekernels.quantization import QuantizedWeight
 
 Contestants = dict[str, Run]
 SIZES: dict[str, dict[str, Any]] = {
@@ -110,7 +111,8 @@ def work(modules: list[nn.Module], num_tokens: int) -> Work:
                 share, touched = 1 / part.num_experts, min(num_tokens / part.num_experts, 1.0)
             for weight in part.parameters(recurse=False):
                 flops += 2 * weight.numel() * share * num_tokens
-                num_bytes += weight.numel() * weight.element_size() * touched
+                size = weight.num_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
+                num_bytes += size * touched
     return Work(flops, num_bytes)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 # Processes that share a machine share its threads too: with more, they wait for each other at every barrier.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    threads = max((os.cpu_count() or 1) // workers, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cores // workers, 1)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
 
@@ -16,6 +18,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import moekernels
+from tests.isa import isas
 
 
 def _cuda_missing() -> str | None:
@@ -34,13 +37,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def _cuda_faults_stay_where_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fault of a kernel leaves its process without a GPU: it ends there, under the name of the test that made it."""
+    yield
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{request.node.nodeid}: {error}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # the test counts as failed, and another process goes on with the next
+        pytest.exit(f"after {request.node.nodeid}: {error}", returncode=1)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every op test runs on the CPU and, where there is one, on the GPU."""
     return torch.device(request.param)
 
 
-@pytest.fixture(params=[*moekernels.build_info()["cpu_isas"], pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[*isas(), pytest.param("cuda", marks=pytest.mark.gpu)])
 def unit(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The same for every instruction set of the CPU: the device that stands for it."""
     if request.param == "cuda":

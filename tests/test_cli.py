@@ -154,10 +154,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().out
 
     top = text("--help")
-    for word in ("info", "generate", "chat", "translate", "run", "demo", "bench", "--version", "examples:"):
+    for word in ("info", "generate", "chat", "translate", "run", "repack", "demo", "bench", "--version", "examples:"):
         assert word in top
     assert text("--version") == f"moekernels {__version__}\n"
-    for command in ("info", "generate", "chat", "translate", "run", "demo", "bench"):
+    for command in ("info", "generate", "chat", "translate", "run", "repack", "demo", "bench"):
         assert f"usage: moekernels {command}" in text(command, "--help")
 
 
@@ -170,6 +170,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("generate", "--model", "no/such/place", "--prompt", "a"), "no/such/place"),
         (("generate", "--model", ".", "--prompt", "a"), "no tokenizer in"),
         (("generate", "--model", ".", "--prompt", ""), "there is no prompt"),
+        (("repack", "--model", "no/such/place", "--output", "x"), "no/such/place"),
+        (("repack", "--model", ".", "--output", "x", "--dtype", "int3"), "dtype must be"),
         (("generate", "--model", ".", "--prompt", "a", "--top-k", "many"), "invalid int value: 'many'"),
         (("generate", "--model", ".", "--prompt", "a", "--device", "toaster"), "--device must be auto, cpu or cuda"),
         (("generate", "--model", ".", "--prompt", "a", "--device", "cuda"), "no CUDA device"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import moekernels
+from moekernels._settings import _CPU_ISAS
+from tests.isa import ALL_ISAS
 
 
 def import_copy(directory: Path, code: str = "import moekernels") -> str:
@@ -81,6 +84,28 @@ def test_cpu_isa_is_restored_and_checked() -> None:
         pass
 
 
+@pytest.mark.parametrize("isa", ALL_ISAS)
+def test_the_environment_makes_it_a_lesser_processor(isa: str) -> None:
+    code = """
+import moekernels
+from moekernels._settings import _CPU_ISAS
+from tests.isa import ALL_ISAS
+info = moekernels.build_info()
+print(*info["cpu_isas"])
+assert info["cpu_isa"] == info["cpu_isas"][-1]
+try:
+    with moekernels.cpu_isa("amx"):
+        assert info["cpu_isa"] == "amx"
+except ValueError as error:
+    assert info["cpu_isa"] != "amx" and "must be one of" in str(error)
+"""
+    environment = {**os.environ, "MOEKERNELS_CPU_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    present = moekernels.build_info()["cpu_isas"]
+    assert run.stdout.split() == present[: ALL_ISAS.index(isa) + 1]
+
+
 def test_batch_invariant_switches_and_restores() -> None:
     assert not moekernels.is_batch_invariant()
     with moekernels.batch_invariant():
@@ -107,3 +132,21 @@ def test_tile_choice_can_be_asked_without_a_gpu() -> None:
     assert _C.describe_weight_grad_tiles(compute_capability=80, **weight).startswith("sm80 128x128x32")
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16; got 'int8'"):
         _C.describe_tiles(num_rows=8, dtype="int8", **olmoe)
+
+
+def test_import_leaves_torchs_compiler_alone() -> None:
+    """It takes longer to import than everything here."""
+    code = "import sys, torch, moekernels; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_an_unknown_instruction_set_in_the_environment() -> None:
+    env = {**os.environ, "MOEKERNELS_CPU_ISA": "avx3"}
+    done = subprocess.run([sys.executable, "-c", "import moekernels"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr.endswith("must be one of portable, avx2, avx512, avx512_bf16, amx, got 'avx3'\n")
+
+
+def test_every_instruction_set_has_its_name_in_the_environment() -> None:
+    assert _CPU_ISAS == ALL_ISAS

@@ -46,6 +46,12 @@ def kept() -> int:
     return _C.memory_usage()["kept"]
 
 
+def resident() -> int:
+    """Bytes, without those of files: of a library more and more pages are read."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
 def test_the_next_output_lies_where_the_last_one_was() -> None:
     first = output(4 * _MB)
     address = first.data_ptr()
@@ -95,22 +101,32 @@ def test_a_view_keeps_its_memory() -> None:
     assert torch.equal(row, torch.full_like(row, 3.0)) and len(others) == 3
 
 
-def test_sizes_that_change_take_little_more_than_was_in_use_at_once() -> None:
+def test_sizes_that_change_take_no_more_than_was_in_use_at_once() -> None:
     before = in_use()
     for megabytes in (20, 4, 8, 16, 2, 12, 20, 6):
         pair = output(megabytes * _MB), output(megabytes * _MB)
-        assert in_use() + kept() - before <= 3 * 20 * _MB
+        assert in_use() + kept() - before <= 2 * 20 * _MB
         del pair
-    assert kept() <= 3 * 20 * _MB
+    assert kept() == 2 * 20 * _MB
 
 
-def test_sizes_that_are_needed_in_turn_are_all_kept() -> None:
-    """As in a step of training: 6 MB, and when they are gone twice 8 MB."""
-    for _ in range(3):
-        output(6 * _MB)
-        pair = output(8 * _MB), output(8 * _MB)
-        del pair
-    assert kept() == 22 * _MB
+def test_other_sizes_are_made_of_the_pages_that_are_kept() -> None:
+    """As in a step of training, whose sizes are needed in turn."""
+    tensors = [output(16 * _MB, float(i)) for i in range(6)]
+    held = resident()
+    for sizes in ((64, 32), (20, 40, 36), (96,), (2, 6, 8, 80), (40, 56)):
+        del tensors
+        tensors = [output(megabytes * _MB, float(megabytes)) for megabytes in sizes]
+        assert kept() == 0 and resident() - held < 8 * _MB
+        assert all(x.min() == x.max() == megabytes for x, megabytes in zip(tensors, sizes, strict=True))
+
+
+def test_what_is_left_of_a_block_is_kept() -> None:
+    large, small = output(12 * _MB), output(4 * _MB)
+    del large
+    others = output(6 * _MB, 6.0), output(6 * _MB, 7.0)  # the second is the half that was left
+    assert kept() == 0 and small.min() == 1.0
+    assert [float(tensor.min()) for tensor in others] == [float(tensor.max()) for tensor in others] == [6.0, 7.0]
 
 
 def test_memory_released_while_outputs_live() -> None:
@@ -118,11 +134,6 @@ def test_memory_released_while_outputs_live() -> None:
     output(4 * _MB)
     assert moekernels.release_memory() == 4 * _MB
     assert torch.equal(tensor, torch.full_like(tensor, 5.0))
-
-
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def test_released_memory_is_the_systems() -> None:

@@ -1,8 +1,8 @@
 # Decides whether the CUDA kernels are built, and for which architectures.
-#   MOEKERNELS_CUDA=auto|on|off   auto: if nvcc is found
+#   MOEKERNELS_CUDA=auto|on|off   auto: if torch is a CUDA build and nvcc is found
 #   MOEKERNELS_CUDA_ARCHS         e.g. "90a" or "80;90a"; default: the GPUs present, or every default one
-# Each may be a CMake variable or come from the environment.
-# Sets MOEKERNELS_USE_CUDA, MOEKERNELS_CUDA_ARCH_LIST and, where CUDA is left out, MOEKERNELS_CUDA_REASON.
+# Each may be a CMake variable or come from the environment. Reads TorchStable_CUDA.
+# Sets MOEKERNELS_USE_CUDA, MOEKERNELS_CUDA_ARCH_LIST, MOEKERNELS_HAS_SM90A (whether Hopper is among them) and, where CUDA is left out, MOEKERNELS_CUDA_REASON.
 
 function(moekernels_setting name default)
   if(NOT DEFINED ${name})
@@ -30,6 +30,23 @@ function(moekernels_present_archs result)
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
+# Stops unless every one of `archs` is a number from 80 on that this nvcc knows. Names such as "native" are refused, since
+# the kernels for Hopper are chosen by its number.
+function(moekernels_check_archs archs)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} is no working nvcc")
+  endif()
+  string(REGEX MATCHALL "[0-9]+" known "${known}")
+  foreach(arch IN LISTS archs)
+    if(NOT arch MATCHES "^([0-9]+)[af]?(-real|-virtual)?$" OR CMAKE_MATCH_1 LESS 80)
+      message(FATAL_ERROR "MOEKERNELS_CUDA_ARCHS must name architectures from 80 on, such as \"80;90a\", got '${arch}'")
+    elseif(NOT CMAKE_MATCH_1 IN_LIST known)
+      message(FATAL_ERROR "MOEKERNELS_CUDA_ARCHS: '${arch}' is unknown to ${CMAKE_CUDA_COMPILER}, which knows ${known}")
+    endif()
+  endforeach()
+endfunction()
+
 moekernels_setting(MOEKERNELS_CUDA auto)
 moekernels_setting(MOEKERNELS_CUDA_ARCHS "")
 string(TOLOWER "${MOEKERNELS_CUDA}" MOEKERNELS_CUDA)
@@ -40,6 +57,9 @@ if(NOT MOEKERNELS_CUDA MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "MOEKERNELS_CUDA must be auto, on or off, got '${MOEKERNELS_CUDA}'")
 elseif(MOEKERNELS_CUDA STREQUAL "off")
   set(MOEKERNELS_CUDA_REASON "switched off by MOEKERNELS_CUDA=off")
+elseif(MOEKERNELS_CUDA STREQUAL "auto" AND TorchStable_CUDA STREQUAL "")
+  # Minutes of compiling for kernels that this torch has no device to run on.
+  set(MOEKERNELS_CUDA_REASON "torch ${TorchStable_VERSION} has no CUDA; MOEKERNELS_CUDA=on builds them all the same")
 else()
   include(CheckLanguage)
   check_language(CUDA)
@@ -62,8 +82,16 @@ if(MOEKERNELS_USE_CUDA)
   endif()
   # Hopper's own instructions (wgmma, TMA with its tensor maps) need the "a".
   list(TRANSFORM MOEKERNELS_CUDA_ARCHS REPLACE "^90($|-)" "90a\\1" OUTPUT_VARIABLE MOEKERNELS_CUDA_ARCH_LIST)
+  moekernels_check_archs("${MOEKERNELS_CUDA_ARCH_LIST}")
+  set(MOEKERNELS_HAS_SM90A OFF)
+  if("${MOEKERNELS_CUDA_ARCH_LIST}" MATCHES "(^|;)90a")
+    set(MOEKERNELS_HAS_SM90A ON)
+  endif()
   set(CMAKE_CUDA_ARCHITECTURES "${MOEKERNELS_CUDA_ARCH_LIST}")
   enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+    message(FATAL_ERROR "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is too old: the kernels are C++20, which needs 12.0 or newer")
+  endif()
   if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc speaks C++20
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")

@@ -1,5 +1,6 @@
 # The LibTorch stable ABI of the torch that is already installed: headers and libtorch_cpu, nothing else.
-# Defines TorchStable::TorchStable, TorchStable_VERSION. Works with the CPU wheel, for CUDA builds too.
+# Defines TorchStable::TorchStable, TorchStable_VERSION, and TorchStable_CUDA: the CUDA version that torch was built with,
+# empty for a CPU build. Works with the CPU wheel, for CUDA builds too.
 execute_process(
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/find_torch.py"
   OUTPUT_VARIABLE TorchStable_DIR
@@ -10,6 +11,8 @@ execute_process(
 if(TorchStable_RESULT EQUAL 0)
   file(STRINGS "${TorchStable_DIR}/version.py" version_line REGEX "^__version__")
   string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+[^'\"]*" TorchStable_VERSION "${version_line}")
+  file(STRINGS "${TorchStable_DIR}/version.py" cuda_line REGEX "^cuda")
+  string(REGEX MATCH "[0-9]+\\.[0-9]+" TorchStable_CUDA "${cuda_line}")
   find_library(TorchStable_LIBRARY torch_cpu PATHS "${TorchStable_DIR}/lib" NO_DEFAULT_PATH NO_CACHE)
 else()
   string(STRIP "${TorchStable_ERROR}" TorchStable_ERROR)

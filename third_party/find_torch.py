@@ -2,12 +2,14 @@
 
 Used in two places: by the build backend, to decide whether torch must become a build requirement, and by CMake
 (``python find_torch.py`` prints the directory). It must therefore run without torch being importable: under pip's build
-isolation the installed torch is hidden from ``import`` but lies in site-packages all the same.
+isolation the installed torch is hidden from ``import`` but lies in site-packages all the same. MOEKERNELS_TORCH in the
+environment names another one: the extension's libraries are the same for every Python.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import site
 import sys
@@ -19,6 +21,9 @@ MINIMUM_VERSION = (2, 11)
 
 
 def _candidates() -> Iterator[Path]:
+    if named := os.environ.get("MOEKERNELS_TORCH"):
+        yield Path(named)
+        return
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
@@ -53,7 +58,7 @@ def find_torch() -> Path | None:
 if __name__ == "__main__":
     found = find_torch()
     if found is None:
-        sys.exit(
-            f"no torch >= {'.'.join(map(str, MINIMUM_VERSION))} with its C++ headers was found by {sys.executable}"
-        )
+        where = os.environ.get("MOEKERNELS_TORCH")
+        place = f"is in MOEKERNELS_TORCH={where}" if where else f"was found by {sys.executable}"
+        sys.exit(f"no torch >= {'.'.join(map(str, MINIMUM_VERSION))} with its C++ headers {place}")
     print(found)

@@ -1,6 +1,9 @@
 """Whole translations with m2m100_418M at its real size and with random weights, beside CTranslate2.
 
     python benchmarks/peers/m2m_100.py --install --dtypes float32 --batch 1 8 --save out.json
+    python benchmarks/peers/m2m_100.py --dtypes bfloat16 --weights int8
+
+With `--weights` our Linears are quantised to that format, and CTranslate2 computes in int8.
 
 CTranslate2 gets the same weights in the same precision, threads, beams and length, in the same process; transformers
 converts them and is measured too. For each row it is said on how many tokens both agree: the weights are random, so
@@ -27,18 +30,21 @@ from benchmarks.translation import Pair, Work, build, generate_runs, measure, wo
 from moekernels.bench.machine import machine
 from moekernels.bench.roofs import measure_roofs, name_of
 from moekernels.bench.table import Row, render, save
+from moekernels.models.quantization import Quantization
+from moekernels.models.quantized import quantize_model
+from moekernels.quantization import parse_format
 
 NAME = "CTranslate2"
 
 
-def translator_of(pair: Pair, dtype: torch.dtype, ctranslate2: ModuleType) -> Any:
+def translator_of(pair: Pair, compute_type: str, ctranslate2: ModuleType) -> Any:
     """The model's weights in CTranslate2.
 
     Raises:
-        SystemExit: it cannot compute in that dtype here.
+        SystemExit: it cannot compute in that type here.
     """
-    if name_of(dtype) not in ctranslate2.get_supported_compute_types("cpu"):
-        raise SystemExit(f"{NAME} cannot compute in {name_of(dtype)} on this CPU")
+    if compute_type not in ctranslate2.get_supported_compute_types("cpu"):
+        raise SystemExit(f"{NAME} cannot compute in {compute_type} on this CPU")
     spec = ctranslate2.converters.transformers.M2M100Loader().get_model_spec(pair.theirs)
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{index}" for index in range(4, pair.ours.config.vocab_size))]
     spec.register_source_vocabulary(tokens)
@@ -46,11 +52,11 @@ def translator_of(pair: Pair, dtype: torch.dtype, ctranslate2: ModuleType) -> An
     spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
     spec.config.decoder_start_token = "</s>"
     spec.validate()
-    spec.optimize(quantization=name_of(dtype))
+    spec.optimize(quantization=compute_type)
     with tempfile.TemporaryDirectory() as directory:
         spec.save(directory)
         return ctranslate2.Translator(
-            directory, device="cpu", compute_type=name_of(dtype), intra_threads=torch.get_num_threads()
+            directory, device="cpu", compute_type=compute_type, intra_threads=torch.get_num_threads()
         )
 
 
@@ -70,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_install_argument(parser)
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--weights", choices=["int8", "int4", "nf4", "q8_0"], help="the format of our Linears")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sentences")
     parser.add_argument("--source-length", type=int, default=32)
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
@@ -87,7 +94,9 @@ def main() -> None:
     rows: list[Row] = []
     for dtype in dtypes:
         pair = build("m2m100_418M", dtype, device, args.layers, with_transformers=True)
-        translator = translator_of(pair, dtype, ctranslate2)
+        translator = translator_of(pair, "int8" if args.weights else name_of(dtype), ctranslate2)
+        if args.weights is not None:
+            quantize_model(pair.ours, Quantization(parse_format(args.weights)))
         for batch in args.batch:
             ids = torch.randint(4, 32000, (batch, args.source_length))
             sources = [[f"t{index}" for index in row] for row in ids.tolist()]
@@ -102,7 +111,7 @@ def main() -> None:
                 once = work([pair.ours.get_encoder()], ids.numel())
                 step = work([pair.ours.get_decoder(), pair.ours.lm_head], batch * num_beams)
                 total = Work(*(a + args.new_tokens * b for a, b in zip(once, step, strict=True)))
-                title = f"{pair.name} generate {batch}, {num_beams} beams"
+                title = f"{pair.name} {args.weights or ''} generate {batch}, {num_beams} beams"
                 num_tokens = batch * args.new_tokens
                 row = measure(title, num_tokens, total, {**runs, NAME: theirs}, dtype, device, roofs, args.budget)
                 rows.append(row)

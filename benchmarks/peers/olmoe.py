@@ -1,6 +1,10 @@
 """Prefill and decoding of OLMoE at its real width and with random weights, beside llama.cpp.
 
     python benchmarks/peers/olmoe.py --install --dtype bfloat16 --layers 2
+    python benchmarks/peers/olmoe.py --weights int4
+
+With `--weights` attention and experts are quantised in both: by us to that format, for llama.cpp to Q4_0 or Q8_0, which
+have as many bits. Embedding, router and head stay as they are.
 
 Writes the weights as GGUF into a temporary file, so that both engines compute with the same numbers in the same
 precision, threads and lengths, in one process; says how far their logits are apart, and times both in turns. `tokens`
@@ -13,7 +17,7 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,9 +33,15 @@ from moekernels.bench.clocks import interleaved_medians, make_clock
 from moekernels.bench.machine import machine
 from moekernels.bench.roofs import Roofs, measure_roofs
 from moekernels.bench.table import Row, render, save
+from moekernels.models.quantization import Quantization
+from moekernels.models.quantized import quantize_model
 from moekernels.nn import DynamicCache
+from moekernels.quantization import QuantizedWeight, parse_format
 
 NAME = "llama.cpp"
+#: Our formats, and llama.cpp's of as many bits. Those of one pair whose values differ may differ in their logits.
+WEIGHTS = {"int4": "Q4_0", "q4_0": "Q4_0", "nf4": "Q4_0", "q8_0": "Q8_0", "int8": "Q8_0"}
+_SAME_VALUES = ("int4", "q4_0", "q8_0")
 
 
 def random_model(num_layers: int, dtype: torch.dtype) -> OlmoeForCausalLM:
@@ -62,7 +72,7 @@ def gguf_tensors(model: OlmoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
             "attn_q_norm": attention.q_norm.weight.float(),
             "attn_k_norm": attention.k_norm.weight.float(),
             "ffn_norm": layer.post_attention_layernorm.weight.float(),
-            "ffn_gate_inp": layer.mlp.gate.weight.float(),
+            "ffn_gate_inp": layer.mlp.router.weight.float(),
             "ffn_gate_exps": gate,
             "ffn_up_exps": up,
             "ffn_down_exps": experts.down_proj,
@@ -71,8 +81,8 @@ def gguf_tensors(model: OlmoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
             yield f"blk.{number}.{name}.weight", tensor
 
 
-def write_gguf(path: Path, model: OlmoeForCausalLM, gguf: ModuleType) -> None:
-    """The model without a vocabulary: it is given ids."""
+def write_gguf(path: Path, model: OlmoeForCausalLM, gguf: ModuleType, weights: str | None = None) -> None:
+    """The model without a vocabulary: it is given ids. `weights` is the type of attention and experts."""
     config = model.config
     writer = gguf.GGUFWriter(path, "olmoe")
     writer.add_block_count(config.num_hidden_layers)
@@ -89,6 +99,10 @@ def write_gguf(path: Path, model: OlmoeForCausalLM, gguf: ModuleType) -> None:
     writer.add_tokenizer_model("no_vocab")
     types = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
     for name, tensor in gguf_tensors(model):
+        if weights is not None and tensor.ndim > 1 and name.startswith("blk.") and "gate_inp" not in name:
+            kind = gguf.GGMLQuantizationType[weights]
+            writer.add_tensor(name, gguf.quantize(tensor.detach().float().contiguous().numpy(), kind), raw_dtype=kind)
+            continue
         raw = tensor.detach().contiguous().view(torch.uint8).numpy()  # numpy has no bfloat16
         writer.add_tensor(name, raw, raw_dtype=types[tensor.dtype])
     writer.write_header_to_file()
@@ -149,18 +163,26 @@ def work(model: OlmoeForCausalLM, num_tokens: int) -> tuple[float, float]:
     share = config.num_experts_per_tok / config.num_experts
     touched = 1 - (1 - share) ** num_tokens
     flops = 2.0 * ((dense + share * experts) * num_tokens + head)
-    return flops, float(dense + touched * experts + head) * model.lm_head.weight.element_size()
+
+    def num_bytes(parameters: Iterable[Tensor]) -> int:
+        return sum(p.num_bytes if isinstance(p, QuantizedWeight) else p.nbytes for p in parameters)
+
+    expert_bytes = num_bytes(p for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    dense_bytes = num_bytes(model.model.layers.parameters()) - expert_bytes
+    return flops, dense_bytes + touched * expert_bytes + model.lm_head.weight.nbytes
 
 
-def measure(name: str, num_tokens: int, runs: dict[str, Any], model: OlmoeForCausalLM, dtype: str, roofs: Roofs,
-            budget: float) -> Row:  # fmt: skip
+def measure(name: str, num_tokens: int, runs: dict[str, Any], model: OlmoeForCausalLM, dtype: str, weights: str | None,
+            roofs: Roofs, budget: float) -> Row:  # fmt: skip
     device = torch.device("cpu")
     medians = interleaved_medians(runs, device, budget)
     seconds = medians.pop("moekernels")
     flops, num_bytes = work(model, num_tokens)
     roof = roofs.seconds(flops, num_bytes, getattr(torch, dtype)) / seconds
     clock = make_clock(device).name
-    return Row(f"olmoe-1b-7b {name}", num_tokens, "–", dtype, seconds, flops, num_bytes, roof, medians, clock)
+    return Row(
+        f"olmoe-1b-7b {name}", num_tokens, "–", weights or dtype, seconds, flops, num_bytes, roof, medians, clock
+    )
 
 
 @torch.no_grad()
@@ -168,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_install_argument(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
+    parser.add_argument("--weights", choices=WEIGHTS, help="the format of attention and experts")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of measuring per row")
@@ -182,18 +205,20 @@ def main() -> None:
     ids = torch.randint(model.config.vocab_size, (args.prompt,)).tolist()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "olmoe.gguf"
-        write_gguf(path, model, gguf)
+        write_gguf(path, model, gguf, args.weights and WEIGHTS[args.weights])
+        if args.weights is not None:
+            quantize_model(model, Quantization(parse_format(args.weights)))
         engines = {"moekernels": Ours(model), NAME: Theirs(path, args.prompt + 1, llama_cpp)}
         mine, theirs = (engine.prefill(ids) for engine in engines.values())
         apart = ((mine - theirs).norm() / mine.norm()).item()
         print(f"  logits are {apart:.2%} apart", file=sys.stderr)
-        if not apart < 0.1:
+        if not apart < (0.1 if args.weights in (None, *_SAME_VALUES) else 0.5):
             raise SystemExit(f"{NAME} computes something else")
         prefill = {name: lambda engine=engine: engine.prefill(ids) for name, engine in engines.items()}
         step = {name: lambda engine=engine: engine.step(ids[0], args.prompt) for name, engine in engines.items()}
         rows = [
-            measure("prefill", args.prompt, prefill, model, args.dtype, roofs, args.budget),
-            measure("decoding step", 1, step, model, args.dtype, roofs, args.budget),
+            measure("prefill", args.prompt, prefill, model, args.dtype, args.weights, roofs, args.budget),
+            measure("decoding step", 1, step, model, args.dtype, args.weights, roofs, args.budget),
         ]
     print(render(rows, roofs, about))
     if args.save:

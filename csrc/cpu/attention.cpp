@@ -5,16 +5,15 @@
 // faster.
 #include <atomic>
 
-#include "kernel_table.h"
-#include "parallel.h"
+#include "common/rounding.h"
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
 
 namespace moekernels {
 namespace {
 
 using cpu::AttentionKernel;
 using cpu::AttentionTask;
-using cpu::ceil_div;
-using cpu::round_up;
 
 constexpr int64_t kElementsPerWorker = 32 * 1024;  // of keys and values; fewer are not worth waking another thread for
 constexpr int64_t kChunksPerWorker = 8;
@@ -31,11 +30,6 @@ const AttentionKernel& kernel_for(const AttentionParams& p) {
   return by_tiles ? kernels.attention_by_tiles : kernels.attention[static_cast<int32_t>(p.dtype)];
 }
 
-// Aligned for each worker.
-int64_t scratch_bytes(const AttentionKernel& kernel, const AttentionParams& p) {
-  return round_up(kernel.scratch_bytes(p), kLine);
-}
-
 // Rows of queries that look at the same keys.
 int64_t rows_per_key(const AttentionParams& p) {
   return p.batch_size / p.key_batch_size * (p.num_heads / p.num_key_heads) * p.num_queries;
@@ -49,22 +43,19 @@ int64_t workers(const AttentionParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-int64_t attention_workspace_cpu(const AttentionParams& p, const Parallel& parallel) {
-  return scratch_bytes(kernel_for(p), p) * workers(p, parallel);
-}
-
-void attention_cpu(const AttentionParams& p, const Parallel& parallel) {
+void run(const AttentionParams& p, const Parallel& parallel) {
   const AttentionKernel& kernel = kernel_for(p);
-  const int64_t bytes = scratch_bytes(kernel, p);
+  const int64_t bytes = round_up(kernel.scratch_bytes(p), kLine);  // aligned for each worker
   const int64_t rows = rows_per_key(p);
   const int64_t blocks = ceil_div(rows, kernel.max_rows);
   const int64_t num_tasks = p.key_batch_size * p.num_key_heads * blocks;
   const int64_t num_workers = workers(p, parallel);
   // The heads of a row lie side by side, and a processor fetches what lies beside what it reads.
   const int64_t chunk = ceil_div(num_tasks, kChunksPerWorker * num_workers);
+  auto* const scratch = cpu::scratch<char>(parallel, num_workers * bytes);
   std::atomic<int64_t> next_task{0};
   cpu::for_workers(parallel, num_workers, [&](int64_t worker) {
-    void* memory = static_cast<char*>(p.workspace) + worker * bytes;
+    void* memory = scratch + worker * bytes;
     for (int64_t begin; (begin = next_task.fetch_add(chunk, std::memory_order_relaxed)) < num_tasks;) {
       for (int64_t i = begin; i < begin + chunk && i < num_tasks; ++i) {
         const int64_t block = i % blocks, head = i / blocks;

@@ -1,7 +1,9 @@
 // Picks the instruction set, once, from the machine and the environment; tests may pick a lesser one.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -11,7 +13,7 @@
 #include <unistd.h>
 #endif
 
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace moekernels {
 namespace {
@@ -34,7 +36,11 @@ const cpu::KernelTable* table_of(CpuIsa isa) {
   return nullptr;
 }
 
-#if defined(__x86_64__)
+#if defined(MOEKERNELS_EMULATED_TILES)
+bool has_tiles() {
+  return true;  // tests/amx
+}
+#elif defined(__x86_64__)
 bool has_amx_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -52,6 +58,10 @@ bool may_use_tiles() {
   return false;
 #endif
 }
+
+bool has_tiles() {
+  return has_amx_bf16() && may_use_tiles();
+}
 #endif
 
 bool machine_has(CpuIsa isa) {
@@ -60,6 +70,7 @@ bool machine_has(CpuIsa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   switch (isa) {
     case CpuIsa::kPortable:
       return true;
@@ -68,9 +79,9 @@ bool machine_has(CpuIsa isa) {
     case CpuIsa::kAvx512:
       return avx512;
     case CpuIsa::kAvx512Bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16");
+      return avx512bf16;
     case CpuIsa::kAmx:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx_bf16() && may_use_tiles();
+      return avx512bf16 && has_tiles();
   }
   return false;
 #else
@@ -78,7 +89,7 @@ bool machine_has(CpuIsa isa) {
 #endif
 }
 
-CpuIsa clamp_to_best(CpuIsa isa) {
+CpuIsa best_up_to(CpuIsa isa) {
   for (int32_t i = static_cast<int32_t>(isa); i > 0; --i) {
     const CpuIsa candidate = static_cast<CpuIsa>(i);
     if (table_of(candidate) != nullptr && machine_has(candidate)) return candidate;
@@ -86,18 +97,19 @@ CpuIsa clamp_to_best(CpuIsa isa) {
   return CpuIsa::kPortable;
 }
 
-CpuIsa initial_isa() {
+// What the environment lets this machine be; anything where it names no instruction set.
+CpuIsa allowed_isa() {
   const char* name = std::getenv("MOEKERNELS_CPU_ISA");
   if (name != nullptr) {
     for (CpuIsa isa : kAll) {
-      if (std::strcmp(name, name_of(isa)) == 0) return clamp_to_best(isa);
+      if (std::strcmp(name, name_of(isa)) == 0) return isa;
     }
   }
-  return best_cpu_isa();
+  return CpuIsa::kAmx;
 }
 
 std::atomic<CpuIsa>& current() {
-  static std::atomic<CpuIsa> isa{initial_isa()};
+  static std::atomic<CpuIsa> isa{best_cpu_isa()};
   return isa;
 }
 
@@ -120,7 +132,7 @@ const char* name_of(CpuIsa isa) {
 }
 
 CpuIsa best_cpu_isa() {
-  static const CpuIsa best = clamp_to_best(CpuIsa::kAmx);
+  static const CpuIsa best = best_up_to(allowed_isa());
   return best;
 }
 
@@ -129,12 +141,18 @@ CpuIsa current_cpu_isa() {
 }
 
 void set_cpu_isa(CpuIsa isa) {
-  current().store(clamp_to_best(isa), std::memory_order_relaxed);
+  current().store(best_up_to(std::min(isa, best_cpu_isa())), std::memory_order_relaxed);
 }
 
 const Parallel& serial() {
   static const Parallel instance{
-      [](void*, int64_t num_tasks, Parallel::Body body, void* context) { body(context, 0, num_tasks); }, nullptr, 1};
+      [](void*, int64_t num_tasks, Parallel::Body body, void* context) { body(context, 0, num_tasks); },
+      [](void*, int64_t num_bytes) -> void* {
+        thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
+        memory.reset(std::aligned_alloc(64, static_cast<size_t>(num_bytes + 63) / 64 * 64));
+        return memory.get();
+      },
+      nullptr, 1};
   return instance;
 }
 

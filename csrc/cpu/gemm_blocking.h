@@ -2,14 +2,11 @@
 // second-level cache.
 #pragma once
 
-#include "kernel_table.h"
-#include "parallel.h"
+#include "common/rounding.h"
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
 
 namespace moekernels::cpu {
-
-inline int64_t clamp(int64_t x, int64_t lowest, int64_t highest) {
-  return x < lowest ? lowest : x > highest ? highest : x;
-}
 
 // For `rows` rows at most and sums over `depth` elements.
 inline GemmBlocking gemm_blocking(const GemmSizes& sizes, int64_t rows, int64_t depth, bool gated) {

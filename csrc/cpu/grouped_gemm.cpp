@@ -7,16 +7,14 @@
 #include <atomic>
 #include <cstring>
 
-#include "gemm_blocking.h"
+#include "common/rounding.h"
+#include "cpu/gemm_blocking.h"
 
 namespace moekernels {
 namespace {
 
-using cpu::ceil_div;
-using cpu::clamp;
 using cpu::GemmBlocking;
 using cpu::GemmTask;
-using cpu::round_up;
 
 constexpr int64_t kTasksPerWorker = 16;           // as many as let workers finish together
 constexpr int64_t kEqualTasksPerWorker = 4;       // where all have the same rows
@@ -27,8 +25,14 @@ int64_t output_width(const GroupedGemmParams& p) {
   return p.gated ? p.out_features / 2 : p.out_features;
 }
 
+// The parts of the weight that the output's columns are cut into. Gated, each goes with a part of values.
+int64_t column_parts(const GroupedGemmParams& p) {
+  if (p.weight_parts == nullptr || p.transposed) return 1;
+  return p.gated && p.num_parts > 1 ? p.num_parts / 2 : p.num_parts;
+}
+
 const cpu::GemmSizes& sizes_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
-  return p.transposed ? kernel.across : kernel.sizes;
+  return p.transposed ? kernel.mn_major : kernel.k_major;
 }
 
 GemmBlocking blocking_of(const GroupedGemmParams& p, const cpu::GemmKernel& kernel) {
@@ -41,12 +45,15 @@ class GroupedGemm {
       : p_(params),
         kernel_(cpu::kernels().gemm[static_cast<int32_t>(params.dtype)]),
         blocking_(blocking_of(params, kernel_)),
-        out_width_(output_width(params)) {
+        out_width_(output_width(params)),
+        parts_(column_parts(params)),
+        part_width_(out_width_ / parts_) {
     cut(parallel);
   }
 
   void run(const Parallel& parallel) {
     if (num_tasks_ == 0) return;
+    scratch_ = cpu::scratch<char>(parallel, num_workers_ * blocking_.scratch_bytes);
     cpu::for_workers(parallel, num_workers_, [this](int64_t worker) { work(worker); });
   }
 
@@ -63,7 +70,8 @@ class GroupedGemm {
   }
 
   int64_t row_blocks(int64_t expert) const { return ceil_div(rows_of(expert).size(), blocking_.rows); }
-  int64_t col_blocks() const { return ceil_div(out_width_, cols_); }
+  int64_t part_blocks() const { return ceil_div(part_width_, cols_); }
+  int64_t col_blocks() const { return parts_ * part_blocks(); }
   int64_t tasks_of(int64_t expert) const { return row_blocks(expert) * col_blocks(); }
 
   // Wide tasks save packing; narrow ones give every worker something to do until the end.
@@ -77,7 +85,7 @@ class GroupedGemm {
 
     const int64_t weights = blocks * p_.out_features * p_.in_features;
     num_workers_ = clamp(weights / kWeightsPerWorker + zero_tasks, 1, parallel.num_threads);
-    cols_ = clamp(out_width_, 1, out_width_ + 1);
+    cols_ = clamp(part_width_, 1, part_width_ + 1);
     const int64_t min_cols = sizes_of(p_, kernel_).min_weight_rows / (p_.gated ? 2 : 1);
     const int64_t tasks = num_workers_ * (p_.num_experts == 1 ? kEqualTasksPerWorker : kTasksPerWorker);
     while (num_workers_ > 1 && cols_ > min_cols && blocks * col_blocks() < tasks) {
@@ -88,7 +96,7 @@ class GroupedGemm {
   }
 
   void work(int64_t worker) {
-    void* scratch = static_cast<char*>(p_.workspace) + worker * blocking_.scratch_bytes;
+    void* scratch = scratch_ + worker * blocking_.scratch_bytes;
     int64_t expert = 0, first_task = 0;  // of the expert
     int64_t packed_row = -1;             // where the rows of the last task begin
     for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) {
@@ -115,8 +123,9 @@ class GroupedGemm {
     task.expert = expert;
     task.row_begin = rows.begin + rows.size() * row_block / blocks;
     task.row_end = rows.begin + rows.size() * (row_block + 1) / blocks;
-    task.col_begin = col_block * cols_;
-    task.col_end = clamp(task.col_begin + cols_, 0, out_width_);
+    const int64_t part_begin = col_block / part_blocks() * part_width_;
+    task.col_begin = part_begin + col_block % part_blocks() * cols_;
+    task.col_end = clamp(task.col_begin + cols_, 0, part_begin + part_width_);
     return task;
   }
 
@@ -131,20 +140,18 @@ class GroupedGemm {
   const cpu::GemmKernel& kernel_;
   const GemmBlocking blocking_;
   const int64_t out_width_;
+  const int64_t parts_;  // that a task's columns do not cross
+  const int64_t part_width_;
   int64_t cols_;  // per task
   int64_t num_workers_, num_gemm_tasks_, num_tasks_;
   int64_t first_unused_row_, zero_rows_;
+  char* scratch_ = nullptr;
   std::atomic<int64_t> next_task_{0};
 };
 
 }  // namespace
 
-int64_t grouped_gemm_workspace_cpu(const GroupedGemmParams& params, const Parallel& parallel) {
-  const auto& kernel = cpu::kernels().gemm[static_cast<int32_t>(params.dtype)];
-  return blocking_of(params, kernel).scratch_bytes * (parallel.num_threads > 1 ? parallel.num_threads : 1);
-}
-
-void grouped_gemm_cpu(const GroupedGemmParams& params, const Parallel& parallel) {
+void run(const GroupedGemmParams& params, const Parallel& parallel) {
   GroupedGemm(params, parallel).run(parallel);
 }
 

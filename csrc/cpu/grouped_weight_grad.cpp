@@ -4,15 +4,13 @@
 // the expert. How an output is summed depends on the expert's rows alone, not on who computes it.
 #include <atomic>
 
-#include "gemm_blocking.h"
+#include "common/rounding.h"
+#include "cpu/gemm_blocking.h"
 
 namespace moekernels {
 namespace {
 
-using cpu::ceil_div;
-using cpu::clamp;
 using cpu::GemmBlocking;
-using cpu::round_up;
 using cpu::WeightGradTask;
 
 constexpr int64_t kDepth = 1024;                   // rows of an expert that are packed at a time
@@ -21,7 +19,7 @@ constexpr int64_t kTasksPerWorker = 16;            // as many as let workers fin
 constexpr int64_t kProductsPerWorker = 64 * 1024;  // fewer are not worth waking another thread for
 
 GemmBlocking blocking_of(const GroupedWeightGradParams& p, const cpu::GemmKernel& kernel) {
-  return cpu::gemm_blocking(kernel.across, p.out_features, clamp(p.num_rows, 0, kDepth), false);
+  return cpu::gemm_blocking(kernel.mn_major, p.out_features, clamp(p.num_rows, 0, kDepth), false);
 }
 
 class GroupedWeightGrad {
@@ -40,8 +38,10 @@ class GroupedWeightGrad {
   }
 
   void run(const Parallel& parallel) {
-    cpu::for_workers(parallel, num_workers_, [this](int64_t worker) {
-      void* scratch = static_cast<char*>(p_.workspace) + worker * blocking_.scratch_bytes;
+    if (num_tasks() == 0) return;
+    auto* const memory = cpu::scratch<char>(parallel, num_workers_ * blocking_.scratch_bytes);
+    cpu::for_workers(parallel, num_workers_, [this, memory](int64_t worker) {
+      void* scratch = memory + worker * blocking_.scratch_bytes;
       for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks();) {
         kernel_.weight_grad(p_, blocking_, task_of(i), scratch);
       }
@@ -78,12 +78,7 @@ class GroupedWeightGrad {
 
 }  // namespace
 
-int64_t grouped_weight_grad_workspace_cpu(const GroupedWeightGradParams& params, const Parallel& parallel) {
-  const auto& kernel = cpu::kernels().gemm[static_cast<int32_t>(params.dtype)];
-  return blocking_of(params, kernel).scratch_bytes * (parallel.num_threads > 1 ? parallel.num_threads : 1);
-}
-
-void grouped_weight_grad_cpu(const GroupedWeightGradParams& params, const Parallel& parallel) {
+void run(const GroupedWeightGradParams& params, const Parallel& parallel) {
   GroupedWeightGrad(params, parallel).run(parallel);
 }
 

@@ -1,4 +1,4 @@
-// What one instruction set provides. Every isa_*.cpp fills one table; the drivers call through it and are themselves
+// What one instruction set provides. Every isa/*.cpp fills one table; the drivers call through it and are themselves
 // compiled for the baseline machine.
 #pragma once
 
@@ -42,7 +42,7 @@ struct GemmSizes {
   int64_t row_granule;          // scratch holds a multiple of so many rows
   int64_t min_rows;             // of a task where K is long: no fewer than make good use of each weight
   int64_t max_rows;             // of a task: as many as amortise what is done once for each block of weights
-  int64_t padding;              // elements between packed rows, or between their elements where those lie across
+  int64_t padding;              // elements between packed rows, or between their elements where those are MN-major
   int64_t packed_bytes;         // of those rows: they stay in the second-level cache
   int64_t weight_rows;          // per block of columns; gate and value count separately
   int64_t min_weight_rows;      // of a task
@@ -50,9 +50,9 @@ struct GemmSizes {
 };
 
 struct GemmKernel {
-  GemmSizes sizes;  // of weights that lie along K
+  GemmSizes k_major;  // of K-major weights
   void (*run)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch);
-  GemmSizes across;  // of operands that lie across K: transposed weights, and both operands of a weight gradient
+  GemmSizes mn_major;  // of MN-major operands: transposed weights, and both operands of a weight gradient
   void (*run_transposed)(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task,
                          void* scratch);
   void (*weight_grad)(const GroupedWeightGradParams& params, const GemmBlocking& blocking, const WeightGradTask& task,
@@ -72,9 +72,25 @@ struct AttentionKernel {
   void (*run)(const AttentionParams& params, const AttentionTask& task, void* scratch);
 };
 
+// Products with a quantised weight whose codes are read as they are.
+struct CodesKernel {
+  int64_t max_rows;  // of a task
+  int64_t (*scratch_bytes)(const QuantizedGemmParams& params, int64_t columns);
+  void (*run)(const QuantizedGemmParams& params, const GemmTask& task, void* scratch);
+};
+
+// All of them: few rows with codes that are widened in registers, many with rows of the weight that are unpacked to
+// the dtype of the GEMM and multiplied by its kernel; rows that are rounded to 8 bits with the codes themselves.
+struct QuantizedKernel {
+  CodesKernel widening, integer;
+  void (*unpack)(const QuantizedGemmParams& params, int64_t expert, int64_t row_begin, int64_t row_end, void* out,
+                 float* scratch);  // to [rows][K]; scratch has room for the scales of a row
+};
+
 struct KernelTable {
-  GemmKernel gemm[3];                  // by DType
-  AttentionKernel attention[3];        // by DType
+  GemmKernel gemm[3];            // by DType
+  AttentionKernel attention[3];  // by DType
+  QuantizedKernel quantized;
   AttentionKernel attention_by_tiles;  // of many queries in bfloat16; of none without tile registers
   void (*unpermute)(const UnpermuteParams& params, int64_t token_begin, int64_t token_end);
   void (*unpermute_grad_rows)(const UnpermuteGradParams& params, int64_t row_begin, int64_t row_end);

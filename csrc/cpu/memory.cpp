@@ -1,40 +1,101 @@
 #include "moekernels/memory.h"
+#include "common/rounding.h"
 
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <numeric>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace moekernels {
 namespace {
 
-size_t round_up_to(size_t n, size_t unit) {
-  return (n + unit - 1) / unit * unit;
-}
-
 // Eight sizes from each power of two to the next: arrays of about the same size share blocks, and at most an eighth of
 // a block of 16 MB or more is left unused.
 size_t block_size(size_t num_bytes) {
   const size_t step = std::bit_floor(num_bytes) / 8;
-  return round_up_to(num_bytes, step > kHugePage ? step : kHugePage);
+  return round_up(num_bytes, step > kHugePage ? step : kHugePage);
 }
 
-void* map_block(size_t size) {
+// Memory that lies in one range but may be several mappings, of which the kernel moves one at a time.
+struct Block {
+  char* memory = nullptr;
+  std::vector<size_t> pieces;  // bytes of each mapping, in order
+
+  size_t size() const { return std::accumulate(pieces.begin(), pieces.end(), size_t{0}); }
+
+  // Cuts off its last bytes.
+  Block split(size_t num_bytes) {
+    Block tail;
+    char* end = memory + size();
+    for (size_t left = num_bytes; left > 0;) {
+      const size_t part = std::min(left, pieces.back());
+      tail.pieces.insert(tail.pieces.begin(), part);
+      left -= part;
+      if ((pieces.back() -= part) == 0) pieces.pop_back();
+    }
+    tail.memory = end - num_bytes;
+    return tail;
+  }
+
+  void unmap() const {
+    if (!pieces.empty()) munmap(memory, size());
+  }
+};
+
+Block map_block(size_t size) {
   const size_t mapped = size + kHugePage;
   void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return nullptr;
+  if (memory == MAP_FAILED) return {};
   char* begin = static_cast<char*>(memory);
-  const size_t before = round_up_to(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
+  const size_t before = round_up(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
   if (before > 0) munmap(begin, before);
   if (before < kHugePage) munmap(begin + before + size, kHugePage - before);
   (void)madvise(begin + before, size, MADV_HUGEPAGE);  // advice: refused, nothing is lost
-  return begin + before;
+  return {begin + before, {size}};
+}
+
+// The same of the pages of other blocks, as far as they go: whole page tables change places, and nothing is cleared.
+Block map_block(size_t size, const std::vector<Block>& spare) {
+  constexpr size_t kMostPieces = 64;  // smaller ones are not worth a mapping: a process has 65530
+  Block block = map_block(size);
+  if (block.memory == nullptr) {
+    for (const Block& from : spare) from.unmap();
+    return map_block(size);
+  }
+  block.pieces.clear();
+  size_t done = 0;
+  bool moving = true;
+  for (const Block& from : spare) {
+    char* source = from.memory;
+    for (size_t piece : from.pieces) {
+      if (!moving || piece * kMostPieces < size) {
+        munmap(source, piece);
+      } else if (mremap(source, piece, piece, MREMAP_MAYMOVE | MREMAP_FIXED, block.memory + done) != MAP_FAILED) {
+        block.pieces.push_back(piece);
+        done += piece;
+      } else {
+        // Where it should have gone nothing may be mapped any more, or soon something else.
+        moving = false;
+        munmap(source, piece);
+        if (done > 0) munmap(block.memory, done);
+        if (done + piece < size) munmap(block.memory + done + piece, size - done - piece);
+      }
+      source += piece;
+    }
+  }
+  if (!moving) return map_block(size);
+  if (done < size) block.pieces.push_back(size - done);
+  return block;
 }
 
 class Blocks {
@@ -45,23 +106,26 @@ class Blocks {
   }
 
   void* take(size_t size) {
-    std::vector<Block> surplus;  // kept blocks of other sizes make room
+    Block block;
+    std::vector<Block> spare;
     {
       const std::lock_guard lock(mutex_);
       usage_.in_use += size;
-      if (usage_.in_use > usage_.most_in_use) usage_.most_in_use = usage_.in_use;
-      for (size_t i = kept_.size(); i-- > 0;) {  // the last one first: it may still be in the cache
-        if (kept_[i].size == size) return take_out(i);
+      usage_.most_in_use = std::max(usage_.most_in_use, usage_.in_use);
+      for (size_t i = kept_.size(); i-- > 0 && block.memory == nullptr;) {  // the last one may still be in the cache
+        if (kept_[i].size() == size) block = take_out(i);
       }
-      while (!kept_.empty() && usage_.in_use + usage_.kept > limit()) surplus.push_back(take_oldest());
+      if (block.memory == nullptr) spare = take_surplus();
     }
-    unmap(surplus);
-    void* memory = map_block(size);
-    if (memory == nullptr && release() > 0) memory = map_block(size);
-    if (memory == nullptr) {
-      const std::lock_guard lock(mutex_);
+    if (block.memory == nullptr) block = map_block(size, spare);
+    if (block.memory == nullptr && release() > 0) block = map_block(size);
+    const std::lock_guard lock(mutex_);
+    if (block.memory == nullptr) {
       usage_.in_use -= size;
+      return nullptr;
     }
+    char* const memory = block.memory;
+    in_use_[memory] = std::move(block);
     return memory;
   }
 
@@ -69,7 +133,7 @@ class Blocks {
     // The pages stay until the system needs them, so taking the block again costs nothing.
     (void)madvise(memory, size, MADV_FREE);
     const std::lock_guard lock(mutex_);
-    kept_.push_back({memory, size});
+    kept_.push_back(std::move(in_use_.extract(memory).mapped()));
     usage_.in_use -= size;
     usage_.kept += size;
   }
@@ -82,7 +146,12 @@ class Blocks {
       usage_.kept = 0;
       usage_.most_in_use = usage_.in_use;
     }
-    return unmap(blocks);
+    size_t num_bytes = 0;
+    for (const Block& block : blocks) {
+      block.unmap();
+      num_bytes += block.size();
+    }
+    return num_bytes;
   }
 
   BlockUsage usage() {
@@ -91,43 +160,36 @@ class Blocks {
   }
 
  private:
-  struct Block {
-    void* memory;
-    size_t size;
-  };
-
   // A child of fork must not inherit a lock that nobody in it will release.
   Blocks() {
     pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
   }
 
-  // Of all blocks together. A step of training never needs all of its sizes at once, but each of them in every step.
-  size_t limit() const { return usage_.most_in_use + usage_.most_in_use / 2; }
-
-  void* take_out(size_t i) {
-    void* memory = kept_[i].memory;
-    usage_.kept -= kept_[i].size;
+  Block take_out(size_t i) {
+    Block block = std::move(kept_[i]);
+    usage_.kept -= block.size();
     kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(i));
-    return memory;
+    return block;
   }
 
-  Block take_oldest() {
-    const Block oldest = kept_.front();
-    take_out(0);
-    return oldest;
-  }
-
-  static size_t unmap(const std::vector<Block>& blocks) {
-    size_t num_bytes = 0;
-    for (const Block& block : blocks) {
-      munmap(block.memory, block.size);
-      num_bytes += block.size;
+  // What is kept beyond what was once in use, oldest first. It never is more than the block that is being taken.
+  std::vector<Block> take_surplus() {
+    std::vector<Block> blocks;
+    while (!kept_.empty() && usage_.in_use + usage_.kept > usage_.most_in_use) {
+      const size_t surplus = usage_.in_use + usage_.kept - usage_.most_in_use;
+      if (kept_.front().size() <= surplus) {
+        blocks.push_back(take_out(0));
+      } else {
+        usage_.kept -= surplus;
+        blocks.push_back(kept_.front().split(surplus));
+      }
     }
-    return num_bytes;
+    return blocks;
   }
 
   std::mutex mutex_;
   std::vector<Block> kept_;  // oldest first
+  std::unordered_map<void*, Block> in_use_;
   BlockUsage usage_{};
 };
 

@@ -7,11 +7,10 @@
 
 namespace moekernels::cpu {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
+template <class T>
+T* scratch(const Parallel& parallel, int64_t count) {
+  if (count <= 0) return nullptr;
+  return static_cast<T*>(parallel.scratch(parallel.pool, count * static_cast<int64_t>(sizeof(T))));
 }
 
 // Runs body(begin, end) over [0, n) in pieces of at least `grain`, on the calling thread alone where one piece is all.

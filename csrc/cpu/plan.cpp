@@ -6,7 +6,8 @@
 //   place   slots in (token, choice) order take the next row of their expert
 #include <cstring>
 
-#include "parallel.h"
+#include "common/rounding.h"
+#include "cpu/parallel.h"
 
 namespace moekernels {
 namespace {
@@ -19,7 +20,7 @@ int64_t tokens_per_group(const PlanParams& p) {
 // given.
 int64_t num_claim_counters(const PlanParams& p) {
   if (p.capacity < 0) return 0;
-  const int64_t groups = p.token_order == nullptr ? 1 : cpu::ceil_div(p.num_tokens, tokens_per_group(p));
+  const int64_t groups = p.token_order == nullptr ? 1 : ceil_div(p.num_tokens, tokens_per_group(p));
   return groups * p.num_experts;
 }
 
@@ -28,8 +29,10 @@ constexpr int32_t kDropped = -1;
 
 class Plan {
  public:
-  explicit Plan(const PlanParams& params)
-      : p_(params), next_row_(static_cast<int32_t*>(params.workspace)), claimed_(next_row_ + params.num_experts) {}
+  Plan(const PlanParams& params, const Parallel& parallel)
+      : p_(params),
+        next_row_(cpu::scratch<int32_t>(parallel, params.num_experts + num_claim_counters(params))),
+        claimed_(next_row_ + params.num_experts) {}
 
   void run() {
     const bool limited = p_.capacity >= 0;
@@ -108,12 +111,8 @@ class Plan {
 
 }  // namespace
 
-int64_t plan_workspace_cpu(const PlanParams& params, const Parallel&) {
-  return (params.num_experts + num_claim_counters(params)) * static_cast<int64_t>(sizeof(int32_t));
-}
-
-void plan_cpu(const PlanParams& params, const Parallel&) {
-  Plan(params).run();
+void run(const PlanParams& params, const Parallel& parallel) {
+  Plan(params, parallel).run();
 }
 
 }  // namespace moekernels

@@ -5,10 +5,11 @@
 #include <limits>
 #include <vector>
 
-#include "kernel_table.h"
-#include "largest.h"
-#include "parallel.h"
-#include "scoring.h"
+#include "common/rounding.h"
+#include "cpu/kernel_table.h"
+#include "cpu/largest.h"
+#include "cpu/parallel.h"
+#include "cpu/scoring.h"
 
 namespace moekernels {
 namespace {
@@ -27,13 +28,7 @@ class Router {
   void route(int64_t token) {
     float* weights = p_.weights + token * p_.top_k;
     int32_t* expert_ids = p_.expert_ids + token * p_.top_k;
-    if (p_.mask != nullptr && p_.mask[token] == 0) {
-      for (int32_t k = 0; k < p_.top_k; ++k) {
-        weights[k] = 0.0f;
-        expert_ids[k] = -1;
-      }
-      return;
-    }
+    if (cpu::leave_out(p_.mask, token, p_.top_k, weights, expert_ids)) return;
     const int64_t first = token * p_.logits_stride * size_of(p_.logits_dtype);
     table_.widen(p_.logits_dtype, static_cast<const char*>(p_.logits) + first, logits_.data(), p_.num_experts);
     switch (p_.scoring) {
@@ -89,7 +84,7 @@ class Router {
     candidates_ = logits_;
     for (int32_t k = 0; k < 2; ++k) {
       int32_t chosen = largest(candidates_);
-      cpu::keep_near_ties(table_, p_.logits_dtype, p_.epsilon, logits_.data(), candidates_.data(), candidates_[chosen],
+      cpu::keep_near_ties(table_, p_.logits_dtype, p_.eps, logits_.data(), candidates_.data(), candidates_[chosen],
                           probs_.data(), p_.num_experts);
       if (p_.noise != nullptr) {
         const float* noise = p_.noise + (k * p_.num_tokens + token) * p_.num_experts;
@@ -121,10 +116,10 @@ class Router {
 
 }  // namespace
 
-void route_cpu(const RouteParams& params, const Parallel& parallel) {
+void run(const RouteParams& params, const Parallel& parallel) {
   constexpr int64_t kLogitsPerPiece = 8 * 1024;
   if (params.num_experts <= 0 || params.top_k <= 0) return;
-  cpu::for_ranges(parallel, params.num_tokens, cpu::ceil_div(kLogitsPerPiece, params.num_experts),
+  cpu::for_ranges(parallel, params.num_tokens, ceil_div(kLogitsPerPiece, params.num_experts),
                   [&](int64_t begin, int64_t end) {
                     Router router(params);
                     for (int64_t token = begin; token < end; ++token) router.route(token);

@@ -6,10 +6,11 @@
 #include <limits>
 #include <vector>
 
-#include "kernel_table.h"
-#include "largest.h"
-#include "parallel.h"
-#include "scoring.h"
+#include "common/rounding.h"
+#include "cpu/kernel_table.h"
+#include "cpu/largest.h"
+#include "cpu/parallel.h"
+#include "cpu/scoring.h"
 
 namespace moekernels {
 namespace {
@@ -57,7 +58,7 @@ class RouterGrad {
       int32_t best = 0;
       largest_.find(candidates_.data(), p_.num_experts, 1, &best);
       float* target = probs_.data() + k * static_cast<int64_t>(p_.num_experts);
-      cpu::keep_near_ties(table_, p_.logits_dtype, p_.epsilon, logits_.data(), candidates_.data(), candidates_[best],
+      cpu::keep_near_ties(table_, p_.logits_dtype, p_.eps, logits_.data(), candidates_.data(), candidates_[best],
                           target, p_.num_experts);
       table_.softmax(target, target, p_.num_experts);
       if (is_expert(expert_ids_[k])) candidates_[expert_ids_[k]] = -std::numeric_limits<float>::infinity();
@@ -113,10 +114,10 @@ class RouterGrad {
 
 }  // namespace
 
-void route_grad_cpu(const RouteGradParams& params, const Parallel& parallel) {
+void run(const RouteGradParams& params, const Parallel& parallel) {
   constexpr int64_t kLogitsPerPiece = 8 * 1024;
   if (params.num_experts <= 0 || params.top_k <= 0) return;
-  cpu::for_ranges(parallel, params.num_tokens, cpu::ceil_div(kLogitsPerPiece, params.num_experts),
+  cpu::for_ranges(parallel, params.num_tokens, ceil_div(kLogitsPerPiece, params.num_experts),
                   [&](int64_t begin, int64_t end) {
                     RouterGrad grad(params);
                     for (int64_t token = begin; token < end; ++token) grad.token(token);

@@ -1,14 +1,15 @@
 // logits [G * S, E], mask [G * S] -> counts [G, E], prob_sums [G, E], z_sums [G], and backwards
 //
-// A group is cut into pieces of a fixed number of tokens. Each piece has its own sums in the workspace, and these are
+// A group is cut into pieces of a fixed number of tokens. Each piece has its own sums in scratch memory, and these are
 // added up in order: no sum depends on who computed which piece.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "kernel_table.h"
-#include "largest.h"
-#include "parallel.h"
+#include "common/rounding.h"
+#include "cpu/kernel_table.h"
+#include "cpu/largest.h"
+#include "cpu/parallel.h"
 
 namespace moekernels {
 namespace {
@@ -33,6 +34,11 @@ class RouterRow {
   // log(sum(exp(logits))), from the largest logit and its probability.
   float log_sum_exp() const {
     const auto largest = std::max_element(logits_.begin(), logits_.end()) - logits_.begin();
+    // Infinity has no probability, but is the sum all the same; NaN would be everything.
+    const bool infinite = std::isinf(logits_[largest]);
+    if (infinite && std::none_of(logits_.begin(), logits_.end(), [](float logit) { return std::isnan(logit); })) {
+      return logits_[largest];
+    }
     return logits_[largest] - std::log(probs_[largest]);
   }
 
@@ -47,20 +53,25 @@ int64_t sums_size(const RouterStatsParams& p) {
 }
 
 int64_t pieces_per_group(const RouterStatsParams& p) {
-  return cpu::ceil_div(p.group_size, kTokensPerPiece);
+  return ceil_div(p.group_size, kTokensPerPiece);
 }
 
 class RouterStats {
  public:
-  explicit RouterStats(const RouterStatsParams& params)
-      : p_(params), row_(params.num_experts), largest_(params.top_k), chosen_(static_cast<size_t>(params.top_k)) {}
+  // `sums`: of all pieces.
+  RouterStats(const RouterStatsParams& params, float* sums)
+      : p_(params),
+        sums_(sums),
+        row_(params.num_experts),
+        largest_(params.top_k),
+        chosen_(static_cast<size_t>(params.top_k)) {}
 
   void piece(int64_t piece) {
     const int64_t pieces = pieces_per_group(p_);
     const int64_t group = piece / pieces;
     const int64_t begin = piece % pieces * kTokensPerPiece;
     const int64_t end = std::min(begin + kTokensPerPiece, p_.group_size);
-    float* sums = static_cast<float*>(p_.workspace) + piece * sums_size(p_);
+    float* sums = sums_ + piece * sums_size(p_);
     std::fill_n(sums, sums_size(p_), 0.0f);
     for (int64_t token = begin; token < end; ++token) add(group * p_.group_size + token, sums);
   }
@@ -82,14 +93,15 @@ class RouterStats {
   }
 
   const RouterStatsParams& p_;
+  float* sums_;
   RouterRow row_;
   cpu::Largest largest_;
   std::vector<int32_t> chosen_;  // [K]
 };
 
-void add_up_pieces(const RouterStatsParams& p, int64_t group) {
+void add_up_pieces(const RouterStatsParams& p, const float* piece_sums, int64_t group) {
   const int64_t pieces = pieces_per_group(p);
-  const float* sums = static_cast<const float*>(p.workspace) + group * pieces * sums_size(p);
+  const float* sums = piece_sums + group * pieces * sums_size(p);
   float* counts = p.counts + group * p.num_experts;
   float* prob_sums = p.prob_sums + group * p.num_experts;
   std::fill_n(counts, p.num_experts, 0.0f);
@@ -136,24 +148,21 @@ class RouterStatsGrad {
 
 }  // namespace
 
-int64_t router_stats_workspace_cpu(const RouterStatsParams& p, const Parallel&) {
-  return p.num_groups * pieces_per_group(p) * sums_size(p) * static_cast<int64_t>(sizeof(float));
-}
-
-void router_stats_cpu(const RouterStatsParams& params, const Parallel& parallel) {
+void run(const RouterStatsParams& params, const Parallel& parallel) {
   constexpr int64_t kPiecesPerTask = 4;
-  cpu::for_ranges(parallel, params.num_groups * pieces_per_group(params), kPiecesPerTask,
-                  [&](int64_t begin, int64_t end) {
-                    RouterStats stats(params);
-                    for (int64_t piece = begin; piece < end; ++piece) stats.piece(piece);
-                  });
-  for (int64_t group = 0; group < params.num_groups; ++group) add_up_pieces(params, group);
+  const int64_t pieces = params.num_groups * pieces_per_group(params);
+  auto* const sums = cpu::scratch<float>(parallel, pieces * sums_size(params));
+  cpu::for_ranges(parallel, pieces, kPiecesPerTask, [&](int64_t begin, int64_t end) {
+    RouterStats stats(params, sums);
+    for (int64_t piece = begin; piece < end; ++piece) stats.piece(piece);
+  });
+  for (int64_t group = 0; group < params.num_groups; ++group) add_up_pieces(params, sums, group);
 }
 
-void router_stats_grad_cpu(const RouterStatsGradParams& params, const Parallel& parallel) {
+void run(const RouterStatsGradParams& params, const Parallel& parallel) {
   constexpr int64_t kLogitsPerPiece = 8 * 1024;
   if (params.num_experts <= 0) return;
-  cpu::for_ranges(parallel, params.num_groups * params.group_size, cpu::ceil_div(kLogitsPerPiece, params.num_experts),
+  cpu::for_ranges(parallel, params.num_groups * params.group_size, ceil_div(kLogitsPerPiece, params.num_experts),
                   [&](int64_t begin, int64_t end) {
                     RouterStatsGrad grad(params);
                     for (int64_t token = begin; token < end; ++token) grad.token(token);

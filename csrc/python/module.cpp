@@ -7,9 +7,11 @@
 #include <vector>
 
 #include "build_info.h"
-#include "cuda/weight_grad_config.h"
+#include "cuda/common/architectures.h"
+#include "cuda/weight_grad/weight_grad_config.h"
 #include "moekernels/cpu.h"
 #include "moekernels/memory.h"
+#include "python/plain_experts.h"
 
 namespace py = pybind11;
 using namespace moekernels;
@@ -114,6 +116,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_isa, py::arg("name"), "Use the CPU kernels of this instruction set from now on.");
   m.def("memory_usage", &describe_memory, "Bytes of the large blocks that outputs on the CPU lie in.");
   m.def("release_memory", &release_kept_blocks, "Returns the blocks that no tensor uses to the system.");
+  m.def("cuda_code_for", &code_for_device, py::arg("archs"), py::arg("compute_capability"),
+        "What of a build for these architectures, \"80-real 89 90a\", runs on a GPU: \"sm_80\", \"PTX of sm_89\" or "
+        "nothing.");
   m.def("describe_tiles", &describe_tiles, py::kw_only(), py::arg("num_rows"), py::arg("out_features"),
         py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16", py::arg("gated") = false,
         py::arg("gathered") = false, py::arg("transposed") = false, py::arg("batch_invariant") = false,
@@ -123,4 +128,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out_features"), py::arg("in_features"), py::arg("num_experts"), py::arg("dtype") = "bfloat16",
         py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
         "The path and tiles that the CUDA weight gradient chooses for a problem.");
+  m.def(
+      "plain_experts",
+      [](const py::list& experts, py::object expert_class, py::object linear_class, py::tuple tensor_classes,
+         py::tuple dtypes, py::tuple up, py::str down, py::tuple others, py::tuple settings) {
+        return plain_experts(experts, {expert_class, linear_class, tensor_classes, dtypes, up, down, others, settings});
+      },
+      py::arg("experts"), py::arg("expert_class"), py::arg("linear_class"), py::arg("tensor_classes"),
+      py::arg("dtypes"), py::arg("up"), py::arg("down"), py::arg("others"), py::arg("settings"),
+      "Weights and biases of experts whose modules do only what their classes say; None if one does not.");
 }

@@ -21,8 +21,7 @@ Tensor activation(const Tensor& linear, const std::string& activation, bool gate
   ActivationParams params{};
   params.width = width_of(check, linear, gated);
   params.dtype = check.floating("linear", linear);
-  params.activation = check.activation(activation);
-  params.gated = gated;
+  check.set_activation(params, activation, gated);
   params.num_rows = linear.size(0);
   Tensor out = new_empty(linear, {params.num_rows, params.width});
   if (out.numel() == 0) return out;
@@ -44,8 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_grad(const Tensor& grad_out, const
   ActivationGradParams params{};
   params.width = width_of(check, linear, gated);
   params.dtype = check.floating("linear", linear);
-  params.activation = check.activation(activation);
-  params.gated = gated;
+  check.set_activation(params, activation, gated);
   params.num_rows = linear.size(0);
   check.shape("grad_out", grad_out, {params.num_rows, params.width}, "[num_rows, width]");
   check.same_dtype("grad_out", grad_out);
@@ -59,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_grad(const Tensor& grad_out, const
   }
   Tensor grad_linear = new_empty(linear, {params.num_rows, linear.size(1)});
   Tensor scaled = new_empty(linear, {with_scaled ? params.num_rows : 0, params.width});
-  Tensor grad_scale =
-      torch::stable::empty({with_grad_scale ? params.num_rows : 0}, ScalarType::Float, std::nullopt, linear.device());
+  Tensor grad_scale = new_empty(linear, {with_grad_scale ? params.num_rows : 0}, ScalarType::Float);
   if (params.num_rows == 0) return {grad_linear, scaled, grad_scale};
 
   const Tensor dense_grad = dense(grad_out);

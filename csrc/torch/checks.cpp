@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <sstream>
+#include <string_view>
 #include <utility>
 
 namespace moekernels {
@@ -23,12 +25,13 @@ std::string device_name(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
 }
 
-constexpr std::array<std::pair<const char*, Activation>, 5> kActivations = {{
+constexpr std::array<std::pair<const char*, Activation>, 6> kActivations = {{
     {"none", Activation::kNone},
     {"relu", Activation::kRelu},
     {"gelu", Activation::kGelu},
     {"gelu_tanh", Activation::kGeluTanh},
     {"silu", Activation::kSilu},
+    {"relu2", Activation::kRelu2},
 }};
 
 constexpr std::array<std::pair<const char*, Scoring>, 3> kScorings = {{
@@ -39,13 +42,30 @@ constexpr std::array<std::pair<const char*, Scoring>, 3> kScorings = {{
 
 template <typename Table>
 auto look_up(const Checks& checks, const char* what, const Table& table, const std::string& name) {
-  std::string known;
   for (const auto& [known_name, value] : table) {
     if (name == known_name) return value;
-    known += (known.empty() ? "" : ", ") + std::string(known_name);
   }
+  std::string known;
+  for (const auto& entry : table) known += (known.empty() ? "" : ", ") + std::string(entry.first);
   checks.that(false, what, " must be one of ", known, "; got '", name, "'");
   return table[0].second;
+}
+
+// "swiglu(alpha,limit,shift,interleaved)", three numbers and 0 or 1, as Python writes them; false if it is not that.
+bool parse_swiglu(const std::string& text, Swiglu& swiglu) {
+  constexpr std::string_view kName = "swiglu(";
+  if (text.compare(0, kName.size(), kName) != 0) return false;
+  const char* at = text.data() + kName.size();
+  const char* const end = text.data() + text.size();
+  double values[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto [next, error] = std::from_chars(at, end, values[i]);
+    if (error != std::errc{} || next == end || *next != (i < 3 ? ',' : ')')) return false;
+    at = next + 1;
+  }
+  swiglu = {static_cast<float>(values[0]), static_cast<float>(values[1]), static_cast<float>(values[2]),
+            values[3] != 0.0};
+  return at == end;
 }
 
 }  // namespace
@@ -76,8 +96,8 @@ void Checks::shape(const char* name, const Tensor& tensor, std::initializer_list
   rank(name, tensor, static_cast<int64_t>(sizes.size()), shape);
   const torch::headeronly::IntHeaderOnlyArrayRef expected(sizes.begin(), sizes.size());
   const auto actual = tensor.sizes();
-  that(std::equal(actual.begin(), actual.end(), expected.begin()), name, " must have shape ", shape, " = ",
-       join(expected), ", got ", join(actual));
+  if (std::equal(actual.begin(), actual.end(), expected.begin())) return;
+  that(false, name, " must have shape ", shape, " = ", join(expected), ", got ", join(actual));
 }
 
 DType Checks::floating(const char* name, const Tensor& tensor) const {
@@ -95,18 +115,23 @@ DType Checks::floating(const char* name, const Tensor& tensor) const {
 }
 
 void Checks::dtype(const char* name, const Tensor& tensor, ScalarType expected) const {
-  that(tensor.scalar_type() == expected, name, " must be ", to_string(expected), ", got ",
-       to_string(tensor.scalar_type()));
+  if (tensor.scalar_type() == expected) return;
+  that(false, name, " must be ", to_string(expected), ", got ", to_string(tensor.scalar_type()));
 }
 
 void Checks::same_dtype(const char* name, const Tensor& tensor) const {
-  that(tensor.scalar_type() == first_.scalar_type(), name, " must be ", to_string(first_.scalar_type()), " like ",
-       first_name_, ", got ", to_string(tensor.scalar_type()));
+  if (tensor.scalar_type() == first_.scalar_type()) return;
+  that(false, name, " must be ", to_string(first_.scalar_type()), " like ", first_name_, ", got ",
+       to_string(tensor.scalar_type()));
 }
 
 void Checks::same_device(const char* name, const Tensor& tensor) const {
-  that(tensor.device() == first_.device(), name, " must be on ", device_name(first_), " like ", first_name_, ", got ",
-       device_name(tensor));
+  if (tensor.device() == first_.device()) return;
+  that(false, name, " must be on ", device_name(first_), " like ", first_name_, ", got ", device_name(tensor));
+}
+
+bool Checks::is_like_first(const Tensor& tensor) const {
+  return tensor.scalar_type() == first_.scalar_type() && tensor.device() == first_.device();
 }
 
 void Checks::index(const char* name, const Tensor& tensor, int64_t rank, const char* shape) const {
@@ -137,8 +162,11 @@ void Checks::expert_offsets(const Tensor& tensor, int64_t num_experts, int64_t n
        ", got ", offsets[num_experts]);
 }
 
-Activation Checks::activation(const std::string& name) const {
-  return look_up(*this, "activation", kActivations, name);
+Activation Checks::activation(const std::string& name, bool gated, Swiglu& swiglu) const {
+  if (!parse_swiglu(name, swiglu)) return look_up(*this, "activation", kActivations, name);
+  that(gated, "activation swiglu is a gate, so gated must be true");
+  that(swiglu.limit > 0.0f, "the limit of activation swiglu must be more than 0, got ", swiglu.limit);
+  return Activation::kSwiglu;
 }
 
 Scoring Checks::scoring(const std::string& name) const {

@@ -21,7 +21,8 @@ class Checks {
  public:
   Checks(const char* op, const char* name, const Tensor& first) : op_(op), first_name_(name), first_(first) {}
 
-  // Throws "moekernels::<op>: <message>" unless `condition` holds.
+  // Throws "moekernels::<op>: <message>" unless `condition` holds. The parts are made in any case: those that cost more
+  // than a number are for after the condition.
   template <typename... Parts>
   void that(bool condition, const Parts&... parts) const {
     if (condition) return;
@@ -43,6 +44,7 @@ class Checks {
   void dtype(const char* name, const Tensor& tensor, ScalarType expected) const;
   void same_dtype(const char* name, const Tensor& tensor) const;
   void same_device(const char* name, const Tensor& tensor) const;
+  bool is_like_first(const Tensor& tensor) const;  // in dtype and device
 
   // An int32 tensor of one dimension on the same device.
   void index(const char* name, const Tensor& tensor, int64_t rank, const char* shape) const;
@@ -54,7 +56,13 @@ class Checks {
   // expert_offsets [E + 1]: int32; on the CPU also that it rises from 0 to at most `num_rows`.
   void expert_offsets(const Tensor& tensor, int64_t num_experts, int64_t num_rows) const;
 
-  Activation activation(const std::string& name) const;
+  // Sets the activation of parameters by its name, or as "swiglu(alpha,limit,shift,interleaved)".
+  template <typename Params>
+  void set_activation(Params& params, const std::string& name, bool gated) const {
+    params.activation = activation(name, gated, params.swiglu);
+    params.gated = gated;
+  }
+  Activation activation(const std::string& name, bool gated, Swiglu& swiglu) const;
   Scoring scoring(const std::string& name) const;
 
   // float32 where none is given.

@@ -1,28 +1,29 @@
 // The table of contents: every op of torch.ops.moekernels with its schema. Shape functions and gradients are registered
 // from Python (moekernels/ops/_shapes.py, _gradients.py); what each op computes is defined in
 // moekernels/ops/reference.py.
+#include "box.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(moekernels, m) {
   m.def(
       "route(Tensor logits, int top_k, str scoring='softmax', bool renormalize=False, ScalarType? probs_dtype=None, "
-      "float epsilon=0.01, Tensor? noise=None, Tensor? mask=None) -> (Tensor weights, Tensor expert_ids)");
+      "float eps=0.01, Tensor? noise=None, Tensor? mask=None) -> (Tensor weights, Tensor expert_ids)");
   m.def(
       "plan(Tensor expert_ids, int num_experts, SymInt? capacity=None, SymInt? group_size=None, "
       "Tensor? token_order=None) -> (Tensor expert_offsets, Tensor token_of_row, Tensor row_of_slot)");
   m.def("permute(Tensor hidden, Tensor token_of_row, Tensor? row_of_slot=None) -> Tensor");
   m.def(
-      "grouped_gemm(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None, str activation='none', "
+      "grouped_gemm(Tensor rows, Tensor[] weight, Tensor expert_offsets, Tensor[] bias, str activation='none', "
       "bool gated=False, Tensor? row_scale=None, Tensor? token_of_row=None, bool allow_tf32=False, "
-      "bool batch_invariant=False, bool transposed=False) -> Tensor");
+      "bool batch_invariant=False, bool transposed=False, bool zero_unvisited=False) -> Tensor");
   m.def(
       "grouped_weight_grad(Tensor grad_rows, Tensor rows, Tensor expert_offsets, Tensor? grad_token_of_row=None, "
       "Tensor? token_of_row=None, Tensor? bias_scale=None, bool need_bias=False, bool allow_tf32=False) "
       "-> (Tensor grad_weight, Tensor grad_bias)");
-  m.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? weights=None) -> Tensor");
+  m.def("unpermute(Tensor rows, Tensor row_of_slot, Tensor? routing_weights=None) -> Tensor");
   m.def(
-      "sparse_mlp(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
-      "Tensor row_of_slot, Tensor up_weight, Tensor down_weight, Tensor? up_bias=None, Tensor? down_bias=None, "
+      "sparse_mlp(Tensor hidden, Tensor routing_weights, Tensor expert_offsets, Tensor token_of_row, "
+      "Tensor row_of_slot, Tensor[] up_weight, Tensor[] down_weight, Tensor[] up_bias, Tensor[] down_bias, "
       "str activation='silu', bool gated=True, bool allow_tf32=False, bool batch_invariant=False) -> Tensor");
   m.def("activation(Tensor linear, str activation, bool gated) -> Tensor");
   m.def(
@@ -33,54 +34,63 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none', bool batch_invariant=False) -> "
       "Tensor");
-  m.def("rms_norm(Tensor input, Tensor weight, float epsilon) -> Tensor");
+  m.def(
+      "quantized_gemm(Tensor rows, Tensor codes, Tensor scales, Tensor[] tables, str order, int group, float unit, "
+      "int out_features, Tensor expert_offsets, Tensor? bias=None, str activation='none', bool gated=False, "
+      "Tensor? row_scale=None, Tensor? token_of_row=None, bool batch_invariant=False, bool int8_rows=False) -> Tensor");
+  m.def(
+      "choose(Tensor scores, Tensor? bias, Tensor? mask, int top_k, int num_groups, int top_groups, bool renormalize, "
+      "float scale) -> (Tensor weights, Tensor expert_ids)");
+  m.def("rms_norm(Tensor input, Tensor weight, float eps) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? bias=None) -> Tensor");
 
   // What gradients are made of.
   m.def(
-      "sparse_mlp_train(Tensor hidden, Tensor expert_weights, Tensor expert_offsets, Tensor token_of_row, "
-      "Tensor row_of_slot, Tensor up_weight, Tensor down_weight, Tensor? up_bias=None, Tensor? down_bias=None, "
-      "str activation='silu', bool gated=True, bool allow_tf32=False, bool batch_invariant=False) "
-      "-> (Tensor out, Tensor linear)");
+      "sparse_mlp_train(Tensor hidden, Tensor routing_weights, Tensor expert_offsets, Tensor token_of_row, "
+      "Tensor row_of_slot, Tensor[] up_weight, Tensor[] down_weight, Tensor[] up_bias, Tensor[] down_bias, "
+      "str activation='silu', bool gated=True, bool allow_tf32=False, bool batch_invariant=False, "
+      "bool zero_unvisited=False) -> (Tensor out, Tensor linear)");
   m.def(
       "activation_grad(Tensor grad_out, Tensor linear, str activation, bool gated, Tensor? row_scale=None, "
       "Tensor? expert_offsets=None, bool with_scaled=True, bool with_grad_scale=True) "
       "-> (Tensor grad_linear, Tensor scaled, Tensor grad_scale)");
   m.def(
-      "unpermute_grad(Tensor grad_out, Tensor? rows, Tensor row_of_slot, Tensor token_of_row, Tensor? weights=None, "
-      "bool with_grad_rows=True) -> (Tensor grad_rows, Tensor grad_weights)");
+      "unpermute_grad(Tensor grad_out, Tensor? rows, Tensor row_of_slot, Tensor token_of_row, "
+      "Tensor? routing_weights=None, bool with_grad_rows=True) -> (Tensor grad_rows, Tensor grad_weights)");
   m.def(
       "route_grad(Tensor grad_weights, Tensor logits, Tensor expert_ids, str scoring='softmax', "
-      "bool renormalize=False, ScalarType? probs_dtype=None, float epsilon=0.01) -> Tensor");
+      "bool renormalize=False, ScalarType? probs_dtype=None, float eps=0.01) -> Tensor");
   m.def("router_stats_grad(Tensor grad_prob_sums, Tensor grad_z_sums, Tensor logits, Tensor? mask=None) -> Tensor");
 }
 
 namespace {
 
 void register_all(torch::stable::detail::StableLibrary& m) {
-  m.impl("route", TORCH_BOX(&moekernels::route));
-  m.impl("plan", TORCH_BOX(&moekernels::plan));
-  m.impl("permute", TORCH_BOX(&moekernels::permute));
-  m.impl("grouped_gemm", TORCH_BOX(&moekernels::grouped_gemm));
-  m.impl("grouped_weight_grad", TORCH_BOX(&moekernels::grouped_weight_grad));
-  m.impl("unpermute", TORCH_BOX(&moekernels::unpermute));
-  m.impl("sparse_mlp", TORCH_BOX(&moekernels::sparse_mlp));
-  m.impl("activation", TORCH_BOX(&moekernels::activation));
-  m.impl("router_stats", TORCH_BOX(&moekernels::router_stats));
-  m.impl("sparse_mlp_train", TORCH_BOX(&moekernels::sparse_mlp_train));
-  m.impl("activation_grad", TORCH_BOX(&moekernels::activation_grad));
-  m.impl("unpermute_grad", TORCH_BOX(&moekernels::unpermute_grad));
-  m.impl("route_grad", TORCH_BOX(&moekernels::route_grad));
-  m.impl("router_stats_grad", TORCH_BOX(&moekernels::router_stats_grad));
+  m.impl("route", MOEKERNELS_BOX(route));
+  m.impl("plan", MOEKERNELS_BOX(plan));
+  m.impl("permute", MOEKERNELS_BOX(permute));
+  m.impl("grouped_gemm", MOEKERNELS_BOX(grouped_gemm));
+  m.impl("grouped_weight_grad", MOEKERNELS_BOX(grouped_weight_grad));
+  m.impl("unpermute", MOEKERNELS_BOX(unpermute));
+  m.impl("sparse_mlp", MOEKERNELS_BOX(sparse_mlp));
+  m.impl("activation", MOEKERNELS_BOX(activation));
+  m.impl("router_stats", MOEKERNELS_BOX(router_stats));
+  m.impl("sparse_mlp_train", MOEKERNELS_BOX(sparse_mlp_train));
+  m.impl("activation_grad", MOEKERNELS_BOX(activation_grad));
+  m.impl("unpermute_grad", MOEKERNELS_BOX(unpermute_grad));
+  m.impl("route_grad", MOEKERNELS_BOX(route_grad));
+  m.impl("router_stats_grad", MOEKERNELS_BOX(router_stats_grad));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
   register_all(m);
-  m.impl("linear", TORCH_BOX(&moekernels::linear));
-  m.impl("rms_norm", TORCH_BOX(&moekernels::rms_norm));
-  m.impl("attention", TORCH_BOX(&moekernels::attention));
+  m.impl("linear", MOEKERNELS_BOX(linear));
+  m.impl("quantized_gemm", MOEKERNELS_BOX(quantized_gemm));
+  m.impl("choose", MOEKERNELS_BOX(choose));
+  m.impl("rms_norm", MOEKERNELS_BOX(rms_norm));
+  m.impl("attention", MOEKERNELS_BOX(attention));
 }
 
 #ifdef MOEKERNELS_CUDA

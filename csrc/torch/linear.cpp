@@ -18,7 +18,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
   GroupedGemmParams params{};
   params.dtype = check.floating("input", input);
-  params.activation = check.activation(activation);
+  check.set_activation(params, activation, false);
   check.same_dtype("weight", weight);
   check.same_device("weight", weight);
   const int64_t last = input.dim() - 1;

@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -23,13 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& expert_ids, int64_t num_ex
     check.shape("token_order", *token_order, {num_tokens}, "[num_tokens]");
   }
 
-  const auto empty = [&](std::initializer_list<int64_t> sizes) {
-    return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), ScalarType::Int,
-                                std::nullopt, expert_ids.device());
-  };
-  Tensor expert_offsets = empty({num_experts + 1});
-  Tensor token_of_row = empty({num_tokens * top_k});
-  Tensor row_of_slot = empty({num_tokens, top_k});
+  Tensor expert_offsets = new_empty(expert_ids, {num_experts + 1});
+  Tensor token_of_row = new_empty(expert_ids, {num_tokens * top_k});
+  Tensor row_of_slot = new_empty(expert_ids, {num_tokens, top_k});
 
   const Tensor dense_ids = dense(expert_ids);
   const std::optional<Tensor> dense_order = dense(token_order);

@@ -8,7 +8,7 @@
 namespace moekernels {
 
 // input [..., H], weight [H] -> [..., H]
-Tensor rms_norm(const Tensor& input, const Tensor& weight, double epsilon) {
+Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
   const Checks check("rms_norm", "input", input);
   check.that(input.dim() >= 1, "input must have at least 1 dimension [..., hidden_size], got 0");
   RmsNormParams params{};
@@ -21,7 +21,7 @@ Tensor rms_norm(const Tensor& input, const Tensor& weight, double epsilon) {
   params.num_rows = 1;
   for (int64_t i = 0; i < input.dim(); ++i) sizes.push_back(input.size(i));
   for (int64_t i = 0; i + 1 < input.dim(); ++i) params.num_rows *= input.size(i);
-  Tensor out = torch::stable::new_empty(input, sizes);
+  Tensor out = moekernels::new_empty(input, sizes);  // and not torch::stable's
   if (out.numel() == 0) return out;
 
   const Tensor source = dense(input);
@@ -29,7 +29,7 @@ Tensor rms_norm(const Tensor& input, const Tensor& weight, double epsilon) {
   params.input = source.data_ptr();
   params.weight = dense_weight.data_ptr();
   params.out = out.mutable_data_ptr();
-  params.epsilon = static_cast<float>(epsilon);
+  params.eps = static_cast<float>(eps);
   launch(params, input);
   return out;
 }

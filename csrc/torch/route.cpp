@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -5,7 +6,7 @@
 namespace moekernels {
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std::string& scoring, bool renormalize,
-                                 const std::optional<ScalarType>& probs_dtype, double epsilon,
+                                 const std::optional<ScalarType>& probs_dtype, double eps,
                                  const std::optional<Tensor>& noise, const std::optional<Tensor>& mask) {
   const Checks check("route", "logits", logits);
   check.rank("logits", logits, 2, "[num_tokens, num_experts]");
@@ -37,8 +38,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std:
     check.same_device("mask", *mask);
   }
 
-  Tensor weights = torch::stable::empty({num_tokens, top_k}, ScalarType::Float, std::nullopt, logits.device());
-  Tensor expert_ids = torch::stable::empty({num_tokens, top_k}, ScalarType::Int, std::nullopt, logits.device());
+  Tensor weights = new_empty(logits, {num_tokens, top_k}, ScalarType::Float);
+  Tensor expert_ids = new_empty(logits, {num_tokens, top_k}, ScalarType::Int);
   if (num_tokens == 0) return {weights, expert_ids};
 
   const Tensor logits_rows = dense_rows(logits);
@@ -54,14 +55,14 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std:
   params.num_experts = static_cast<int32_t>(num_experts);
   params.top_k = static_cast<int32_t>(top_k);
   params.renormalize = renormalize;
-  params.epsilon = static_cast<float>(epsilon);
+  params.eps = static_cast<float>(eps);
   launch(params, logits);
   return {weights, expert_ids};
 }
 
 Tensor route_grad(const Tensor& grad_weights, const Tensor& logits, const Tensor& expert_ids,
                   const std::string& scoring, bool renormalize, const std::optional<ScalarType>& probs_dtype,
-                  double epsilon) {
+                  double eps) {
   const Checks check("route_grad", "logits", logits);
   check.rank("logits", logits, 2, "[num_tokens, num_experts]");
   check.index("expert_ids", expert_ids, 2, "[num_tokens, top_k]");
@@ -75,12 +76,12 @@ Tensor route_grad(const Tensor& grad_weights, const Tensor& logits, const Tensor
   params.scoring = check.scoring(scoring);
   params.probs_dtype = check.probs_dtype(probs_dtype, params.scoring);
   params.renormalize = renormalize;
-  params.epsilon = static_cast<float>(epsilon);
+  params.eps = static_cast<float>(eps);
   check.shape("expert_ids", expert_ids, {params.num_tokens, params.top_k}, "[num_tokens, top_k]");
   check.float_shape("grad_weights", grad_weights, {params.num_tokens, params.top_k}, "[num_tokens, top_k]");
   check.that(params.scoring == Scoring::kSoftmax || params.top_k == 2, "scoring '", scoring,
              "' chooses 2 experts, got top_k ", params.top_k);
-  Tensor grad_logits = torch::stable::new_empty(logits, {params.num_tokens, params.num_experts});
+  Tensor grad_logits = moekernels::new_empty(logits, {params.num_tokens, params.num_experts});
   if (grad_logits.numel() == 0) return grad_logits;
 
   const Tensor logits_rows = dense_rows(logits);

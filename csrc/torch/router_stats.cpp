@@ -1,3 +1,4 @@
+#include "allocate.h"
 #include "checks.h"
 #include "launch.h"
 #include "ops.h"
@@ -18,7 +19,7 @@ Groups groups_of(const Checks& check, const Tensor& logits, int64_t num_groups) 
 }
 
 Tensor new_floats(const Tensor& on, std::initializer_list<int64_t> sizes) {
-  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, on.device());
+  return new_empty(on, sizes, ScalarType::Float);
 }
 
 }  // namespace
@@ -73,7 +74,7 @@ Tensor router_stats_grad(const Tensor& grad_prob_sums, const Tensor& grad_z_sums
   check.float_shape("grad_prob_sums", grad_prob_sums, {groups.count, logits.size(1)}, "[num_groups, num_experts]");
   check.float_shape("grad_z_sums", grad_z_sums, {groups.count}, "[num_groups]");
   if (mask.has_value()) check.float_shape("mask", *mask, {logits.size(0)}, "[num_tokens]");
-  Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor grad_logits = moekernels::new_empty(logits, {logits.size(0), logits.size(1)});
   if (grad_logits.numel() == 0) return grad_logits;
 
   const Tensor logits_rows = dense_rows(logits);

@@ -2,11 +2,12 @@
 //
 //   router logits -> route -> plan -> grouped GEMM up (gathers its rows) -> grouped GEMM down -> un-permute
 //
-// The memory is yours: every size is known beforehand, and a kernel that needs scratch says how much.
+// The memory is yours: every size is known beforehand, and a kernel that needs scratch memory asks you for it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -17,15 +18,25 @@ namespace {
 
 constexpr int64_t kTokens = 37, kHidden = 64, kFfn = 48, kExperts = 8, kTopK = 2, kRows = kTokens * kTopK;
 
-// The kernels run on whatever threads you have; here, new ones for every call.
-moekernels::Parallel on_threads(int32_t num_threads) {
-  const auto run = [](void*, int64_t num_tasks, moekernels::Parallel::Body body, void* context) {
-    std::vector<std::thread> threads;
-    for (int64_t task = 0; task < num_tasks; ++task) threads.emplace_back(body, context, task, task + 1);
-    for (std::thread& thread : threads) thread.join();
-  };
-  return {run, nullptr, num_threads};
-}
+// What the kernels run on: threads, here new ones for every call, and scratch memory, here freed when the next kernel
+// asks for some.
+struct Resources {
+  moekernels::Parallel parallel(int32_t num_threads) {
+    const auto run = [](void*, int64_t num_tasks, moekernels::Parallel::Body body, void* context) {
+      std::vector<std::thread> threads;
+      for (int64_t task = 0; task < num_tasks; ++task) threads.emplace_back(body, context, task, task + 1);
+      for (std::thread& thread : threads) thread.join();
+    };
+    const auto scratch = [](void* self, int64_t num_bytes) {
+      auto& memory = static_cast<Resources*>(self)->memory;
+      memory.reset(std::aligned_alloc(64, static_cast<size_t>((num_bytes + 63) / 64 * 64)));
+      return memory.get();
+    };
+    return {run, scratch, this, num_threads};
+  }
+
+  std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+};
 
 std::vector<float> random_floats(int64_t n, float scale) {
   static std::mt19937 generator{7};
@@ -35,27 +46,12 @@ std::vector<float> random_floats(int64_t n, float scale) {
   return values;
 }
 
-// Scratch of a kernel, aligned as it must be.
-struct Workspace {
-  explicit Workspace(int64_t bytes)
-      : memory(bytes > 0 ? std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)) : nullptr) {}
-  ~Workspace() { std::free(memory); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* memory;
-};
-
-void grouped_gemm(moekernels::GroupedGemmParams params, const moekernels::Parallel& threads) {
-  const Workspace workspace(moekernels::grouped_gemm_workspace_cpu(params, threads));
-  params.workspace = workspace.memory;
-  moekernels::grouped_gemm_cpu(params, threads);
-}
-
 }  // namespace
 
 int main() {
   using namespace moekernels;
-  const Parallel threads = on_threads(2);
+  Resources resources;
+  const Parallel parallel = resources.parallel(/*num_threads=*/2);
   const std::vector<float> hidden = random_floats(kTokens * kHidden, 1.0f);
   const std::vector<float> logits = random_floats(kTokens * kExperts, 1.0f);
   const std::vector<float> up = random_floats(kExperts * 2 * kFfn * kHidden, 0.1f);  // gate rows first, then values
@@ -71,7 +67,7 @@ int main() {
   route.logits_stride = kExperts;
   route.num_experts = kExperts;
   route.top_k = kTopK;
-  route_cpu(route, threads);
+  run(route, parallel);
 
   std::vector<int32_t> expert_offsets(kExperts + 1), token_of_row(kRows), row_of_slot(kRows);
   PlanParams plan{};
@@ -84,9 +80,7 @@ int main() {
   plan.group_size = kTokens;
   plan.num_experts = kExperts;
   plan.top_k = kTopK;
-  const Workspace plan_workspace(plan_workspace_cpu(plan, threads));
-  plan.workspace = plan_workspace.memory;
-  plan_cpu(plan, threads);
+  run(plan, parallel);
 
   std::vector<float> inner(kRows * kFfn), rows(kRows * kHidden), out(kTokens * kHidden);
   GroupedGemmParams gemm{};
@@ -105,7 +99,7 @@ int main() {
   gemm.num_experts = kExperts;
   gemm.activation = Activation::kSilu;
   gemm.gated = true;
-  grouped_gemm(gemm, threads);
+  run(gemm, parallel);
 
   gemm = {};
   gemm.rows = inner.data();
@@ -120,7 +114,7 @@ int main() {
   gemm.out_features = kHidden;
   gemm.in_features = kFfn;
   gemm.num_experts = kExperts;
-  grouped_gemm(gemm, threads);
+  run(gemm, parallel);
 
   UnpermuteParams unpermute{};
   unpermute.rows = rows.data();
@@ -132,7 +126,7 @@ int main() {
   unpermute.hidden_size = kHidden;
   unpermute.row_stride = kHidden;
   unpermute.top_k = kTopK;
-  unpermute_cpu(unpermute, threads);
+  run(unpermute, parallel);
 
   double worst = 0.0;
   for (int64_t t = 0; t < kTokens; ++t) {

@@ -28,3 +28,14 @@ def describe_weight_grad_tiles(
     compute_capability: int = 90,
     sm_count: int = 132,
 ) -> str: ...
+def plain_experts(
+    experts: list[Any],
+    expert_class: type,
+    linear_class: type,
+    tensor_classes: tuple[type, ...],
+    dtypes: tuple[Any, ...],
+    up: tuple[str, ...],
+    down: str,
+    others: tuple[str, ...],
+    settings: tuple[str, ...],
+) -> tuple[list[Any], list[Any], list[Any] | None, list[Any] | None] | None: ...

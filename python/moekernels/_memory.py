@@ -1,6 +1,11 @@
-"""The memory of large tensors on the CPU."""
+"""The memory of large tensors on the CPU, and how much there is."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
 
 from moekernels._library import _C
 
@@ -18,3 +23,39 @@ def release_memory() -> int:
         The number of bytes.
     """
     return _C.release_memory()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device.
+
+    On the CPU that is what the kernel calls available, or what the limit of the process's group leaves.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(_available(), _left_by_group())
+
+
+def _available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_by_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What a container's limit leaves (control groups, version 2); file pages count as free, as they can be dropped."""
+    left = 2**63
+    try:
+        group = root / own.read_text().rpartition("::")[2].strip().lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / "memory.max").is_file() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+                lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                statistics = {name: int(value) for name, value in lines}
+                used = int((folder / "memory.current").read_text()) - statistics.get("file", 0)
+                left = min(left, max(int(limit) - used, 0))
+            if folder == root:
+                break
+    except (OSError, ValueError):
+        pass
+    return left

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -11,6 +12,13 @@ from moekernels._library import _C
 
 _batch_invariant = False
 _cpu_isa: str = _C.build_info()["cpu_isa"]
+_CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+# The compiled part passes over a name that it does not know.
+if os.environ.get("MOEKERNELS_CPU_ISA", "portable") not in ("", *_CPU_ISAS):
+    raise ImportError(
+        f"MOEKERNELS_CPU_ISA must be one of {', '.join(_CPU_ISAS)}, got {os.environ['MOEKERNELS_CPU_ISA']!r}"
+    )
 
 
 class _BatchInvariant(contextlib.AbstractContextManager[None]):
@@ -67,8 +75,27 @@ def _set_cpu_isa(name: str) -> None:
     _cpu_isa = name
 
 
+def allows_tf32() -> bool:
+    """Whether torch may round float32 matrix products on a GPU to TF32, by whichever of its switches that was said.
+
+    ``torch.backends.cuda.matmul.allow_tf32`` cannot be read any more once a newer switch was set. Dynamo cannot look
+    inside, and compiles anew when the answer changes.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Private to torch: where it is missing, every device is asked.
+_is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on a device; None where it is off or unknown (the meta device)."""
+    if not _is_any_autocast_enabled():
+        return None
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import NoReturn
+
 import pytest
 import torch
 
 from moekernels import ops
 from moekernels.bench import backward
 from moekernels.bench import case as case_module
+from moekernels.bench import transformers as transformers_layers
 from moekernels.bench.case import Case, measure
 from moekernels.bench.check import Mismatch
+from moekernels.bench.clocks import Run
 from moekernels.bench.kernels import KERNELS, cases
 from moekernels.bench.layer import definition, layer_case, ours, work
-from moekernels.bench.roofs import Roofs
+from moekernels.bench.roofs import Probe, Roofs
 from moekernels.bench.shapes import LayerInputs, layer_inputs, router_logits
 from moekernels.bench.training import as_leaves, as_step, step_case
 from moekernels.bench.training import definition as definition_of_step
@@ -23,7 +28,8 @@ from tests.generators import LayerShape
 from tests.tolerance import assert_accurate
 
 NAMES = [*KERNELS, "layer", "layer with routing", *backward.BACKWARD, "layer forward+backward"]
-ROOFS = Roofs(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9})
+MAJOR = int(version("transformers").partition(".")[0])
+ROOFS = Roofs(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9}, probe_bytes=64, matmul_size=8)
 
 
 def all_cases(x: LayerInputs, shape: LayerShape) -> list[Case]:
@@ -49,20 +55,16 @@ def test_all_contestants_compute_the_definition(
         for case in all_cases(x, shape)
     ]
     assert [row.shape.removeprefix(f"{shape} ") for row in found] == NAMES
-    assert all(row.seconds > 0 and row.bytes > 0 and row.roof is not None and row.baselines for row in found)
+    assert all(row.seconds > 0 and row.bytes > 0 and row.roof is not None and not row.failures for row in found)
     assert [row.flops > 0 for row in found] == [name.startswith(("up", "down", "layer")) for name in NAMES]
     assert notes == []
-    baselines = set().union(*(row.baselines for row in found))
-    expected = {"torch eager", "transformers 4 block"} | (set() if shape.bias else {"torch grouped_mm"})
-    assert expected <= baselines | ({"transformers 4 block"} if not has_transformers_4() else set())
-
-
-def has_transformers_4() -> bool:
-    try:
-        from transformers.models.olmoe import modeling_olmoe
-    except ImportError:
-        return False
-    return not hasattr(modeling_olmoe, "OlmoeExperts")
+    experts = {"torch eager", *([] if shape.bias else ["torch grouped_mm"])}
+    if MAJOR >= 5 and shape.gated:
+        experts |= {"transformers eager", "transformers grouped_mm"}
+    block = {f"transformers {MAJOR} block"} if MAJOR < 5 or shape.name == "switch" else set()
+    for row, name in zip(found, NAMES, strict=True):
+        assert (block if name == "layer with routing" else experts if name == "layer" else set()) <= set(row.baselines)
+        assert row.baselines or name == "layer with routing"
 
 
 @pytest.mark.parametrize("shape", KINDS, ids=str)
@@ -73,7 +75,7 @@ def test_definition_of_the_layer(shape: LayerShape) -> None:
     plan = reference.plan(x.expert_ids, shape.num_experts)
     biases = {"up_bias": y.up_bias, "down_bias": y.down_bias}
     activation = {"activation": shape.activation, "gated": shape.gated}
-    truth = reference.sparse_mlp(y.hidden, x.expert_weights, plan, y.up_weight, y.down_weight, **biases, **activation)
+    truth = reference.sparse_mlp(y.hidden, x.routing_weights, plan, y.up_weight, y.down_weight, **biases, **activation)
     torch.testing.assert_close(definition(x, shape, None, torch.float64), truth)
     routed = definition(x, shape, logits, torch.float64)
     assert not torch.allclose(routed, truth) or shape.top_k == 1
@@ -90,7 +92,7 @@ def test_definition_of_a_step(shape: LayerShape) -> None:
 
     def layer() -> torch.Tensor:
         return reference.sparse_mlp(
-            y.hidden, y.expert_weights, plan, y.up_weight, y.down_weight, up_bias=y.up_bias, down_bias=y.down_bias,
+            y.hidden, y.routing_weights, plan, y.up_weight, y.down_weight, up_bias=y.up_bias, down_bias=y.down_bias,
             activation=shape.activation, gated=shape.gated,
         )  # fmt: skip
 
@@ -135,9 +137,11 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, op: str, name:
 
     measured = next(case for case in all_cases(x, shape) if case.name == name)
     monkeypatch.setattr(ops, op, wrong)
-    for options in ({"check": True, "baselines": False}, {"check": False, "baselines": True}):
-        with pytest.raises(Mismatch, match=rf"^olmoe {name}, 40 tokens, uniform, float32"):
-            measure(measured, shape, x, "uniform", ROOFS, 1e-9, **options)  # type: ignore[arg-type]
+    with pytest.raises(Mismatch, match=rf"^olmoe {name}, 40 tokens, uniform, float32"):
+        measure(measured, shape, x, "uniform", ROOFS, 1e-9, check=True, baselines=False)
+    row = measure(measured, shape, x, "uniform", ROOFS, 1e-9)
+    assert set(row.failures) == set(measured.baselines) and not row.baselines
+    assert all(why.startswith("differs: results are") for why in row.failures.values())
 
 
 def few_numbers(x: LayerInputs, shape: LayerShape) -> list[Case]:
@@ -162,18 +166,19 @@ def test_one_token_is_right_whatever_its_numbers(shape: LayerShape, dtype: torch
 def test_one_token_with_a_wrong_weight_is_found(shape: LayerShape, dtype: torch.dtype) -> None:
     """A step in which every other row of one expert's weight is too large: a little by definition, by others twice."""
     for seed in range(25):
-        for factor, options in ((1.25, {"check": True, "baselines": False}), (2.0, {"check": False})):
 
-            def step(seed: int = seed, factor: float = 1.0) -> tuple[LayerInputs, Case]:
-                torch.manual_seed(seed)
-                x = layer_inputs(shape, 1, dtype)
-                x.down_weight[x.expert_ids[0, x.expert_weights[0].argmax()], ::2] *= factor
-                return x, step_case(x, shape)
+        def step(factor: float, seed: int = seed) -> tuple[LayerInputs, Case]:
+            torch.manual_seed(seed)
+            x = layer_inputs(shape, 1, dtype)
+            x.down_weight[x.expert_ids[0, x.routing_weights[0].argmax()], ::2] *= factor
+            return x, step_case(x, shape)
 
-            x, case = step()
-            case.ours = step(factor=factor)[1].ours
-            with pytest.raises(Mismatch):
-                measure(case, shape, x, "uniform", None, 1e-9, **options)  # type: ignore[arg-type]
+        x, case = step(1.0)
+        case.ours = step(1.25)[1].ours
+        with pytest.raises(Mismatch):
+            measure(case, shape, x, "uniform", None, 1e-9, check=True, baselines=False)
+        case.ours = step(2.0)[1].ours
+        assert set(measure(case, shape, x, "uniform", None, 1e-9).failures) == set(case.baselines)
 
 
 @pytest.mark.parametrize("error", [0.0, 0.0035, 0.04, 0.06])
@@ -188,10 +193,10 @@ def test_a_number_that_cancels(error: float) -> None:
 
     def passes(terms: dict[int, float], **options: bool) -> bool:
         try:
-            measure(case(terms), shape, layer_inputs(shape, 1), "uniform", None, 1e-9, **options)  # type: ignore[arg-type]
+            row = measure(case(terms), shape, layer_inputs(shape, 1), "uniform", None, 1e-9, **options)  # type: ignore[arg-type]
         except Mismatch:
             return False
-        return True
+        return not row.failures
 
     assert passes({}, check=True) == passes({}, check=False) == (error == 0.0)
     assert passes({0: 1.0}, check=True, baselines=False) == (error < 0.0041)
@@ -206,9 +211,59 @@ def test_nan_and_wrong_shapes_are_found() -> None:
         case = Case("k", lambda out=out: out, {}, 1.0, definition=lambda dtype: torch.zeros(2, 2, dtype=dtype))  # type: ignore[misc]
         with pytest.raises(Mismatch):
             measure(case, shape, x, "uniform", ROOFS, 1e-9, check=True)
-    case = Case("k", lambda: torch.zeros(2), {"other": lambda: torch.full((2,), float("nan"))}, 1.0)
-    with pytest.raises(Mismatch, match="moekernels and other compute different things"):
-        measure(case, shape, x, "uniform", ROOFS, 1e-9)
+    others = {
+        "nan": lambda: torch.full((2,), float("nan")),
+        "row": lambda: torch.zeros(1, 2),
+        "right": lambda: [torch.zeros(2)],
+    }
+    row = measure(Case("k", lambda: torch.zeros(2), others, 1.0), shape, x, "uniform", ROOFS, 1e-9)  # type: ignore[arg-type]
+    assert row.failures == {
+        "nan": "differs: results are nan apart, and the largest is 0",
+        "row": "differs: results of shape (1, 2) instead of (2,)",
+    }
+    assert list(row.baselines) == ["right"]
+
+
+def test_a_baseline_that_fails_is_named_in_its_row() -> None:
+    """Whatever it does, at any time; the others are measured."""
+
+    def failing(error: Exception) -> Run:
+        def run() -> NoReturn:
+            raise error
+
+        return run
+
+    others: dict[str, Run] = {
+        "broken": failing(IndexError("too many indices\nand more")),
+        "torch": failing(RuntimeError("shapes do not fit")),
+        "words": lambda: ("logits", "loss"),
+        "right": lambda: torch.zeros(2),
+        "lacking": failing(RuntimeError("\"grouped\" not implemented for 'Half'")),
+    }
+    shape, notes = KINDS[0], []
+    case = Case("k", lambda: torch.zeros(2), others, 1.0, bounds={"bound": failing(KeyError("x"))})
+    row = measure(case, shape, layer_inputs(shape, 4), "uniform", ROOFS, 1e-9, bounds=True, note=notes.append)
+    assert row.failures == {
+        "broken": "fails: IndexError: too many indices",
+        "torch": "fails: RuntimeError: shapes do not fit",
+        "words": "fails: TypeError: tensors are wanted, got tuple of str",
+        "bound": "fails: KeyError: 'x'",
+    }
+    assert list(row.baselines) == ["right"]
+    assert notes == ["without lacking: \"grouped\" not implemented for 'Half'"]
+
+
+def test_a_baseline_that_cannot_be_made_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a version of transformers that is not known yet."""
+
+    def modeling(model: str) -> NoReturn:
+        raise AttributeError("Olmoe is another class now")
+
+    monkeypatch.setattr(transformers_layers, "_modeling", modeling)
+    shape = KINDS[3]
+    x = layer_inputs(shape, 4)
+    row = measure(layer_case(x, shape, with_routing=True), shape, x, "uniform", ROOFS, 1e-9)
+    assert row.failures == {f"transformers {MAJOR} block": "fails: AttributeError: Olmoe is another class now"}
 
 
 def test_two_calls_must_give_the_same_bits() -> None:
@@ -230,6 +285,8 @@ def test_row_of_a_case(stepping: SteppingClock, monkeypatch: pytest.MonkeyPatch)
     def broken() -> None:
         raise NotImplementedError("not in float32\nand more")
 
+    # The roof takes turns with the others: a call of 6 s for twice the work is 1.5 times what ours takes.
+    monkeypatch.setattr(Roofs, "probe", lambda *work: Probe(of(6.0), 2.0))  # type: ignore[arg-type]
     case = Case("k", of(2.0), {"slow": of(6.0), "broken": broken}, 1e9, 3e9, bounds={"bound": of(1.0)})  # type: ignore[arg-type, dict-item]
     row = measure(case, shape, layer_inputs(shape, 4), "zipf", ROOFS, 1.0, bounds=True, note=notes.append)
     assert (row.shape, row.tokens, row.routing, row.dtype, row.clock) == ("olmoe k", 4, "zipf", "float32", "stepping")

@@ -16,7 +16,7 @@ OLMOE = KEY_MAPS["olmoe"]
         ("layers.11.mlp.experts.63.up_proj.weight", Place("layers.11.mlp.experts.gate_up_proj", 63, 1, 2)),
         ("model.layers.0.mlp.experts.7.down_proj.weight", Place("layers.0.mlp.experts.down_proj", 7)),
         ("model.layers.0.mlp.experts.down_proj", Place("layers.0.mlp.experts.down_proj")),
-        ("model.layers.0.mlp.gate.weight", Place("layers.0.mlp.gate.weight")),
+        ("model.layers.0.mlp.gate.weight", Place("layers.0.mlp.router.weight")),
         ("lm_head.weight", Place("lm_head.weight")),
         ("model.layers.0.mlp.experts.x.down_proj.weight", Place("layers.0.mlp.experts.x.down_proj.weight")),
     ],
@@ -68,9 +68,9 @@ def test_renamed_parameters_and_stacked_biases() -> None:
 
 def test_aliases_are_read_and_not_written() -> None:
     phimoe = KEY_MAPS["phimoe"]
-    gate = "layers.4.block_sparse_moe.gate.weight"
-    assert phimoe.place("model.layers.4.mlp.router.weight") == phimoe.place(f"model.{gate}") == Place(gate)
-    assert list(phimoe.checkpoint_names(gate, (4, 8))) == [(gate, Place(gate))]
+    gate, router = (f"layers.4.block_sparse_moe.{name}.weight" for name in ("gate", "router"))
+    assert phimoe.place("model.layers.4.mlp.router.weight") == phimoe.place(f"model.{gate}") == Place(router)
+    assert list(phimoe.checkpoint_names(router, (4, 8))) == [(gate, Place(router))]
     stack = "layers.4.block_sparse_moe.experts.down_proj"
     assert phimoe.place("layers.4.mlp.experts.down_proj") == Place(stack)
     assert [name for name, _ in phimoe.checkpoint_names(stack, (2, 8, 4))] == [

@@ -27,11 +27,12 @@ def resident(field):
         if line.startswith(field):
             return int(line.split()[1]) * 1024
 
-directory, small, dtype = sys.argv[1:]
-OlmoeForCausalLM.from_pretrained(small)  # what is loaded but once
+directory, small, dtype, format = sys.argv[1:]
+quantized = {"quantization_config": {"format": format}} if format else {}
+OlmoeForCausalLM.from_pretrained(small, **quantized)  # what is loaded but once
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-model = OlmoeForCausalLM.from_pretrained(directory, dtype=dtype)
+model = OlmoeForCausalLM.from_pretrained(directory, dtype=dtype, **quantized)
 print(resident("VmHWM") - before, model.get_memory_footprint())
 """
 
@@ -67,10 +68,32 @@ def _write(directory: Path, config: OlmoeConfig, pickled: bool) -> int:
 def test_peak_of_loading(pickled: bool, dtype: str, tmp_path: Path) -> None:
     shard = _write(tmp_path / "model", _config(), pickled)
     _write(tmp_path / "small", _config(num_hidden_layers=1, num_experts=8), pickled=False)
-    arguments = [str(tmp_path / "model"), str(tmp_path / "small"), dtype]
+    peak, model = _peak(tmp_path, dtype)
+    assert model > 3 * shard
+    assert peak < model + shard + 4 * _MIB, f"{peak / _MIB:.0f} MiB for {model / _MIB:.0f} and {shard / _MIB:.0f}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of resident memory")
+def test_peak_of_quantising(tmp_path: Path) -> None:
+    """One file of four times the result: what was read of it is given back."""
+    (tmp_path / "model").mkdir()
+    config = _config(hidden_size=256, intermediate_size=512, num_hidden_layers=5)
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config)
+    model.bfloat16().to_empty(device="cpu").save_pretrained(tmp_path / "model")
+    _write(tmp_path / "small", _config(num_hidden_layers=1, num_experts=8), pickled=False)
+    file = (tmp_path / "model" / "model.safetensors").stat().st_size
+    peak, size = _peak(tmp_path, "bfloat16", "int4")
+    assert 3.4 * size < file
+    # Beside the model there is what quantising one matrix needs.
+    assert peak < 1.15 * size + 10 * _MIB, f"{peak / _MIB:.1f} MiB for {size / _MIB:.1f} of {file / _MIB:.1f}"
+
+
+def _peak(directory: Path, dtype: str, format: str = "") -> tuple[int, int]:
+    """How far memory rises over what it was when the model is loaded, and what the model takes."""
+    arguments = [str(directory / "model"), str(directory / "small"), dtype, format]
     result = subprocess.run(
         [sys.executable, "-c", _LOAD, *arguments], check=True, capture_output=True, text=True, timeout=120
     )
     peak, model = map(int, result.stdout.split())
-    assert model > 3 * shard
-    assert peak < model + shard + 4 * _MIB, f"{peak / _MIB:.0f} MiB for {model / _MIB:.0f} and {shard / _MIB:.0f}"
+    return peak, model

@@ -47,7 +47,7 @@ def test_order_of_preference(tmp_path: Path, tensors: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", 3, None, ["a"]]
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a\0", "\ud800", 3, None, ["a"]]
 )
 def test_index_that_names_another_directory(tmp_path: Path, tensors: dict[str, Tensor], name: object) -> None:
     home = tmp_path / "checkpoint"
@@ -68,6 +68,10 @@ def test_index_that_names_a_link_out_of_the_directory(tmp_path: Path, tensors: d
     shard.rename(tmp_path / "elsewhere.safetensors")
     shard.symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"links to .*elsewhere\.safetensors, outside of"):
+        CheckpointReader(home)
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    with pytest.raises(CheckpointError, match=r"'model-00002-of-00002.safetensors', which is missing from"):
         CheckpointReader(home)
     shard.unlink()
     (tmp_path / "elsewhere.safetensors").rename(home / "blob")

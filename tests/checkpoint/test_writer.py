@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
-from moekernels.checkpoint import OBSOLETE_WEIGHTS, CheckpointError, CheckpointReader, replace_files, write_weights
+from moekernels.checkpoint import CheckpointReader, write_weights
 from moekernels.checkpoint.writer import parse_size
 
 INDEX = "model.safetensors.index.json"
@@ -45,6 +43,9 @@ def test_the_library_reads_every_dtype_and_shape(tmp_path: Path) -> None:
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    # As any file made here: others may read it.
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -82,74 +83,28 @@ def test_no_sizes(size: int | str) -> None:
         parse_size(size)
 
 
-def write(stage: Path, value: float, max_shard_size: int = 10**9) -> None:
-    tensors: list[tuple[str, Tensor]] = [(f"t{i}", torch.full((25,), value)) for i in range(4)]
-    write_weights(stage, tensors, max_shard_size)
-    (stage / "config.json").write_text(json.dumps({"value": value}))
+def test_shards_take_no_name_that_is_taken(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((25,), float(i)) for i in range(4)}
+    (tmp_path / "stage").mkdir()
+    first = write_weights(tmp_path, tensors.items(), max_shard_size=200)
+    second = write_weights(tmp_path / "stage", tensors.items(), max_shard_size=200, beside=tmp_path)
+    assert set(first) & set(second) == {INDEX} and len(first) == len(second) == 3
+    assert all(re.fullmatch(r"model-[0-9a-f]{8}-0000\d-of-00002\.safetensors", name) for name in second[:-1])
+    read = {name: t.clone() for shard in CheckpointReader(tmp_path / "stage").shards() for name, t in shard}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_new_directory_appears_whole(tmp_path: Path) -> None:
-    target = tmp_path / "a" / "b"
-    with replace_files(target) as stage:
-        write(stage, 1.0)
-        assert not target.exists()
-    assert sorted(contents(target)) == ["config.json", "model.safetensors"]
-    assert [path.name for path in target.parent.iterdir()] == ["b"]
-    # As any directory made here: not private, as temporary ones are.
-    (tmp_path / "ordinary").mkdir()
-    assert target.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
-def test_old_weights_go_and_other_files_stay(tmp_path: Path) -> None:
-    with replace_files(tmp_path, OBSOLETE_WEIGHTS) as stage:
-        write(stage, 1.0, max_shard_size=200)
-    assert "model-00002-of-00002.safetensors" in contents(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with replace_files(tmp_path, OBSOLETE_WEIGHTS) as stage:
-        write(stage, 2.0)
-    assert sorted(contents(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert load_file(tmp_path / "model.safetensors")["t3"][0] == 2.0
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_failing_while_writing(tmp_path: Path, exists: bool) -> None:
-    target = tmp_path / "checkpoint"
-    if exists:
-        with replace_files(target) as stage:
-            write(stage, 1.0)
-    before = contents(target) if exists else None
-    with pytest.raises(RuntimeError, match="disk full"), replace_files(target, OBSOLETE_WEIGHTS) as stage:
-        write(stage, 2.0)
-        raise RuntimeError("disk full")
-    if exists:
-        assert contents(target) == before
-    else:
-        assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("fails_at", range(6))
-def test_failing_while_files_change_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
-    with replace_files(tmp_path, OBSOLETE_WEIGHTS) as stage:
-        write(stage, 1.0, max_shard_size=200)
-    before = contents(tmp_path)
-    rename, calls = os.rename, []
-
-    def flaky(source: Any, destination: Any) -> None:
-        calls.append(destination)
-        if len(calls) == fails_at + 1:
-            raise OSError("no such luck")
-        rename(source, destination)
-
-    monkeypatch.setattr(os, "rename", flaky)
-    with pytest.raises(OSError, match="no such luck"), replace_files(tmp_path, OBSOLETE_WEIGHTS) as stage:
-        write(stage, 2.0)
-    assert contents(tmp_path) == before
-
-
-def test_saving_to_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(CheckpointError, match="file: is a file, expected a directory"),
-        replace_files(tmp_path / "file"),
-    ):
-        pass
+def test_what_belongs_together(tmp_path: Path) -> None:
+    """Tensors of one weight get one shard, also where that is too large then."""
+    tensors = [
+        (f"{weight}.{part}", torch.full((100,), i, dtype=torch.float32))
+        for i, weight in enumerate("abc")
+        for part in "xyz"
+    ]
+    write_weights(tmp_path, tensors, 1000, together=lambda name: name.partition(".")[0])
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weight_map.values())) == 3
+    assert all(len({weight_map[f"{weight}.{part}"] for part in "xyz"}) == 1 for weight in "abc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        {*weight_map.values(), "model.safetensors.index.json"}
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moekernels import ops
-from moekernels.bench import sweep
+from moekernels.bench import baselines, sweep
 from moekernels.bench.roofs import Roofs
 from moekernels.bench.table import Row, record
 from moekernels.cli import bench, main
@@ -17,7 +17,7 @@ from tests.generators import OLMOE, REAL_LAYERS
 
 SMALL = ("--hidden-size", "24", "--ffn-size", "16", "--experts", "6", "--top-k", "2")
 QUICK = ("bench", *SMALL, "--tokens", "1", "5", "--budget", "1e-9", "--device", "cpu")
-ROOFS = Roofs(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9})
+ROOFS = Roofs(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9}, probe_bytes=64, matmul_size=8)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,33 @@ def test_a_wrong_kernel_ends_with_1(
     assert len(content["mismatches"]) == 2
     assert [row["shape"].rsplit(" ", 1)[1] for row in content["rows"]].count("unpermute") == 0
     assert exit_code(*QUICK, "--no-baselines", "--kernels", "unpermute") == 0  # nobody asked
+
+
+@pytest.mark.parametrize("kind", ["fails", "differs"])
+def test_a_wrong_baseline_is_said_and_the_others_go_on(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, path = baselines.unpermute, tmp_path / "rows.json"
+
+    def wrong(rows: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        return right(rows, *args)[0 if kind == "differs" else "first"]
+
+    monkeypatch.setattr(baselines, "unpermute", wrong)
+    options = (*QUICK, "--dtype", "float32", "--json", str(path), "--kernels", "permute", "unpermute")
+    assert exit_code(*options, "--check") == 1
+    out = capsys.readouterr().out
+    cells = {
+        line.split()[0]: line.split()[-1] for line in out.splitlines() if line.startswith(("permute", "unpermute"))
+    }
+    assert cells["unpermute"] == kind and float(cells["permute"]) > 0
+    failed = [line for line in out.splitlines() if line.startswith("FAILED: ")]
+    assert len(failed) == 2 and all(f"unpermute, {n} tokens" in line for n, line in zip((1, 5), failed, strict=True))
+    assert all(f"torch eager {kind}: " in line for line in failed) and "all results" not in out
+    content = json.loads(path.read_text())
+    assert content["mismatches"] == [line.removeprefix("FAILED: ") for line in failed]
+    assert [row["failures"] != {} for row in content["rows"]] == [False, True] * 2
+    assert exit_code("bench", "--from", str(path)) == 0 and kind in capsys.readouterr().out
+    assert exit_code(*options) == (1 if kind == "differs" else 0)
 
 
 def test_plot(tmp_path: Path) -> None:

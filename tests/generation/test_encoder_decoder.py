@@ -170,7 +170,6 @@ HIDDEN = torch.zeros(2, 6, 32)
         ),
         ([sources(2, 6)], {"max_length": 1}, "prompt has 1 tokens"),
         ([sources(2, 6)], {"decoder_start_token_id": None, "bos_token_id": None}, "needs decoder_start_token_id"),
-        ([sources(2, 6)], {"labels": torch.ones(2, 2)}, "neither generation parameters nor keywords of the model: lab"),
     ],
 )
 def test_errors_name_the_argument(args: list[Any], kwargs: dict[str, Any], message: str) -> None:

@@ -69,3 +69,53 @@ def test_built_from_a_config() -> None:
     assert built[-1] is mine
     with pytest.raises(ValueError, match="tokenizer"):
         build_stopping_criteria(config)
+
+
+class Pieces:
+    """Tokens of several characters, as a vocabulary has them; the last is half of a character."""
+
+    vocabulary = ("\n", "\n\n", ".", "..", "#", "##", " a", "a.\n", "\n#", "ab", "ba", "aab")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.vocabulary[i] for i in ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.vocabulary)}
+
+    # What transformers' criterion needs of a tokenizer: it looks at every token behind a text of its own.
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        self.text = text
+        return {"input_ids": [-1]}
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.text
+
+
+@pytest.mark.parametrize("strings", [["\n\n"], ["..."], ["##"], ["aab", "aa"], ["\n\n", "\n#"], ["a.\n\n"], ["abab"]])
+def test_stop_strings_that_overlap_themselves(strings: list[str]) -> None:
+    """Every text of up to four tokens, against transformers' own criterion."""
+    tokenizer = Pieces()
+    stop = StopStringCriteria(tokenizer, strings)
+    theirs = oracle.StopStringCriteria(tokenizer, strings)
+    count = len(tokenizer.vocabulary)
+    for length in (1, 2, 3, 4):
+        rows = torch.cartesian_prod(*[torch.arange(count)] * length).reshape(-1, length)
+        assert torch.equal(stop(rows, None), theirs(rows, None))
+    assert stop(torch.tensor([[1, 0]]), None).item() is ("\n\n" in strings)
+
+
+class HalfCharacters(Pieces):
+    """What follows completes a character, so that the text before is no beginning of the text after."""
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join((b"\xc3", b"\xa9", b"a", b"\n")[i] for i in ids).decode(errors="replace")
+
+
+def test_stop_strings_of_tokens_that_are_half_a_character() -> None:
+    stop = StopStringCriteria(HalfCharacters(), ["\u00e9", "a\n"])
+    rows = [[2, 0, 1], [0, 1, 2], [3, 0, 1], [1, 2, 3], [2, 3, 0], [0, 2, 3]]
+    assert [stop(torch.tensor([row]), None).item() for row in rows] == [True, False, True, True, False, True]

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from moekernels.generation import synced
+from moekernels.generation import GenerationConfig, GenerationMixin, synced
 from tests.generation.adapter import Adapted, prompts, tiny_olmoe
-from tests.generation.synced_worker import VOCAB
+from tests.processes import run_processes
+
+VOCAB = 11
 
 
-def test_the_first_to_finish_goes_on(tmp_path: Path) -> None:
+class Counting(GenerationMixin):
+    """Says the number after the last one. Every run is one of all processes, as with parameters spread over them."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.generation_config = GenerationConfig()
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.runs = 0
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, logits_to_keep: int = 1) -> Any:
+        dist.all_reduce(torch.ones(()), op=dist.ReduceOp.MAX)
+        self.runs += 1
+        following = (input_ids[:, -logits_to_keep:] + 1) % VOCAB
+        logits = torch.nn.functional.one_hot(following, VOCAB).float()
+        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
+
+    __call__ = forward
+
+
+def generate(rank: int, options: list[dict[str, Any]]) -> tuple[list[list[int]], int]:
+    """One process of several: its tokens, and how often it ran the model."""
+    model = Counting()
+    tokens = model.generate(torch.arange(5)[None], synced_gpus=True, **options[rank])
+    return tokens.tolist(), model.runs
+
+
+def test_the_first_to_finish_goes_on() -> None:
     """Both processes run the model equally often; one that stopped early would leave the other waiting for ever."""
     options: list[dict[str, Any]] = [
         {"max_new_tokens": 3},
         {"max_new_tokens": 9, "prefill_chunk_size": 2, "guidance_scale": 1.5},
     ]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.generation.synced_worker", str(rank), "2", str(tmp_path / "rendezvous"),
-             json.dumps(options)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        results = [json.loads(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    # The prompt in three pieces, eight more tokens, and as many runs without the prompt as there are tokens.
-    assert [result["runs"] for result in results] == [3 + 8 + 9] * 2
-    for result, kwargs in zip(results, options, strict=True):
-        assert result["tokens"] == [[number % VOCAB for number in range(5 + kwargs["max_new_tokens"])]]
+    for (tokens, runs), kwargs in zip(run_processes(generate, 2, options), options, strict=True):
+        # The prompt in three pieces, eight more tokens, and as many runs without the prompt as there are tokens.
+        assert runs == 3 + 8 + 9
+        assert tokens == [[number % VOCAB for number in range(5 + kwargs["max_new_tokens"])]]
 
 
 class Group:

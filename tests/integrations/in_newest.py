@@ -1,15 +1,14 @@
-"""Runs these tests with another version of transformers, in an environment that is made for it.
+"""Runs the tests that touch transformers with another version of it, in an environment that is made for that.
 
-    python tests/integrations/in_newest.py [--version 5.23.0] [--directory DIR] [pytest arguments]
+    python tests/integrations/in_newest.py [--version 5.24.0] [--directory DIR] [pytest arguments]
 
-The environment sees the packages of the one that runs this (torch among them); only transformers and what it needs are
-installed anew, from the package index.
+The environment sees the packages of the one that runs this, torch and moekernels among them; transformers and what it
+needs are installed anew from the package index.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import site
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# What runs transformers, and whose result depends on its version.
+TESTS = ("integrations", "company", "bench", "cli", "test_docs.py")
 
 
 def make_environment(directory: Path, requirements: Sequence[str]) -> Path:
@@ -27,8 +28,9 @@ def make_environment(directory: Path, requirements: Sequence[str]) -> Path:
     if not python.exists():
         venv.create(directory, with_pip=True)
         packages = next(directory.glob("lib/python*/site-packages"))
-        # After the environment's own packages, so that those win.
-        (packages / "zz_outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        # Read after the environment's own packages, so that those win; links to editable installs are followed.
+        lines = [f"import site; site.addsitedir({outer!r})" for outer in site.getsitepackages()]
+        (packages / "zz_outer.pth").write_text("\n".join(lines) + "\n")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", *requirements], check=True)
     return python
 
@@ -41,12 +43,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         wanted = f"transformers=={arguments.version}" if arguments.version else "transformers>=5"
         python = make_environment(arguments.directory or Path(temporary) / "environment", [wanted, "kernels"])
-        # The newest transformers warns of what is newer still.
-        command = [python, "-m", "pytest", "-W", "ignore", "-q", *(rest or ["tests/integrations"])]
-        import moekernels
-
-        path = os.pathsep.join([str(Path(moekernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}).returncode
+        found = "import transformers; print('transformers', transformers.__version__, flush=True)"
+        subprocess.run([python, "-c", found], check=True)
+        tests = rest or [str(ROOT / "tests" / name) for name in TESTS]
+        return subprocess.run([python, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

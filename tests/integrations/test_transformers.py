@@ -60,11 +60,9 @@ def test_outputs_losses_and_gradients(name: str) -> None:
     for mine, theirs in zip(router_logits(got), router_logits(expected), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
     got_gradients = gradients(model)
+    assert got_gradients.keys() == expected_gradients.keys()  # an expert without tokens may have none
     for key, expected_gradient in expected_gradients.items():
-        # transformers 4 leaves experts without tokens without a gradient; here it is zero.
         torch.testing.assert_close(got_gradients[key], expected_gradient, rtol=1e-3, atol=1e-4, msg=key)
-    for key in got_gradients.keys() - expected_gradients.keys():
-        assert not got_gradients[key].any(), key
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -76,9 +74,9 @@ def test_state_dict_and_memory_stay(name: str) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert storage_bytes(model) == memory
-    assert (replaced.packed_bytes > 0) != (replaced.shared_bytes > 0)
-    fused = MAJOR >= 5 and name not in ("switch", "nllb")
-    assert (replaced.shared_bytes > 0) == fused
+    assert replaced.expert_bytes == sum(
+        p.numel() * p.element_size() for name, p in model.named_parameters() if ".experts." in name
+    )
 
 
 @pytest.mark.parametrize("name", TRUE_HERE)
@@ -126,9 +124,9 @@ def test_nllb_runs_the_experts_that_were_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(MAJOR < 5, reason="transformers 4 is right")
 def test_the_repair_of_nllb_is_said_once() -> None:
-    from moekernels.integrations.transformers import swaps
+    from moekernels.integrations.transformers import layers
 
-    swaps._warn_of_nllb.cache_clear()
+    layers.warn_of_nllb.cache_clear()
     with pytest.warns(UserWarning, match="only the experts 0 and 1"):
         replace_moe_layers(make_model("nllb"))
     with warnings.catch_warnings():
@@ -140,7 +138,8 @@ def test_the_repair_of_nllb_is_said_once() -> None:
 
 # No dropout inside the experts: the order in which it draws is not that of the original.
 _TRAINING = {
-    "switch": {"dropout_rate": 0.0},
+    # Norms of 0.5: with larger ones every step makes a difference in rounding ten times as large.
+    "switch": {"dropout_rate": 0.0, "initializer_factor": 0.5},
     "nllb": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "moe_token_dropout": 0.0},
     "phimoe": {"input_jitter_noise": 0.0},
 }
@@ -320,7 +319,7 @@ def test_quantised_weights_are_refused() -> None:
 
     model = make_model("nllb")
     last_experts(model).expert_2.fc2.__class__ = Linear8bit
-    untouched(model, r"decoder.layers.1.ffn.*: expert 2 has no plain torch.nn.Linear as fc2, but Linear8bit")
+    untouched(model, r"decoder.layers.1.ffn.*as it is: .*expert_2.fc2 is a Linear8bit")
 
 
 def test_other_dtypes_are_refused() -> None:
@@ -328,10 +327,11 @@ def test_other_dtypes_are_refused() -> None:
 
 
 def test_weights_on_the_meta_device_are_refused() -> None:
-    untouched(make_model("olmoe").to("meta"), r"layers.0.mlp.*has no data yet \(meta device\)")
-    untouched(make_model("switch").to("meta"), r"has no data yet \(meta device\)")
+    untouched(make_model("olmoe").to("meta"), r"layers.0.mlp.*has no data \(meta device\)")
+    untouched(make_model("switch").to("meta"), r"expert_0.wi.weight has no data \(meta device\)")
 
 
+@pytest.mark.skipif(MAJOR >= 5, reason="the module's own activation is called between the kernels")
 def test_unknown_activations_are_refused() -> None:
     untouched(make_model("olmoe", hidden_act="tanh"), "its activation Tanh is none of")
 
@@ -339,7 +339,7 @@ def test_unknown_activations_are_refused() -> None:
 def test_experts_of_different_shape_are_refused() -> None:
     model = make_model("switch")
     last_experts(model).expert_3.wi = nn.Linear(32, 40, bias=False)
-    untouched(model, "wi of expert 3 differs from that of expert 0")
+    untouched(model, "expert_3.wi differs from that of the first expert")
 
 
 def test_forwards_of_instances_are_refused() -> None:
@@ -395,12 +395,47 @@ def test_experts_of_another_rank_add_nothing() -> None:
     close(out[kept], alone)
 
 
+@pytest.mark.skipif(MAJOR < 5, reason="transformers 4 has no experts interface")
+def test_what_had_the_name_computes_experts_that_are_unknown() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model, inputs = make_model("olmoe"), make_inputs("olmoe")
+    before, expected = ALL_EXPERTS_FUNCTIONS["grouped_mm"], model(**inputs).logits
+    calls = []
+
+    def counted(module: nn.Module, *arguments: Any) -> Tensor:
+        calls.append(module)
+        return before(module, *arguments)
+
+    ALL_EXPERTS_FUNCTIONS.register("grouped_mm", counted)
+    try:
+        register("grouped_mm")
+        register("grouped_mm")
+        for layer in model.model.layers:
+            layer.mlp.experts.is_concatenated = False
+        with pytest.warns(UserWarning, match=r"OlmoeExperts is computed by .* interleaved"):
+            close(model(**inputs).logits, expected)
+        assert calls == [layer.mlp.experts for layer in model.model.layers]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**inputs)
+    finally:
+        ALL_EXPERTS_FUNCTIONS.register("grouped_mm", before)
+
+
 @pytest.mark.parametrize(
-    ("flag", "value"), [("is_transposed", True), ("is_concatenated", False), ("has_post_expert_norm", True)]
+    ("attributes", "reason"),
+    [
+        ({"act_fn": nn.SiLU()}, "it has no gate_up_proj"),
+        ({"has_gate": False, "up_proj": 1}, "it has no down_proj"),
+        ({"gate_up_proj": 1, "down_proj": 1, "act_fn": nn.Tanh()}, "its activation Tanh is none of"),
+        ({"gate_up_proj": 1, "down_proj": 1, "act_fn": nn.SiLU(), "is_concatenated": False}, "are interleaved"),
+        ({"gate_up_proj": 1, "down_proj": 1, "act_fn": nn.SiLU(), "has_post_expert_norm": True}, "no post_expert_norm"),
+    ],
 )
-def test_other_layouts_are_refused(flag: str, value: bool) -> None:
+def test_experts_that_nothing_can_compute(attributes: dict[str, Any], reason: str) -> None:
     experts = nn.Module()
-    setattr(experts, flag, value)
-    experts.act_fn = nn.SiLU()
-    with pytest.raises(ValueError, match=f"its experts have {flag}={value}"):
+    for name, value in attributes.items():
+        setattr(experts, name, value)
+    with pytest.raises(ValueError, match=f"the experts of Module: .*{reason}"):
         fused_experts(experts, torch.randn(1, 8), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))

@@ -74,7 +74,7 @@ def test_device(directory: Path) -> None:
 
 def test_keywords_override_the_configuration(directory: Path) -> None:
     model = OlmoeForCausalLM.from_pretrained(directory, norm_topk_prob=True, local_files_only=True)
-    assert model.config.norm_topk_prob and model.model.layers[0].mlp.gate.renormalize
+    assert model.config.norm_topk_prob and model.model.layers[0].mlp.router.renormalize
     assert OlmoeForCausalLM.from_pretrained(directory, clip_qkv=0.5).config.clip_qkv == 0.5
     assert (
         OlmoeForCausalLM.from_pretrained(directory, eos_token_id=None, quantization_config=None).config.eos_token_id
@@ -173,7 +173,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(OlmoeConfig, "save_pretrained", fail)
+    monkeypatch.setattr(OlmoeConfig, "to_json_file", fail)
     torch.nn.init.zeros_(model.lm_head.weight)
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(tmp_path)
@@ -187,7 +187,7 @@ def test_new_weights() -> None:
     model = tiny(initializer_range=0.02, hidden_size=64, attention_bias=True)
     layer = model.model.layers[0]
     for weight in (
-        layer.mlp.gate.weight,
+        layer.mlp.router.weight,
         layer.mlp.experts.gate_up_proj,
         layer.mlp.experts.down_proj,
         model.lm_head.weight,

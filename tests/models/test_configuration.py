@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,15 @@ import torch
 import transformers
 
 from moekernels.checkpoint import CheckpointError
-from moekernels.models import OlmoeConfig
+from moekernels.models import (
+    M2M100Config,
+    NllbMoeConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    SwitchTransformersConfig,
+)
+from moekernels.models.fields import count
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -17,6 +27,34 @@ def test_defaults_are_those_of_the_documentation() -> None:
     for name in OlmoeConfig().to_dict():
         if name not in ("transformers_version", "torch_dtype"):
             assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(
+    "config_class", [OlmoeConfig, PhimoeConfig, M2M100Config, NllbMoeConfig, SwitchTransformersConfig]
+)
+def test_fields_are_parameters_and_documented(config_class: type[PretrainedConfig]) -> None:
+    parameters = inspect.signature(config_class.__init__).parameters
+    names = [*parameters][1:-1]
+    made = config_class()
+    assert {*names} <= {*made.to_dict()}
+    documented = re.findall(r"^    ([*\w]+): \S", config_class.__doc__ or "", re.MULTILINE)
+    assert documented == [*names, "**kwargs"]
+    assert config_class(*(getattr(made, name) for name in names)) == made
+    with pytest.raises(TypeError, match="multiple values for argument 'vocab_size'"):
+        config_class(8, vocab_size=8)
+
+
+def test_configurations_of_others_can_add_fields() -> None:
+    class Wider(OlmoeConfig):
+        """OLMoE with an adapter."""
+
+        rank: int = count(4, "of the adapter")
+        vocab_size: int = count(100, "number of tokens")
+
+    assert [*inspect.signature(Wider).parameters][-3:] == ["rank", "vocab_size", "kwargs"]
+    assert Wider(rank=2).rank == 2 and Wider(bos_token_id=3).vocab_size == 100 and OlmoeConfig().vocab_size == 50304
+    with pytest.raises(ValueError, match="Wider: rank must be a positive integer, got 0"):
+        Wider(rank=0)
 
 
 def test_files_travel_both_ways(tmp_path: Path) -> None:

@@ -65,6 +65,6 @@ def test_float16_stays_finite() -> None:
 
     layer = M2M100EncoderLayer(M2M100Config(d_model=16, encoder_ffn_dim=8, encoder_attention_heads=2)).half().eval()
     torch.nn.init.constant_(layer.fc2.bias, 65504.0)
-    context = LayerContext("eager", AttentionMask(), None)
+    context = LayerContext("eager", AttentionMask())
     hidden = torch.full((1, 2, 16), 65504.0, dtype=torch.float16)
-    assert layer(hidden, context, None)[0].isfinite().all()
+    assert layer(hidden, context)[0].isfinite().all()

@@ -58,6 +58,9 @@ def test_kinds(pair: tuple[Any, Any]) -> None:
     assert ours.can_generate() and type(ours).can_generate()
     assert ours.base_model_prefix == theirs.base_model_prefix or type(ours).__name__.startswith("Switch")
     assert ours.main_input_name == theirs.main_input_name
+    ours.add_model_tags("first")
+    ours.add_model_tags(["first", "second"])
+    assert ours.model_tags == ["first", "second"]
     assert ours.name_or_path == theirs.name_or_path or ours.name_or_path == ours.config.name_or_path
     assert ours.device == theirs.device and ours.dtype == theirs.dtype
     for name in NAMES:

@@ -18,6 +18,7 @@ from moekernels.models.options import (
     resolve_cache,
 )
 from moekernels.nn import Cache, DynamicCache, EncoderDecoderCache
+from tests.models import tiny
 
 
 def test_what_a_call_leaves_open_the_configuration_decides() -> None:
@@ -83,3 +84,18 @@ def test_positions_follow_the_cache() -> None:
 def test_positions_of_logits(keep: int | Tensor, positions: list[int]) -> None:
     hidden = torch.arange(24).view(2, 4, 3)
     assert torch.equal(kept_for_logits(hidden, keep), torch.stack([hidden[:, i] for i in positions], dim=1))
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_a_keyword_that_there_is_not(name: str) -> None:
+    inputs, message = (
+        tiny.inputs(name),
+        r"forward\(\) got an unexpected keyword argument 'attention_masks'; did you mean",
+    )
+    for made in (tiny.base_class(name), tiny.head_class(name)):
+        model = made(tiny.CONFIGS[name]).eval()
+        with pytest.raises(TypeError, match=rf"^{type(model).__name__}\.{message} 'attention_mask'\?$"):
+            model(**inputs, attention_masks=torch.ones_like(inputs["input_ids"]))
+        with torch.no_grad():
+            expected = model(**inputs)[0]
+            assert torch.equal(model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]))[0], expected)

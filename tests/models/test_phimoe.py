@@ -350,8 +350,7 @@ def test_fused_names_of_transformers_5(saved_phimoe: Callable[..., Any], tmp_pat
     theirs, directory = saved_phimoe()
     fused: dict[str, Tensor] = {}
     for name, tensor in load(directory).state_dict().items():
-        name = name.replace(".block_sparse_moe.gate.", ".mlp.router.").replace(".block_sparse_moe.", ".mlp.")
-        fused[name] = tensor
+        fused[name.replace(".block_sparse_moe.", ".mlp.")] = tensor
     assert "model.layers.2.mlp.experts.gate_up_proj" in fused and "model.layers.0.mlp.router.weight" in fused
     torch.save(fused, tmp_path / "pytorch_model.bin")
     config = theirs.config.to_dict()

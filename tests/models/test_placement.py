@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moekernels as mk
+from moekernels._devices import existing_device
 from moekernels.generation.outputs import GenerateDecoderOnlyOutput
 from moekernels.models.base import _CONTAINERS
 from moekernels.models.outputs import BaseModelOutput
-from moekernels.models.placement import Placement, Unit, existing_device, follow, moved, plan_placement, spread
+from moekernels.models.placement import Placement, Unit, follow, moved, plan_placement, spread
 from moekernels.nn import AttentionMask, DynamicCache, StaticCache
 from tests.models.tiny import CONFIGS, head_class, inputs
 
@@ -57,7 +58,7 @@ def test_a_map_of_names() -> None:
         "lm_head": "meta",
     }
     assert placement.device_of("model.layers.0.self_attn.q_proj.weight") == CPU
-    assert placement.device_of("model.layers.1.mlp.gate.weight") == META
+    assert placement.device_of("model.layers.1.mlp.router.weight") == META
     assert placement.device_of("model.embed_tokens") == placement.device_of("elsewhere.buffer") == META
 
 

@@ -1,4 +1,4 @@
-"""Quantised weights are asked for in several ways; the answer is a warning, or an error before anything is loaded."""
+"""Quantised weights are asked for in several ways."""
 
 from __future__ import annotations
 
@@ -12,26 +12,48 @@ import pytest
 import torch
 import transformers
 
-from moekernels import AutoModelForCausalLM, BitsAndBytesConfig, OlmoeForCausalLM
+from moekernels import AutoModelForCausalLM, BitsAndBytesConfig, OlmoeForCausalLM, QuantizationConfig
+from tests.models import tiny
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "bits", "times"),
+    ("kwargs", "format"),
     [
-        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, 8, 4),
-        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float16}, 4, 4),
-        ({"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, 4, 8),
-        ({"load_in_8bit": True, "dtype": "bfloat16"}, 8, 2),
-        ({"load_in_4bit": True}, 4, 8),
+        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "int8"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float16}, "fp4"),
+        ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, "nf4"),
+        ({"quantization_config": QuantizationConfig("int8"), "dtype": "bfloat16"}, "int8"),
+        ({"load_in_8bit": True}, "int8"),
+        ({"load_in_4bit": True}, "fp4"),
     ],
 )
-def test_a_warning(saved_olmoe: Callable[..., Any], kwargs: dict[str, Any], bits: int, times: int) -> None:
+def test_ways_to_ask(saved_olmoe: Callable[..., Any], kwargs: dict[str, Any], format: str) -> None:
     saved = saved_olmoe()
     for made in (AutoModelForCausalLM, OlmoeForCausalLM):
-        with pytest.warns(UserWarning, match=f"not quantised to {bits} bits.*take {times} times the memory"):
-            model = made.from_pretrained(saved.directory, **kwargs)
-        plain = made.from_pretrained(saved.directory, dtype=kwargs.get("dtype", "auto"))
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+        model = made.from_pretrained(saved.directory, **kwargs)
+        experts = model.model.layers[0].mlp.experts
+        for weight in (experts.gate_up_proj, experts.down_proj, model.model.layers[1].self_attn.k_proj.weight):
+            assert weight.format.name == format
+        assert model.dtype == getattr(torch, str(kwargs.get("dtype", "float32")).removeprefix("torch."))
+        assert model.config.quantization_config
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "nllb-moe"])
+def test_compute_dtype(kind: str, tmp_path: Path) -> None:
+    """Products are computed in it, with biases too; what comes out of a layer has the model's dtype."""
+    model = tiny.head_class(kind)(tiny.CONFIGS[kind]).eval()
+    model.save_pretrained(tmp_path)
+    logits = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
+        loaded = tiny.head_class(kind).from_pretrained(tmp_path, quantization_config=config)
+        logits[dtype] = loaded(**tiny.inputs(kind)).logits
+        assert logits[dtype].dtype == loaded.dtype == torch.float32
+        loaded.save_pretrained(tmp_path / "saved")
+        again = tiny.head_class(kind).from_pretrained(tmp_path / "saved")
+        assert torch.equal(again(**tiny.inputs(kind)).logits, logits[dtype])
+    scale = logits[torch.float32].abs().max()
+    assert 1e-6 < (logits[torch.bfloat16] - logits[torch.float32]).abs().max() / scale < 0.05
 
 
 def test_nothing_asked_for(saved_olmoe: Callable[..., Any]) -> None:
@@ -53,13 +75,22 @@ def test_fields() -> None:
         BitsAndBytesConfig(bnb_4bit_quant_type="int4")
 
 
-def test_errors(saved_olmoe: Callable[..., Any], tmp_path: Path) -> None:
-    source = saved_olmoe().directory
-    with pytest.raises(ValueError, match="quantization_config must be a BitsAndBytesConfig, got str"):
-        OlmoeForCausalLM.from_pretrained(source, quantization_config="int8")
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
-    with pytest.raises(ValueError, match=r"its weights are quantised \(bitsandbytes\), which is not supported"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_fields_in_files() -> None:
+    """Both libraries write and read the same."""
+    kwargs = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"]}
+    theirs, ours = transformers.BitsAndBytesConfig(**kwargs), BitsAndBytesConfig(**kwargs)
+    assert {n: v for n, v in theirs.to_dict().items() if not n.startswith("_")} == ours.to_dict()
+    assert BitsAndBytesConfig.from_dict(theirs.to_dict()) == ours
+    assert {n: v for n, v in theirs.to_diff_dict().items() if not n.startswith("_")} == ours.to_diff_dict()
+    assert (ours.quantization_method(), ours.is_quantizable()) == (theirs.quantization_method(), True)
+    own = QuantizationConfig("int4", {"group_size": 64}, skip_modules=["lm_head"], compute_dtype="float16")
+    assert QuantizationConfig.from_dict(json.loads(json.dumps(own.to_dict()))) == own
+
+
+def test_errors(saved_olmoe: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="llm_int8_has_fp16_weight must be False"):
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
+    with pytest.raises(ValueError, match="llm_int8_skip_modules must be a list of names or None, got 'lm_head'"):
+        BitsAndBytesConfig(llm_int8_skip_modules="lm_head")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bnb_4bit_quant_storage must be one of uint8, .*, got 'int3'"):
+        BitsAndBytesConfig(bnb_4bit_quant_storage="int3")

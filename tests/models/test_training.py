@@ -19,6 +19,7 @@ from moekernels.models import OlmoeForCausalLM, PhimoeForSequenceClassification
 from moekernels.ops import reference
 from tests.models import translation_checkpoints
 from tests.models.tiny import CONFIGS, head_class
+from tests.processes import run_processes
 
 VOCAB = 61
 SPARSE = ["olmoe", "phimoe", "nllb-moe", "switch_transformers"]
@@ -414,39 +415,31 @@ def model_and_halves() -> tuple[Any, list[dict[str, Any]]]:
     return make("olmoe"), inputs
 
 
-def train_in_parallel(rank: int, directory: str) -> None:
-    """One process of two: its half of the batch, and the gradients of all of it into a file."""
+def train_in_parallel(rank: int) -> dict[str, dict[str, Tensor]]:
+    """One process of two: its half of the batch, and the gradients of all of it."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    try:
-        replicated, halves = model_and_halves()
-        sharded, _ = model_and_halves()
-        mesh = dist.init_device_mesh("cpu", (2,))
-        for layer in sharded.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        results = {}
-        for how, parallel in (("ddp", DistributedDataParallel(replicated)), ("fsdp", sharded)):
-            loss = parallel(**halves[rank]).loss
-            loss.backward()
-            results[how] = {"loss": dist.nn.functional.all_reduce(loss.detach()) / 2}
-        results["ddp"] |= {name: p.grad for name, p in replicated.named_parameters()}
-        results["fsdp"] |= {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
-        if rank == 0:
-            torch.save(results, f"{directory}/results.pt")
-    finally:
-        dist.destroy_process_group()
+    replicated, halves = model_and_halves()
+    sharded, _ = model_and_halves()
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    results = {}
+    for how, parallel in (("ddp", DistributedDataParallel(replicated)), ("fsdp", sharded)):
+        loss = parallel(**halves[rank]).loss
+        loss.backward()
+        results[how] = {"loss": dist.nn.functional.all_reduce(loss.detach()) / 2}
+    results["ddp"] |= {name: p.grad for name, p in replicated.named_parameters()}
+    results["fsdp"] |= {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+    return results
 
 
 @pytest.fixture(scope="module")
-def parallel_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    directory = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(train_in_parallel, args=(str(directory),), nprocs=2)
-    return torch.load(directory / "results.pt")
+def parallel_results() -> dict[str, dict[str, Tensor]]:
+    return run_processes(train_in_parallel, 2)[0]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

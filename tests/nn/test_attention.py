@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekernels import ops
 from moekernels._settings import current_cpu_isa
 from moekernels.nn import (
     ATTENTION_FUNCTIONS,
@@ -120,7 +119,7 @@ def test_where_the_kernel_is_the_faster(
     of_query: tuple[int, ...], num_keys: int, is_ours: bool | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr("moekernels.nn.attention.attention_by_kernel", lambda *args: calls.append(args))
     query = torch.ones(of_query, dtype=torch.bfloat16)
     key = torch.ones(2, 4, num_keys, of_query[3], dtype=torch.bfloat16)
     expected = current_cpu_isa() == is_ours if isinstance(is_ours, str) else is_ours

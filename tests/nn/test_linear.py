@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
+from moekernels import batch_invariant
 from moekernels.nn import Linear
-from moekernels.nn.linear import activated
+from moekernels.nn.linear import project, project_in
 from moekernels.ops import linear
+from moekernels.ops.linear import ACTIVATION_FUNCTIONS
 from tests.tolerance import assert_accurate
 
 
@@ -43,7 +48,7 @@ def test_what_the_kernel_does_not_serve_is_left_to_torch(monkeypatch: pytest.Mon
     layer = Linear(40, 24)
     with torch.no_grad():
         expected = layer(torch.ones(3, 40))
-    monkeypatch.setattr(sys.modules["moekernels.ops.linear"], "call", forbidden)
+    monkeypatch.setattr(sys.modules["moekernels.ops.linear"], "run", forbidden)
     x = torch.ones(3, 40, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is not None and torch.equal(layer.weight.grad, torch.full((24, 40), 3.0))
@@ -73,58 +78,149 @@ def test_compiles_and_autocasts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 40), (2, 100, 40), (0, 40)], ids=str)
 @torch.no_grad()
-def test_an_activated_layer_has_the_bits_of_layer_and_activation(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    layer, x = Linear(40, 24).to(dtype), torch.randn(shape).to(dtype)
-    for activation in (F.relu, F.gelu):
-        assert torch.equal(activated(layer, activation, x), activation(layer(x)))
+def test_a_projection_has_the_bits_of_layer_and_activation(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    fast, x = Linear(40, 24).to(dtype), torch.randn(shape).to(dtype)
+    plain = nn.Linear(40, 24).to(dtype)
+    plain.load_state_dict(fast.state_dict())
+    for name, activation in ACTIVATION_FUNCTIONS.items():
+        assert torch.equal(project(plain, x, name), activation(fast(x)))
+        assert torch.equal(project(fast, x, name), activation(fast(x)))
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def _by_hook(layer: nn.Linear) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _by_pre_hook(layer: nn.Linear) -> None:
+    layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def _by_class(layer: nn.Linear) -> None:
+    layer.__class__ = Doubled
+
+
+def _by_instance(layer: nn.Linear) -> None:
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight)  # type: ignore[method-assign]
+
+
+def _by_parametrization(layer: nn.Linear) -> None:
+    parametrize.register_parametrization(layer, "weight", Twice())
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("attach", [_by_hook, _by_pre_hook, _by_class, _by_instance, _by_parametrization])
+@torch.no_grad()
+def test_what_is_attached_to_a_layer_takes_part(attach: Any) -> None:
+    layer, x = nn.Linear(40, 24, bias=False), torch.randn(3, 40)
+    expected = 2 * F.linear(x, layer.weight)
+    attach(layer)
+    torch.testing.assert_close(project(layer, x), expected)
+    torch.testing.assert_close(project(layer, x, "relu"), expected.relu())
+    torch.testing.assert_close(project_in(torch.float32, layer, x), expected)
 
 
 @torch.no_grad()
-def test_whoever_watches_a_layer_sees_what_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = Linear(40, 24), torch.randn(3, 40)
-    expected = layer(x)
-    assert (expected < 0).any()
+def test_bits_do_not_depend_on_who_watches() -> None:
+    layer, x = nn.Linear(40, 24), torch.randn(70, 40)
+    with batch_invariant():
+        expected = project(layer, x)
+        layer.register_forward_hook(lambda *_: None)
+        assert torch.equal(project(layer, x), expected)
+        assert torch.equal(project(layer, x[:1]), expected[:1])
+
+
+@torch.no_grad()
+def test_global_hooks_see_a_projection() -> None:
+    layer, x = nn.Linear(40, 24), torch.randn(3, 40)
     seen: list[Tensor] = []
-
-    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(output)
-
-    def check() -> None:
-        assert torch.equal(activated(layer, F.relu, x), expected.relu())
-        assert len(seen) == 1 and torch.equal(seen.pop(), expected)
-
-    with layer.register_forward_hook(watch):
-        check()
-    with nn.modules.module.register_module_forward_hook(watch):
-        check()
-    with layer.register_forward_pre_hook(lambda *_: seen.append(expected)):
-        check()
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", lambda x: seen.append(expected) or expected)
-        check()
-    activated(layer, F.relu, x)
-    assert not seen
-
-    class Doubled(Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
-
-    doubled = Doubled(40, 24)
-    doubled.load_state_dict(layer.state_dict())
-    assert torch.equal(activated(doubled, F.relu, x), 2 * expected.relu())
+    with nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(output)):
+        assert torch.equal(project(layer, x, "relu"), linear(x, layer.weight, layer.bias).relu())
+    assert len(seen) == 1 and torch.equal(seen[0], linear(x, layer.weight, layer.bias))
 
 
-def test_gradients_and_graph_of_an_activated_layer() -> None:
-    layer, x = Linear(40, 24), torch.randn(3, 40, requires_grad=True)
+def test_gradients_and_graph_of_a_projection() -> None:
+    layer, x = nn.Linear(40, 24), torch.randn(3, 40, requires_grad=True)
     ours, plain = (
         torch.autograd.grad(out.sum(), (x, layer.weight, layer.bias))
-        for out in (activated(layer, F.relu, x), F.relu(F.linear(x, layer.weight, layer.bias)))
+        for out in (project(layer, x, "relu"), F.relu(F.linear(x, layer.weight, layer.bias)))
     )
     assert all(map(torch.equal, ours, plain))
     calls: list[int] = []
     with layer.register_full_backward_hook(lambda *_: calls.append(1)):
-        activated(layer, F.relu, x).sum().backward()
+        project(layer, x, "relu").sum().backward()
     assert calls == [1]
     with torch.no_grad():
-        compiled = torch.compile(lambda x: activated(layer, F.relu, x), fullgraph=True, backend="eager")
-        assert torch.equal(compiled(x), activated(layer, F.relu, x))
+        compiled = torch.compile(lambda x: project(layer, x, "relu"), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), project(layer, x, "relu"))
+
+
+class Packed(Tensor):
+    """A weight as quantisers make it: a subclass that knows torch's linear and no operator of ours."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> Packed:
+        made: Any = Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, device=data.device)  # type: ignore[attr-defined]
+        made.inner = data
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return func(*(x.inner if isinstance(x, Packed) else x for x in args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(f"no rule for {func}")
+
+
+@pytest.mark.parametrize("rows", [1, 4000])
+@torch.no_grad()
+def test_weights_of_a_tensor_subclass(rows: int) -> None:
+    x = torch.randn(rows, 40)
+    for layer in (Linear(40, 24), nn.Linear(40, 24)):
+        expected = F.linear(x, layer.weight, layer.bias)
+        layer.weight = nn.Parameter(Packed(layer.weight.detach()), requires_grad=False)
+        assert torch.equal(layer(x), expected) and torch.equal(project(layer, x), expected)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_dtype_of_its_own(weights: torch.dtype, autocast: bool) -> None:
+    """Computed in that dtype, whatever the weights and autocast have; the module is called all the same."""
+    layer, x = nn.Linear(40, 24).to(weights), torch.randn(3, 40).bfloat16()
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = project_in(torch.float32, layer, x)
+    assert calls == [1] and layer.weight.dtype == weights
+    expected = F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == weights
+    torch.testing.assert_close(layer.weight.grad, x.float().sum(0).expand(24, 40).to(weights))
+
+
+@torch.no_grad()
+def test_a_dtype_of_its_own_for_what_has_none() -> None:
+    layer = nn.Sequential(nn.Linear(40, 24))
+    x = torch.randn(3, 40)
+    assert project_in(torch.bfloat16, layer, x).dtype == torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        quantised = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)[0]
+    assert type(quantised) is not nn.Linear
+    assert project_in(torch.float32, quantised, x.bfloat16()).dtype == torch.float32

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekernels import ops
-from moekernels.nn import Dispatched, GroupedExperts, LocalDispatcher, SparseMLP, TopKRouter
+from moekernels.nn import GroupedExperts, LocalDispatcher, RouterOutput, SparsemixerRouter, SparseMLP, TopKRouter
 from moekernels.nn.activations import op_activation
+from moekernels.nn.dispatcher import Experts
 from tests.generators import SMALL_LAYERS, LayerShape
 from tests.tolerance import assert_accurate
 
@@ -70,7 +71,7 @@ def test_layer(shape: LayerShape, renormalize: bool, dtype: torch.dtype) -> None
     hidden = torch.randn(11, shape.hidden_size).to(dtype)
     with torch.no_grad():
         out, logits = mlp(hidden)
-        torch.testing.assert_close(logits, F.linear(hidden, mlp.gate.weight))
+        torch.testing.assert_close(logits, F.linear(hidden, mlp.router.weight))
         probs = logits.double().softmax(-1)
         weights, chosen = probs.topk(shape.top_k)
         # Equal logits, which rounding makes, may be chosen in another order.
@@ -83,19 +84,22 @@ def test_layer(shape: LayerShape, renormalize: bool, dtype: torch.dtype) -> None
 
 
 class Elsewhere:
-    """A dispatcher that is not the local one: the same work, and nobody can take the short cut."""
+    """A dispatcher that calls the experts as one of another process would: every row is a token with one choice."""
 
     def __init__(self, num_experts: int) -> None:
-        self.local = LocalDispatcher(num_experts)
-        self.calls: list[str] = []
+        self.num_experts = num_experts
+        self.num_calls = 0
 
-    def dispatch(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Dispatched:
-        self.calls.append("dispatch")
-        return self.local.dispatch(hidden, expert_ids, expert_weights)
-
-    def combine(self, rows: Tensor, context: Any) -> Tensor:
-        self.calls.append("combine")
-        return self.local.combine(rows, context)
+    def run(self, hidden: Tensor, routing: RouterOutput, experts: Experts) -> Tensor:
+        self.num_calls += 1
+        plan = ops.plan(routing.expert_ids, self.num_experts)
+        rows = ops.permute(hidden, plan.token_of_row, plan.row_of_slot)
+        counts = plan.expert_offsets.diff()
+        ids = torch.arange(self.num_experts).repeat_interleave(counts)[:, None].int()
+        # Those that an expert would have sent back to front.
+        order = torch.randperm(rows.shape[0])
+        there = experts(rows[order], rows.new_ones(rows.shape[0], 1).float(), ops.plan(ids[order], self.num_experts))
+        return ops.unpermute(there[order.argsort()], plan.row_of_slot, routing.routing_weights)
 
 
 @pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
@@ -110,7 +114,7 @@ def test_dispatchers_give_the_same(shape: LayerShape) -> None:
         out, logits = mlp(given)
         (out.square().sum() + logits.sum()).backward()
         results.append((out, given.grad, *(p.grad for p in mlp.parameters())))
-    assert elsewhere.calls == ["dispatch", "combine"]
+    assert elsewhere.num_calls == 1
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5 * max(1.0, other.abs().max().item()), rtol=0)
 
@@ -134,8 +138,8 @@ def test_ugly_inputs() -> None:
 def test_one_expert_takes_all() -> None:
     mlp = make(LayerShape("crowded", 8, 6, 4, 1))
     with torch.no_grad():
-        mlp.gate.weight.zero_()
-        mlp.gate.weight[2] = 1.0
+        mlp.router.weight.zero_()
+        mlp.router.weight[2] = 1.0
         hidden = torch.rand(20, 8)
         out, logits = mlp(hidden)
         chosen = torch.full((20, 1), 2)
@@ -164,10 +168,14 @@ def test_input_follows_the_weights() -> None:
 def test_capacity_of_the_local_dispatcher() -> None:
     dispatcher = LocalDispatcher(3, capacity=2)
     hidden = torch.randn(4, 5)
-    ids = torch.zeros(4, 1, dtype=torch.int32)
-    rows, offsets, context = dispatcher.dispatch(hidden, ids, torch.full((4, 1), 0.5))
-    assert offsets.tolist() == [0, 2, 2, 2]
-    torch.testing.assert_close(dispatcher.combine(rows, context), torch.cat((hidden[:2] * 0.5, torch.zeros(2, 5))))
+    routing = RouterOutput(torch.empty(4, 3), torch.full((4, 1), 0.5), torch.zeros(4, 1, dtype=torch.int32))
+
+    def experts(hidden: Tensor, routing_weights: Tensor, plan: ops.Plan) -> Tensor:
+        assert plan.expert_offsets.tolist() == [0, 2, 2, 2]
+        return ops.unpermute(ops.permute(hidden, plan.token_of_row), plan.row_of_slot, routing_weights)
+
+    out = dispatcher.run(hidden, routing, experts)
+    torch.testing.assert_close(out, torch.cat((hidden[:2] * 0.5, torch.zeros(2, 5))))
 
 
 def test_parameters_and_their_names() -> None:
@@ -185,10 +193,101 @@ def test_parameters_and_their_names() -> None:
     assert (plain.up_proj_bias == 0).all() and (plain.down_proj_bias == 0).all()
 
 
-def test_wrong_sizes() -> None:
-    for top_k in (0, 5):
-        with pytest.raises(ValueError, match=rf"top_k must be between 1 and num_experts \(4\), got {top_k}"):
-            TopKRouter(8, 4, top_k)
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "top_k 0": ({"top_k": 0}, r"TopKRouter: top_k must be between 1 and num_experts \(4\), got 0"),
+    "top_k 5": ({"top_k": 5}, r"top_k must be between 1 and num_experts \(4\), got 5"),
+    "hidden": ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
+    "ffn": ({"ffn_size": -3}, "GroupedExperts: ffn_size must be a positive integer, got -3"),
+    "experts": ({"num_experts": 0}, "num_experts must be a positive integer, got 0"),
+    "fraction": ({"ffn_size": 2.5}, "ffn_size must be a positive integer, got 2.5"),
+    "activation": (
+        {"activation": "swiglu"},
+        "activation must be one of none, relu, .*, got 'swiglu'",
+    ),
+    "scoring": ({"scoring": "sigmoid"}, "scoring must be one of softmax, top2_gate, sparsemixer, got 'sigmoid'"),
+    "sparsemixer": (
+        {"scoring": "sparsemixer", "top_k": 3},
+        "top_k must be 2, .* sparsemixer chooses, got 3",
+    ),
+    "top2_gate": ({"scoring": "top2_gate", "top_k": 1}, "top_k must be 2, which is what top2_gate chooses, got 1"),
+    "eps": ({"eps": -1.0}, "eps must be a number from 0 to inf, got -1.0"),
+    "dropout": ({"dropout": 1.5}, "SparseMLP: dropout must be a number from 0 to 1, got 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case: str) -> None:
+    change, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        SparseMLP(**{"hidden_size": 8, "ffn_size": 6, "num_experts": 4, "top_k": 2, **change})
+
+
+def test_wrong_parts() -> None:
+    with pytest.raises(ValueError, match=r"the router's num_experts must be the experts' \(3\), got 4"):
+        SparseMLP(TopKRouter(8, 4, 2), GroupedExperts(8, 6, 3))
+    with pytest.raises(ValueError, match=r"the router's hidden_size must be the experts' \(8\), got 16"):
+        SparseMLP(TopKRouter(16, 4, 2), GroupedExperts(8, 6, 4))
+    with pytest.raises(ValueError, match="scoring must be 'sparsemixer', got 'softmax'"):
+        SparsemixerRouter(8, 4, scoring="softmax")
+    for arguments, message in (
+        ({"num_experts": 0}, "num_experts must be a positive integer, got 0"),
+        ({"num_experts": 3, "capacity": 0}, "capacity must be a positive integer, got 0"),
+        ({"num_experts": 3, "group_size": 4}, "group_size must be None without a capacity, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LocalDispatcher(**arguments)
+
+
+def test_wrong_inputs() -> None:
+    mlp = SparseMLP(8, 6, 4, 2)
+    with pytest.raises(ValueError, match=r"TopKRouter: hidden must be \[\.\.\., 8\], got \[6, 9\]"):
+        mlp(torch.randn(2, 3, 9))
+    with pytest.raises(ValueError, match=r"mask must have one entry per token \[2, 3\], got \[4\]"):
+        mlp(torch.randn(2, 3, 8), torch.ones(4))
+
+
+def test_made_from_parts_or_from_sizes() -> None:
+    sizes = SparseMLP(hidden_size=8, ffn_size=6, num_experts=4, top_k=2, renormalize=True, activation="relu")
+    router, experts = TopKRouter(8, 4, 2, renormalize=True), GroupedExperts(8, 6, 4, activation="relu")
+    parts = SparseMLP(router=router, experts=experts)
+    parts.load_state_dict(sizes.state_dict())
+    hidden = torch.randn(3, 8)
+    assert torch.equal(parts(hidden)[0], sizes(hidden)[0])
+    assert parts.router is router and parts.experts is experts
+    assert [name for name, _ in parts.named_parameters()] == [
+        "router.weight",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    ]
+
+
+def test_the_router_by_its_name_in_checkpoints() -> None:
+    layer = SparseMLP(8, 6, 4, 2)
+    model = torch.nn.ModuleDict({"mlp": SparseMLP(8, 6, 4, 2)})
+    state = {f"mlp.{name.replace('router', 'gate')}": tensor for name, tensor in layer.state_dict().items()}
+    model.load_state_dict(state)
+    assert torch.equal(model["mlp"].router.weight, layer.router.weight)
+    assert "mlp.gate.weight" in state
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("output_dropout", [0.0, 0.3])
+def test_dropout_in_training(dropout: float, output_dropout: float) -> None:
+    mlp = SparseMLP(8, 6, 4, 2, dropout=dropout, output_dropout=output_dropout)
+    hidden = torch.randn(5, 8)
+    _, routing_weights, expert_ids = mlp.router(hidden)
+    plan = ops.plan(expert_ids, 4)
+    torch.manual_seed(3)
+    rows = hidden[plan.token_of_row.long()]
+    inner = ops.grouped_gemm(rows, mlp.experts.gate_up_proj, plan.expert_offsets, activation="silu", gated=True)
+    rows = ops.grouped_gemm(F.dropout(inner, dropout), mlp.experts.down_proj, plan.expert_offsets)
+    rows = F.dropout(rows, output_dropout)
+    expected = (rows[plan.row_of_slot.long()] * routing_weights[..., None]).sum(1)
+    torch.manual_seed(3)
+    torch.testing.assert_close(mlp(hidden)[0], expected)
+    plain = SparseMLP(8, 6, 4, 2)
+    plain.load_state_dict(mlp.state_dict())
+    assert torch.equal(mlp.eval()(hidden)[0], plain(hidden)[0])
 
 
 def test_activation_names() -> None:
@@ -196,3 +295,19 @@ def test_activation_names() -> None:
     assert op_activation("swish") == "silu"
     with pytest.raises(ValueError, match="unknown activation 'selu', expected one of relu, gelu"):
         op_activation("selu")
+
+
+def test_shared_experts() -> None:
+    shared = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.SiLU(), torch.nn.Linear(24, 16))
+    torch.manual_seed(0)
+    mlp = SparseMLP(16, 12, 4, 2, shared_experts=shared)
+    torch.manual_seed(0)
+    routed = SparseMLP(16, 12, 4, 2)
+    hidden, mask = torch.randn(3, 5, 16), torch.rand(3, 5) > 0.3
+    torch.testing.assert_close(mlp(hidden)[0], routed(hidden)[0] + shared(hidden))
+    out = mlp(hidden, mask)[0]
+    assert (out[~mask] == 0).all()
+    torch.testing.assert_close(out[mask], (routed(hidden)[0] + shared(hidden))[mask])
+    composed = SparseMLP(routed.router, routed.experts, shared_experts=shared)
+    torch.testing.assert_close(composed(hidden)[0], mlp(hidden)[0])
+    assert "shared_experts.0.weight" in mlp.state_dict() and "shared_experts" not in str(list(routed.state_dict()))

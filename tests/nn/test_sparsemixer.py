@@ -21,9 +21,9 @@ def scores(kind: str, num_experts: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(2000, 1).abs() * size * (1 + 0.01 * torch.randn(2000, num_experts))).to(dtype)
 
 
-def identity_router(num_experts: int, dtype: torch.dtype, epsilon: float) -> SparsemixerRouter:
+def identity_router(num_experts: int, dtype: torch.dtype, eps: float) -> SparsemixerRouter:
     """One whose logits are its input."""
-    router = SparsemixerRouter(num_experts, num_experts, 2, scoring="sparsemixer", epsilon=epsilon).to(dtype)
+    router = SparsemixerRouter(num_experts, num_experts, 2, scoring="sparsemixer", eps=eps).to(dtype)
     torch.nn.init.eye_(router.weight)
     return router
 
@@ -35,30 +35,30 @@ def assert_same_weights(actual: Tensor, expected: Tensor) -> None:
         assert (actual != expected.float()).float().mean() < 5e-3
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.1])
+@pytest.mark.parametrize("eps", [0.01, 0.1])
 @pytest.mark.parametrize("kind", ["spread", "near", "small", "negative"])
 @pytest.mark.parametrize("num_experts", [2, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference(dtype: torch.dtype, num_experts: int, kind: str, epsilon: float) -> None:
+def test_inference(dtype: torch.dtype, num_experts: int, kind: str, eps: float) -> None:
     x = scores(kind, num_experts, dtype)
-    expected_weights, expected_ids = sparsemixer(x, epsilon, training=False)
+    expected_weights, expected_ids = sparsemixer(x, eps, training=False)
     with torch.no_grad():
-        logits, weights, expert_ids = identity_router(num_experts, dtype, epsilon).eval()(x)
+        logits, weights, expert_ids = identity_router(num_experts, dtype, eps).eval()(x)
     assert torch.equal(logits, x) and torch.equal(expert_ids.long(), expected_ids)
     assert_same_weights(weights, expected_weights)
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.1])
+@pytest.mark.parametrize("eps", [0.01, 0.1])
 @pytest.mark.parametrize("kind", ["spread", "near", "small", "negative"])
 @pytest.mark.parametrize("num_experts", [2, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_seed_trains_alike(dtype: torch.dtype, num_experts: int, kind: str, epsilon: float) -> None:
+def test_a_seed_trains_alike(dtype: torch.dtype, num_experts: int, kind: str, eps: float) -> None:
     x = scores(kind, num_experts, dtype)
     direction = torch.randn(2000, 2)
-    router = identity_router(num_experts, dtype, epsilon)
+    router = identity_router(num_experts, dtype, eps)
     torch.manual_seed(3)
     theirs = x.clone().requires_grad_()
-    expected_weights, expected_ids = sparsemixer(theirs, epsilon, training=True)
+    expected_weights, expected_ids = sparsemixer(theirs, eps, training=True)
     (expected_weights.float() * direction).sum().backward()
     expected_next = torch.rand(())
 
@@ -77,7 +77,7 @@ def test_a_seed_trains_alike(dtype: torch.dtype, num_experts: int, kind: str, ep
 
 def test_the_factor_has_no_gradient() -> None:
     """A draw that counts a third moves the logits as much as one that counts in full."""
-    router = identity_router(4, torch.float32, epsilon=0.5).train()
+    router = identity_router(4, torch.float32, eps=0.5).train()
     x = torch.full((4000, 4), 1.0).index_fill_(1, torch.tensor([3]), 1.1).requires_grad_()
     _, weights, expert_ids = router(x)
     weights[:, 0].sum().backward()
@@ -91,7 +91,7 @@ def test_the_factor_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_masked_tokens_are_not_routed(training: bool) -> None:
-    router = identity_router(8, torch.float32, epsilon=0.1).train(training)
+    router = identity_router(8, torch.float32, eps=0.1).train(training)
     mask = torch.tensor([True, False, True])
     _, weights, expert_ids = router(torch.randn(3, 8), mask)
     assert (expert_ids[1] == -1).all() and (weights[1] == 0).all()
@@ -99,12 +99,12 @@ def test_masked_tokens_are_not_routed(training: bool) -> None:
 
 
 def test_no_tokens_in_training() -> None:
-    _, weights, expert_ids = identity_router(8, torch.float32, epsilon=0.1).train()(torch.empty(0, 8))
+    _, weights, expert_ids = identity_router(8, torch.float32, eps=0.1).train()(torch.empty(0, 8))
     assert weights.shape == expert_ids.shape == (0, 2)
 
 
 def test_nan_stays_in_its_row() -> None:
-    router = identity_router(8, torch.float32, epsilon=0.1).train()
+    router = identity_router(8, torch.float32, eps=0.1).train()
     x = torch.randn(4, 8)
     x[1, 3] = float("nan")
     _, weights, expert_ids = router(x)
@@ -113,12 +113,12 @@ def test_nan_stays_in_its_row() -> None:
 
 
 def test_the_layer_takes_it_for_that_rule() -> None:
-    layer = SparseMLP(16, 8, 4, 2, scoring="sparsemixer", epsilon=0.3)
-    assert isinstance(layer.gate, SparsemixerRouter) and layer.gate.epsilon == 0.3
-    assert type(SparseMLP(16, 8, 4, 2).gate) is TopKRouter
+    layer = SparseMLP(16, 8, 4, 2, scoring="sparsemixer", eps=0.3)
+    assert isinstance(layer.router, SparsemixerRouter) and layer.router.eps == 0.3
+    assert type(SparseMLP(16, 8, 4, 2).router) is TopKRouter
     hidden = torch.randn(50, 16)
     with torch.no_grad():
-        torch.nn.init.normal_(layer.gate.weight, std=0.3)
+        torch.nn.init.normal_(layer.router.weight, std=0.3)
         drawn = {tuple(layer(hidden)[0].flatten().tolist()) for _ in range(3)}
         layer.eval()
         fixed = {tuple(layer(hidden)[0].flatten().tolist()) for _ in range(3)}

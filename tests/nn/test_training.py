@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moekernels import ops
 from moekernels.nn import GroupedExperts, SparseMLP, TopKRouter
+from tests.processes import run_processes
 
 
 def make(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **options: object) -> SparseMLP:
@@ -49,14 +50,14 @@ def test_autocast_of_the_parts() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, weights, ids = router(hidden)
         plan = ops.plan(ids, 6)
-        rows = experts(ops.permute(hidden, plan.token_of_row), plan.expert_offsets)
+        out = experts(hidden, weights, plan)
         with torch.autocast("cpu", enabled=False):
-            apart = experts(ops.permute(hidden, plan.token_of_row), plan.expert_offsets)
-    assert logits.dtype == rows.dtype == torch.bfloat16 and apart.dtype == weights.dtype == torch.float32
+            apart = experts(hidden, weights, plan)
+    assert logits.dtype == out.dtype == torch.bfloat16 and apart.dtype == weights.dtype == torch.float32
     assert torch.equal(logits, F.linear(hidden.bfloat16(), router.weight.bfloat16()))
     half = GroupedExperts(16, 12, 6, dtype=torch.bfloat16)
     half.load_state_dict(experts.state_dict())
-    assert torch.equal(rows, half(ops.permute(hidden, plan.token_of_row).bfloat16(), plan.expert_offsets))
+    assert torch.equal(out, half(hidden.bfloat16(), weights, plan))
 
 
 def test_no_autocast_on_the_meta_device() -> None:
@@ -75,8 +76,9 @@ def test_a_step_on_the_meta_device(options: dict, dtype: torch.dtype) -> None:
     hidden = torch.empty(3, 4, 16, device="meta", dtype=dtype, requires_grad=True)
     out, logits = mlp(hidden)
     stats = ops.router_stats(logits, 2, num_groups=3)
-    rows = mlp.experts(hidden.view(12, 16), torch.empty(7, device="meta", dtype=torch.int32))
-    (out.sum() + rows.sum() + stats.prob_sums.sum() + stats.z_sums.sum()).backward()
+    routing = mlp.router(hidden)
+    apart = mlp.experts(hidden.view(12, 16), routing.routing_weights, ops.plan(routing.expert_ids, 6), dropout=0.5)
+    (out.sum() + apart.sum() + stats.prob_sums.sum() + stats.z_sums.sum()).backward()
     for tensor in (hidden, *mlp.parameters()):
         assert tensor.grad is not None and tensor.grad.is_meta
         assert tensor.grad.shape == tensor.shape and tensor.grad.dtype == tensor.dtype
@@ -153,37 +155,28 @@ def model_and_batch() -> tuple[Model, Tensor]:
     return Model(), torch.randn(2, 10, 8)
 
 
-def train_in_parallel(rank: int, directory: str) -> None:
-    """One process of two: its half of the batch, and the gradients of all of it into a file."""
+def train_in_parallel(rank: int) -> dict[str, dict[str, Tensor]]:
+    """One process of two: its half of the batch, and the gradients of all of it."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    try:
-        replicated, batch = model_and_batch()
-        sharded, _ = model_and_batch()
-        mesh = dist.init_device_mesh("cpu", (2,))
-        fully_shard(sharded.mlp, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        for parallel in (DistributedDataParallel(replicated), sharded):
-            parallel(batch[rank]).square().sum().backward()
-        grads = {
-            "ddp": {name: p.grad for name, p in replicated.named_parameters()},
-            "fsdp": {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
-        }
-        if rank == 0:
-            torch.save(grads, f"{directory}/grads.pt")
-    finally:
-        dist.destroy_process_group()
+    replicated, batch = model_and_batch()
+    sharded, _ = model_and_batch()
+    mesh = dist.init_device_mesh("cpu", (2,))
+    fully_shard(sharded.mlp, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for parallel in (DistributedDataParallel(replicated), sharded):
+        parallel(batch[rank]).square().sum().backward()
+    return {
+        "ddp": {name: p.grad for name, p in replicated.named_parameters()},
+        "fsdp": {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
+    }
 
 
 @pytest.fixture(scope="module")
-def parallel_gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    directory = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(train_in_parallel, args=(str(directory),), nprocs=2)
-    return torch.load(directory / "grads.pt")
+def parallel_gradients() -> dict[str, dict[str, Tensor]]:
+    return run_processes(train_in_parallel, 2)[0]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

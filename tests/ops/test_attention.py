@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moekernels import cpu_isa, ops
 from moekernels.ops import reference
+from tests.isa import isas
 from tests.tolerance import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +64,7 @@ def test_against_the_definition(dtype: torch.dtype, shape: tuple[int, ...], bias
     )
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
     for shape in ((6, 2, 8, 2, 3, 21, 72), (1, 1, 1, 1, 5, 6, 7), (1, 1, 2, 1, 17, 20, 33)):

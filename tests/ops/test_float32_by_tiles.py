@@ -11,11 +11,10 @@ from torch import Tensor
 import moekernels
 from moekernels import ops
 from moekernels.ops import reference
+from tests.isa import needs_isa
 from tests.tolerance import assert_accurate
 
-pytestmark = pytest.mark.skipif(
-    "amx" not in moekernels.build_info()["cpu_isas"], reason="needs a processor with tile registers"
-)
+pytestmark = needs_isa("amx")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moekernels import ops
 from moekernels.ops import reference
+from moekernels.ops.activation import ACTIVATION_FUNCTIONS
 from tests.generators import ROUTINGS
 from tests.tolerance import assert_accurate
 
@@ -26,7 +27,7 @@ def plain_activation_grad(
     """PyTorch's own backward pass, in the dtype of the inputs."""
     linear = linear.detach().requires_grad_()
     with torch.enable_grad():
-        act = reference._ACTIVATIONS[activation]
+        act = ACTIVATION_FUNCTIONS[activation]
         out = act(linear.chunk(2, -1)[0]) * linear.chunk(2, -1)[1] if gated else act(linear)
     (grad_linear,) = torch.autograd.grad(out, linear, grad_out * scale.unsqueeze(-1).to(grad_out.dtype))
     out = out.detach()
@@ -42,7 +43,7 @@ def test_activation_and_its_gradient(unit: torch.device, activation: str, gated:
         grad_out, scale = torch.randn(9, width, device=unit).to(dtype), torch.rand(9, device=unit)
         out = ops.activation(linear, activation, gated=gated)
         actual = kernels.activation_grad(grad_out, linear, activation, gated, scale)
-        x, act = linear.double(), reference._ACTIVATIONS[activation]
+        x, act = linear.double(), ACTIVATION_FUNCTIONS[activation]
         by_hand = act(linear.chunk(2, -1)[0]) * linear.chunk(2, -1)[1] if gated else act(linear)
         assert_accurate(out, reference.activation(x, activation, gated=gated), by_hand)
         truth = reference.activation_grad(grad_out.double(), x, activation, gated=gated, row_scale=scale.double())
@@ -127,7 +128,7 @@ RULES = [
     dict(scoring="top2_gate", renormalize=True),
     dict(scoring="top2_gate", probs_dtype=torch.float16, renormalize=True),
     dict(scoring="sparsemixer"),
-    dict(scoring="sparsemixer", epsilon=0.3, renormalize=True),
+    dict(scoring="sparsemixer", eps=0.3, renormalize=True),
 ]
 
 
@@ -140,8 +141,8 @@ def test_route_grad(device: torch.device, num_experts: int, top_k: int, dtype: t
     logits = (torch.randn(13, num_experts, device=device) * 2).to(dtype)
     grad_weights, mask = torch.randn(13, top_k, device=device), torch.rand(13, device=device) < 0.8
     _, expert_ids = ops.route(logits, top_k, mask=mask, **rule)
-    order = ("scoring", "renormalize", "probs_dtype", "epsilon")
-    defaults = dict(scoring="softmax", renormalize=False, probs_dtype=None, epsilon=0.01)
+    order = ("scoring", "renormalize", "probs_dtype", "eps")
+    defaults = dict(scoring="softmax", renormalize=False, probs_dtype=None, eps=0.01)
     options = {**defaults, **rule}
     actual = kernels.route_grad(grad_weights, logits, expert_ids, *(options[name] for name in order))
     truth = reference.route_grad(grad_weights.double(), logits.double(), expert_ids, **rule)
@@ -168,7 +169,7 @@ def test_route_grad_of_a_choice_that_noise_made(device: torch.device, scoring: s
     """The weights are those of the experts that were picked, whichever these are."""
     logits = 1 + torch.randn(40, 8, device=device) * 0.1
     noise = torch.randn(*((2,) if scoring == "sparsemixer" else ()), 40, 8, device=device)
-    options = dict(scoring=scoring, epsilon=0.1, renormalize=True)
+    options = dict(scoring=scoring, eps=0.1, renormalize=True)
     weights, expert_ids = ops.route(logits.requires_grad_(), 2, noise=noise, **options)
     assert not torch.equal(expert_ids, ops.route(logits, 2, **options)[1])
     direction = torch.randn(40, 2, device=device)

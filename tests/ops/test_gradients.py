@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekernels import ops
 from moekernels.ops import reference
+from moekernels.ops.activation import ACTIVATION_FUNCTIONS
 from tests.generators import ROUTINGS, SMALL_LAYERS, LayerInputs, LayerShape, layer_inputs
 from tests.ops.test_grouped_gemm import offsets_of
 from tests.ops.test_grouped_gemm import plain as plain_grouped_gemm
@@ -58,7 +59,7 @@ def check(
 
 def tensors_of(x: LayerInputs) -> dict[str, Tensor]:
     """What of a layer has a gradient."""
-    names = ("hidden", "expert_weights", "up_weight", "down_weight", "up_bias", "down_bias")
+    names = ("hidden", "routing_weights", "up_weight", "down_weight", "up_bias", "down_bias")
     return {name: getattr(x, name) for name in names if getattr(x, name) is not None}
 
 
@@ -85,7 +86,7 @@ def test_sparse_mlp(device: torch.device, shape: LayerShape, num_tokens: int, ro
     check(*layers, layer_of(plain_sparse_mlp, x, plan, shape), leaves, torch.randn_like(x.hidden), scale=7**0.5)
 
 
-@pytest.mark.parametrize("name", ["hidden", "expert_weights", "up_weight", "down_weight", "up_bias", "down_bias"])
+@pytest.mark.parametrize("name", ["hidden", "routing_weights", "up_weight", "down_weight", "up_bias", "down_bias"])
 def test_sparse_mlp_computes_only_what_is_asked_for(device: torch.device, name: str) -> None:
     """One gradient alone is the same, bit for bit, and comes of fewer products."""
     shape = LayerShape("biased", 16, 12, 4, 2, bias=True)
@@ -100,7 +101,7 @@ def test_sparse_mlp_computes_only_what_is_asked_for(device: torch.device, name: 
         (alone,) = torch.autograd.grad(out, getattr(x, name), direction)
     assert torch.equal(alone, everything[list(tensors).index(name)])
     products = calls.counts["grouped_gemm"], calls.counts.get("grouped_weight_grad", 0)
-    assert products == {"hidden": (2, 0), "expert_weights": (2, 0)}.get(name, (1, 1))
+    assert products == {"hidden": (2, 0), "routing_weights": (2, 0)}.get(name, (1, 1))
 
 
 class CountCalls(TorchDispatchMode):
@@ -133,7 +134,7 @@ def test_sparse_mlp_saves_the_up_projection_and_nothing_else() -> None:
         run_layer(ops, x, plan, shape).sum().backward()
     for parameter in (x.up_weight, x.down_weight):
         del saved[parameter.untyped_storage().data_ptr()]
-    routing = (x.expert_weights, *plan)
+    routing = (x.routing_weights, *plan)
     rows = num_tokens * shape.top_k
     assert sum(tensor.nbytes for tensor in saved.values()) == (
         2 * num_tokens * shape.hidden_size
@@ -190,16 +191,18 @@ def test_grouped_gemm(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_transposed_grouped_gemm(device: torch.device, dtype: torch.dtype) -> None:
     rows, weight = torch.randn(9, 14, device=device).to(dtype), torch.randn(3, 14, 20, device=device).to(dtype)
+    bias = torch.randn(3, 20, device=device).to(dtype)
     offsets, direction = offsets_of([4, 0, 3], device), torch.randn(9, 20, device=device)
 
-    def plain(rows: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
-        return plain_grouped_gemm(rows, weight.transpose(1, 2), offsets)
+    def plain(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        return plain_grouped_gemm(rows, weight.transpose(1, 2), offsets, bias=bias)
 
-    functions = [
-        lambda rows, weight, f=f: f(rows, weight, offsets, transposed=True)
-        for f in (ops.grouped_gemm, reference.grouped_gemm, plain)
-    ]
-    check(*functions, [rows, weight], direction, scale=4.0)
+    for operands in ([rows, weight], [rows, weight, bias]):
+        functions = [
+            lambda rows, weight, bias=None, f=f: f(rows, weight, offsets, bias=bias, transposed=True)
+            for f in (ops.grouped_gemm, reference.grouped_gemm, plain)
+        ]
+        check(*functions, operands, direction, scale=4.0)
 
 
 def test_what_lies_past_the_last_row_has_no_influence(device: torch.device) -> None:
@@ -275,7 +278,7 @@ def test_unpermute(device: torch.device, num_tokens: int, weighted: bool, dtype:
         dict(renormalize=True),
         dict(probs_dtype=torch.bfloat16, renormalize=True),
         dict(scoring="top2_gate", renormalize=True),
-        dict(scoring="sparsemixer", epsilon=0.2),
+        dict(scoring="sparsemixer", eps=0.2),
     ],
     ids=lambda rule: "-".join(str(value) for value in rule.values()) or "softmax",
 )
@@ -287,7 +290,7 @@ def test_route(device: torch.device, dtype: torch.dtype, rule: dict) -> None:
     options = {**rule, "mask": mask}
     if "probs_dtype" in rule:  # its rounding changes what is chosen, and has no gradient to compare with
         expert_ids = ops.route(logits, 2, **options)[1]
-        names = ("scoring", "renormalize", "probs_dtype", "epsilon")
+        names = ("scoring", "renormalize", "probs_dtype", "eps")
         known = {name: rule[name] for name in names if name in rule}
         direction = torch.randn(9, 2, device=device)
         (actual,) = gradients(lambda x: ops.route(x, 2, **options)[0], [logits], direction)
@@ -301,7 +304,7 @@ def test_route(device: torch.device, dtype: torch.dtype, rule: dict) -> None:
 @pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu_tanh", False)])
 def test_activation(device: torch.device, activation: str, gated: bool, dtype: torch.dtype) -> None:
     linear = torch.randn(5, 26, device=device).to(dtype)
-    act = reference._ACTIVATIONS[activation]
+    act = ACTIVATION_FUNCTIONS[activation]
     check(
         lambda x: ops.activation(x, activation, gated=gated),
         lambda x: reference.activation(x, activation, gated=gated),
@@ -352,12 +355,12 @@ def test_gradcheck_of_the_definitions() -> None:
     """Finite differences in float64 of what everything here is compared with."""
     shape = LayerShape("minute", 3, 2, 3, 2, bias=True)
     x = layer_inputs(shape, 4).to(torch.float64)
-    x.expert_weights = x.expert_weights.double()
+    x.routing_weights = x.routing_weights.double()
     plan = reference.plan(x.expert_ids, shape.num_experts, capacity=2)
     leaves = [leaf.requires_grad_() for leaf in tensors_of(x).values()]
     assert torch.autograd.gradcheck(layer_of(partial(run_layer, reference), x, plan, shape), leaves)
     logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    for rule in (dict(), dict(renormalize=True), dict(scoring="top2_gate"), dict(scoring="sparsemixer", epsilon=0.3)):
+    for rule in (dict(), dict(renormalize=True), dict(scoring="top2_gate"), dict(scoring="sparsemixer", eps=0.3)):
         assert torch.autograd.gradcheck(lambda y, rule=rule: reference.route(y, 2, **rule)[0], logits)
 
 
@@ -369,10 +372,10 @@ def test_second_derivatives_are_refused(op: str) -> None:
     run: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         "route": (lambda y: ops.route(y, 2)[0], torch.randn(6, 8)),
         "router_stats": (lambda y: ops.router_stats(y, 2).prob_sums, torch.randn(6, 8)),
-        "unpermute": (lambda y: ops.unpermute(torch.ones(12, 64), slots, y), x.expert_weights),
+        "unpermute": (lambda y: ops.unpermute(torch.ones(12, 64), slots, y), x.routing_weights),
         "activation": (lambda y: ops.activation(y, "silu"), x.hidden),
         "grouped_gemm": (lambda y: ops.grouped_gemm(torch.randn(12, 64), y, offsets), x.up_weight),
-        "sparse_mlp": (lambda y: ops.sparse_mlp(y, x.expert_weights, plan, x.up_weight, x.down_weight), x.hidden),
+        "sparse_mlp": (lambda y: ops.sparse_mlp(y, x.routing_weights, plan, x.up_weight, x.down_weight), x.hidden),
     }
     function, leaf = run[op]
     leaf = leaf.detach().requires_grad_()

@@ -9,6 +9,7 @@ import moekernels
 from moekernels import ops
 from moekernels.ops import reference
 from tests.generators import SMALL_LAYERS, LayerShape
+from tests.isa import isas
 from tests.tolerance import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,6 +19,7 @@ ACT = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "silu": torch.nn.functional.silu,
+    "relu2": lambda x: x.relu().square(),
 }
 
 
@@ -72,8 +74,8 @@ def test_shapes_of_a_transposed_weight(
 ) -> None:
     rows = torch.randn(sum(counts), in_features, device=device).to(dtype)
     weight = (torch.randn(3, in_features, out_features, device=device) * in_features**-0.5).to(dtype)
-    row_scale = torch.rand(sum(counts), device=device)
-    check(rows, weight, offsets_of(counts, device), row_scale=row_scale, transposed=True)
+    row_scale, bias = torch.rand(sum(counts), device=device), torch.randn(3, out_features, device=device).to(dtype)
+    check(rows, weight, offsets_of(counts, device), bias=bias, row_scale=row_scale, transposed=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -83,7 +85,7 @@ def test_a_transposed_weight_whose_rows_do_not_fit_the_scratch_memory(device: to
     check(rows, weight, offsets_of([1, 69], device), transposed=True)
 
 
-@pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_rows_and_columns_than_a_block(dtype: torch.dtype, isa: str) -> None:
     rows = torch.randn(300, 530).to(dtype)
@@ -128,7 +130,7 @@ def test_rows_that_do_not_fit_the_scratch_memory(device: torch.device, dtype: to
     check(rows, weight, offsets_of([1, 69], device), gated=gated)
 
 
-@pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SMALL_LAYERS, ids=str)
 def test_every_instruction_set(shape: LayerShape, dtype: torch.dtype, isa: str) -> None:
@@ -191,7 +193,7 @@ def test_gathering_equals_permuting_first(device: torch.device, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", moekernels.build_info()["cpu_isas"])
+@pytest.mark.parametrize("isa", isas())
 def test_a_row_does_not_depend_on_its_neighbours(isa: str, dtype: torch.dtype) -> None:
     """Bit for bit: each row alone, and all together. Of float32 by tile registers this must be asked for."""
     rows = torch.randn(70, 600).to(dtype)
@@ -249,7 +251,7 @@ ROWS, WEIGHT, OFFSETS = torch.zeros(4, 6), torch.zeros(2, 8, 6), torch.tensor([0
             r"weight must have 3 dimensions \[num_experts, out_features, in_features\], got 2",
         ),
         (dict(weight=WEIGHT.half()), "weight must be float32 like rows, got float16"),
-        (dict(rows=ROWS.double(), weight=WEIGHT.double()), "rows must be float32, bfloat16 or float16, got float64"),
+        (dict(rows=ROWS.int(), weight=WEIGHT.int()), "rows must be float32, bfloat16 or float16, got int32"),
         (dict(rows=torch.zeros(4, 5)), "rows must have the in_features of weight, 6, got 5"),
         (dict(weight=torch.zeros(2, 7, 6), gated=True), "must be even, got 7"),
         (dict(expert_offsets=OFFSETS.long()), "expert_offsets must be int32, got int64"),
@@ -259,10 +261,26 @@ ROWS, WEIGHT, OFFSETS = torch.zeros(4, 6), torch.zeros(2, 8, 6), torch.tensor([0
         (dict(expert_offsets=torch.tensor([0, 3, 5]).int()), "no more than the number of rows, 4, got 5"),
         (dict(bias=torch.zeros(2, 7)), r"bias must have shape \[num_experts, out_features\] = \[2, 8\], got \[2, 7\]"),
         (dict(row_scale=torch.zeros(5)), r"row_scale must have shape \[num_rows\] = \[4\], got \[5\]"),
-        (dict(activation="swiglu"), "activation must be one of none, relu, gelu, gelu_tanh, silu; got 'swiglu'"),
+        (dict(activation="swiglu"), "activation must be one of none, relu, gelu, gelu_tanh, silu, relu2; got 'swiglu'"),
         (dict(transposed=True), "rows must have the in_features of weight, 8, got 6"),
-        (dict(weight=torch.zeros(2, 6, 8), transposed=True, activation="relu"), "no bias, no activation and no gate"),
-        (dict(weight=torch.zeros(2, 6, 8), transposed=True, gated=True), "no bias, no activation and no gate"),
+        (
+            dict(weight=torch.zeros(2, 6, 8), transposed=True, gated=True, row_scale=torch.ones(4)),
+            "row_scale goes with no activation or gate of a transposed weight",
+        ),
+        (
+            dict(activation=ops.Swiglu(interleaved=True), gated=True, row_scale=torch.ones(4)),
+            "row_scale goes with no interleaved gate",
+        ),
+        (dict(activation=ops.Swiglu()), "activation swiglu is a gate, so gated must be true"),
+        (dict(activation="swiglu(1,2)"), r"activation must be one of none, .*relu2; got 'swiglu\(1,2\)'"),
+        (
+            dict(weight=torch.zeros(2, 6, 8), transposed=True, bias=torch.zeros(2, 6)),
+            r"bias must have shape \[num_experts, out_features\] = \[2, 8\], got \[2, 6\]",
+        ),
+        (
+            dict(weight=torch.zeros(2, 6, 8), transposed=True, bias=list(torch.zeros(2, 8))),
+            r"bias of a transposed weight must be one stack .*, got 2 vectors",
+        ),
         (dict(token_of_row=torch.zeros(4)), "token_of_row must be int32, got float32"),
     ],
 )

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekernels import batch_invariant, build_info, cpu_isa, ops
+from moekernels import batch_invariant, cpu_isa, ops
 from moekernels.ops import reference
+from tests.isa import isa_case, isas
 from tests.tolerance import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,11 +51,15 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "dtype", "most"), [("amx", torch.bfloat16, 256), ("amx", torch.float32, 1024), ("avx2", torch.bfloat16, 64)]
+    ("isa", "dtype", "most"),
+    [
+        isa_case("amx", torch.bfloat16, 256),
+        isa_case("amx", torch.float32, 1024),
+        isa_case("avx2", torch.bfloat16, 64),
+        isa_case("portable", torch.float32, 64),
+    ],
 )
 def test_more_rows_are_left_to_torch(isa: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa not in build_info()["cpu_isas"]:
-        pytest.skip(f"no {isa}")
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *_: x)
     x, weight = torch.randn(most + 1, 40).to(dtype), torch.randn(24, 40).to(dtype)
     with cpu_isa(isa):
@@ -100,13 +105,13 @@ def test_under_autocast_and_in_a_graph() -> None:
     assert ops.linear(x.to("meta"), weight.to("meta")).shape == (3, 24)
 
 
-def test_every_instruction_set() -> None:
+@pytest.mark.parametrize("isa", isas())
+def test_every_instruction_set(isa: str) -> None:
     x, weight, bias = torch.randn(5, 70).bfloat16(), torch.randn(33, 70).bfloat16(), torch.randn(33).bfloat16()
     truth = reference.linear(x.double(), weight.double(), bias.double(), activation="gelu")
     plain = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
-    for isa in ("portable", "avx2"):
-        with cpu_isa(isa):
-            assert_accurate(ops.linear(x, weight, bias, activation="gelu"), truth, plain)
+    with cpu_isa(isa):
+        assert_accurate(ops.linear(x, weight, bias, activation="gelu"), truth, plain)
 
 
 ROWS = torch.zeros(3, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from moekernels import ops
 from tests.generators import SMALL_LAYERS, layer_inputs
@@ -15,50 +16,90 @@ def samples() -> dict[str, tuple]:
     x = layer_inputs(SHAPE, 6)
     plan = ops.plan(x.expert_ids, SHAPE.num_experts, capacity=2)
     rows, wide = torch.randn(12, 64), torch.randn(12, 32)
+    layout = ops.quantize(torch.randn(8, 4, 64), "nf4", double_quant=True).kernel_layout
+    assert layout is not None
     logits, scale = torch.randn(6, 8), torch.rand(12)
     weights, expert_ids = ops.route(logits, 2)
-    layer = (x.hidden, x.expert_weights, *plan, x.up_weight, x.down_weight)
+    layer = (x.hidden, x.routing_weights, *plan, [x.up_weight], [x.down_weight], [], [])
+    up, down = list(x.up_weight.unflatten(1, (2, -1)).flatten(0, 1)), list(x.down_weight)
+    table = (*layer[:5], up, down, [torch.randn(32) for _ in up], [torch.randn(64) for _ in down])
     return {
         "route": (logits, 2),
         "plan": (x.expert_ids, 8, 3, 2, torch.randperm(6).int()),
         "permute": (x.hidden, plan.token_of_row),
-        "grouped_gemm": (rows, x.up_weight, plan.expert_offsets, None, "silu", True, scale),
-        "unpermute": (rows, plan.row_of_slot, x.expert_weights),
+        "grouped_gemm": (rows, [x.up_weight], plan.expert_offsets, [], "silu", True, scale),
+        "grouped_gemm of a table": (
+            rows,
+            up,
+            plan.expert_offsets,
+            [],
+            "silu",
+            True,
+            scale,
+            None,
+            False,
+            False,
+            False,
+            True,
+        ),
+        "unpermute": (rows, plan.row_of_slot, x.routing_weights),
         "activation": (rows, "silu", True),
         "linear": (rows.view(3, 4, 64), torch.randn(5, 64), torch.randn(5), "gelu"),
         "rms_norm": (rows.view(3, 4, 64), torch.randn(64), 1e-5),
         "attention": (torch.randn(4, 6, 2, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), 0.3),
+        "quantized_gemm": (
+            rows,
+            *layout[:2],
+            layout.tables,
+            layout.order,
+            layout.group,
+            layout.unit,
+            4,
+            plan.expert_offsets,
+            torch.randn(8, 4),
+            "silu",
+            True,
+            scale,
+        ),
+        "choose": (logits.sigmoid(), torch.randn(8), torch.rand(6) > 0.3, 2, 4, 2, True, 2.5),
         "router_stats": (logits, 3, 2, torch.ones(6)),
         "sparse_mlp": layer,
         "sparse_mlp_train": layer,
+        "sparse_mlp of a table": table,
+        "sparse_mlp_train of a table": (*table, "silu", True, False, False, True),
         "route_grad": (weights, logits, expert_ids),
         "router_stats_grad": (torch.randn(3, 8), torch.randn(3), logits),
-        "unpermute_grad": (x.hidden, rows, plan.row_of_slot, plan.token_of_row, x.expert_weights),
+        "unpermute_grad": (x.hidden, rows, plan.row_of_slot, plan.token_of_row, x.routing_weights),
         "activation_grad": (wide, rows, "silu", True, scale, plan.expert_offsets),
         "grouped_weight_grad": (rows[:, :24], rows, plan.expert_offsets, None, None, scale, True),
     }
 
 
 # Ops with a gradient, and ops that are only called where none is wanted, or are gradients themselves.
-DIFFERENTIABLE = ("route", "permute", "grouped_gemm", "unpermute", "activation", "router_stats", "sparse_mlp_train")
+DIFFERENTIABLE = (
+    "route", "permute", "grouped_gemm", "grouped_gemm of a table", "unpermute", "activation", "router_stats",
+    "sparse_mlp_train", "sparse_mlp_train of a table",
+)  # fmt: skip
 OTHERS = (
-    "plan", "sparse_mlp", "linear", "rms_norm", "attention",
+    "plan", "sparse_mlp", "sparse_mlp of a table", "linear", "quantized_gemm", "rms_norm", "attention", "choose",
     "route_grad", "router_stats_grad", "unpermute_grad", "activation_grad", "grouped_weight_grad",
 )  # fmt: skip
 
 
+def operator(op: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.moekernels, op.split()[0]).default
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE + OTHERS)
 def test_opcheck_in_inference(op: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.moekernels, op).default, samples()[op])
+    torch.library.opcheck(operator(op), samples()[op])
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_opcheck_in_training(op: str) -> None:
     """Also that the backward pass can be traced, for any number of tokens, and then computes the same."""
-    arguments = tuple(
-        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in samples()[op]
-    )
-    torch.library.opcheck(getattr(torch.ops.moekernels, op).default, arguments)
+    arguments = pytree.tree_map_only(torch.Tensor, lambda a: a.requires_grad_(a.is_floating_point()), samples()[op])
+    torch.library.opcheck(operator(op), arguments)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE + OTHERS)
@@ -66,11 +107,11 @@ def test_the_meta_device(op: str) -> None:
     """Results and gradients are there as on the CPU, but for the values."""
 
     def run(device: str) -> list[tuple[torch.Size, tuple[int, ...], torch.dtype]]:
-        arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in samples()[op]]
-        leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        arguments = pytree.tree_map_only(torch.Tensor, lambda a: a.to(device), samples()[op])
+        leaves = [a for a in pytree.tree_leaves(arguments) if isinstance(a, torch.Tensor) and a.is_floating_point()]
         for leaf in leaves if op in DIFFERENTIABLE else ():
             leaf.requires_grad_()
-        results = getattr(torch.ops.moekernels, op)(*arguments)
+        results = operator(op)(*arguments)
         found = [results] if isinstance(results, torch.Tensor) else list(results)
         wanted = [x for x in found if x.requires_grad]
         if wanted:
@@ -86,7 +127,7 @@ def test_every_op_is_checked() -> None:
     named = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "moekernels" in name
     }
-    assert named == {*DIFFERENTIABLE, *OTHERS}
+    assert named == {op.split()[0] for op in DIFFERENTIABLE + OTHERS}
 
 
 def layer(hidden: torch.Tensor, logits: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

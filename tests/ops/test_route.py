@@ -17,7 +17,7 @@ RULES = [
     dict(scoring="top2_gate", probs_dtype=torch.bfloat16),
     dict(scoring="top2_gate", renormalize=True),
     dict(scoring="sparsemixer"),
-    dict(scoring="sparsemixer", epsilon=0.2),
+    dict(scoring="sparsemixer", eps=0.2),
 ]
 SHAPES = [
     (0, 4, 2),
@@ -117,14 +117,14 @@ def test_noise_moves_only_the_second_choice(device: torch.device) -> None:
     assert not torch.equal(actual[1][:, 1], plain[1][:, 1])
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.2])
+@pytest.mark.parametrize("eps", [0.01, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_draws_among_near_ties(device: torch.device, dtype: torch.dtype, epsilon: float) -> None:
+def test_noise_draws_among_near_ties(device: torch.device, dtype: torch.dtype, eps: float) -> None:
     logits = (1 + torch.randn(300, 16, device=device) * 0.1).to(dtype)
     logits[0], logits[1] = float("-inf"), float("nan")
     noise = -torch.empty(2, 300, 16, device=device).exponential_().log()
     noise[:, 2, 3] = float("inf")
-    options = dict(scoring="sparsemixer", epsilon=epsilon)
+    options = dict(scoring="sparsemixer", eps=eps)
     weights, expert_ids = ops.route(logits, 2, noise=noise, **options)
     rtol = 2e-6 if dtype == torch.float32 else 1e-2
     assert_same_routing((weights, expert_ids), reference.route(logits, 2, noise=noise, **options), rtol)
@@ -147,7 +147,7 @@ def test_gradient_of_drawn_weights(device: torch.device) -> None:
     logits = (1 + torch.randn(30, 8, device=device) * 0.1).requires_grad_()
     noise = -torch.empty(2, 30, 8, device=device).exponential_().log()
     direction = torch.randn(30, 2, device=device)
-    weights, expert_ids = ops.route(logits, 2, scoring="sparsemixer", epsilon=0.05, noise=noise)
+    weights, expert_ids = ops.route(logits, 2, scoring="sparsemixer", eps=0.05, noise=noise)
     (actual,) = torch.autograd.grad((weights * direction).sum(), logits)
     expected = torch.zeros(30, 8, dtype=torch.float64)
     scores, gone = logits.detach().double().cpu(), torch.zeros(30, 8, dtype=torch.bool)
@@ -182,8 +182,8 @@ def test_logits_that_are_not_contiguous(device: torch.device) -> None:
     [
         (dict(logits=torch.zeros(4)), r"logits must have 2 dimensions \[num_tokens, num_experts\], got 1"),
         (
-            dict(logits=torch.zeros(4, 8, dtype=torch.float64)),
-            "logits must be float32, bfloat16 or float16, got float64",
+            dict(logits=torch.zeros(4, 8, dtype=torch.complex64)),
+            "logits must be float32, bfloat16 or float16, got ComplexFloat",
         ),
         (dict(top_k=9), "top_k must be between 1 and the number of experts, 8, got 9"),
         (dict(top_k=0), "top_k must be between 1 and the number of experts, 8, got 0"),
@@ -208,3 +208,12 @@ def test_logits_that_are_not_contiguous(device: torch.device) -> None:
 def test_bad_input(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"moekernels::route: .*{message}"):
         ops.route(**{"logits": torch.zeros(4, 8), "top_k": 2, **arguments})
+
+
+def test_float64_probabilities_of_float32_logits_are_those_in_float32() -> None:
+    """A model in float64 whose router computes in float32 passes the dtype of its tokens."""
+    logits = torch.randn(9, 6)
+    for scoring, top_k in (("softmax", 1), ("top2_gate", 2)):
+        finer = ops.route(logits, top_k, scoring=scoring, probs_dtype=torch.float64)
+        for one, other in zip(finer, ops.route(logits, top_k, scoring=scoring, probs_dtype=torch.float32), strict=True):
+            assert torch.equal(one, other)

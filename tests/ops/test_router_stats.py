@@ -12,6 +12,8 @@ from tests.tolerance import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+INF, NAN = float("inf"), float("nan")
+
 
 def plain(logits: Tensor, top_k: int, num_groups: int, mask: Tensor | None) -> list[Tensor]:
     """As the model libraries write it."""
@@ -86,6 +88,16 @@ def test_tokens_that_do_not_count_may_hold_anything(device: torch.device) -> Non
     assert (grad[mask == 0] == 0).all() and grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "row", [[INF], [-INF, -INF], [1, INF, 2], [INF, INF, 0], [NAN, INF], [INF, NAN], [-INF, 1, NAN]]
+)
+def test_values_that_are_not_finite(unit: torch.device, row: list[float]) -> None:
+    logits = torch.tensor([row], device=unit)
+    actual, expected = ops.router_stats(logits, 1), reference.router_stats(logits, 1)
+    for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True, msg=name)
+
+
 def test_no_tokens(device: torch.device) -> None:
     stats = ops.router_stats(torch.empty(0, 4, device=device).requires_grad_(), 2, num_groups=3)
     assert [tuple(x.shape) for x in stats] == [(3, 4), (3, 4), (3,)] and all((x == 0).all() for x in stats)
@@ -120,7 +132,7 @@ def test_logits_that_are_not_contiguous(device: torch.device) -> None:
     ("arguments", "message"),
     [
         (dict(logits=torch.zeros(4)), r"logits must have 2 dimensions \[num_tokens, num_experts\], got 1"),
-        (dict(logits=torch.zeros(4, 8).double()), "logits must be float32, bfloat16 or float16, got float64"),
+        (dict(logits=torch.zeros(4, 8).int()), "logits must be float32, bfloat16 or float16, got int32"),
         (dict(top_k=9), "top_k must be between 1 and the number of experts, 8, got 9"),
         (dict(num_groups=3), "num_groups must divide the number of tokens, 4, got 3"),
         (dict(num_groups=0), "num_groups must divide the number of tokens, 4, got 0"),

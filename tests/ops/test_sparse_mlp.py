@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def run(module: object, x: LayerInputs, plan: ops.Plan, shape: LayerShape) -> torch.Tensor:
     return module.sparse_mlp(
         x.hidden,
-        x.expert_weights,
+        x.routing_weights,
         plan,
         x.up_weight,
         x.down_weight,
@@ -38,7 +38,7 @@ def size_of_terms(x: LayerInputs, plan: ops.Plan, shape: LayerShape) -> float:
         token_of_row=plan.token_of_row,
     )
     rows = reference.grouped_gemm(inner, x.down_weight, plan.expert_offsets, bias=x.down_bias)
-    return reference.unpermute(rows.abs(), plan.row_of_slot, x.expert_weights).amax().item() if rows.numel() else 0.0
+    return reference.unpermute(rows.abs(), plan.row_of_slot, x.routing_weights).amax().item() if rows.numel() else 0.0
 
 
 def plain(x: LayerInputs, plan: ops.Plan, shape: LayerShape) -> torch.Tensor:
@@ -52,7 +52,7 @@ def plain(x: LayerInputs, plan: ops.Plan, shape: LayerShape) -> torch.Tensor:
         y = torch.nn.functional.linear(x.hidden[tokens], x.up_weight[e], None if x.up_bias is None else x.up_bias[e])
         y = act[shape.activation](y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if shape.gated else act[shape.activation](y)
         y = torch.nn.functional.linear(y, x.down_weight[e], None if x.down_bias is None else x.down_bias[e])
-        out.index_add_(0, tokens, y * x.expert_weights[tokens, slots, None].to(y.dtype))
+        out.index_add_(0, tokens, y * x.routing_weights[tokens, slots, None].to(y.dtype))
     return out
 
 
@@ -92,27 +92,33 @@ def test_equals_the_chain_of_small_ops(device: torch.device) -> None:
     rows = ops.permute(x.hidden, plan.token_of_row)
     inner = ops.grouped_gemm(rows, x.up_weight, plan.expert_offsets, activation="silu", gated=True)
     rows = ops.grouped_gemm(inner, x.down_weight, plan.expert_offsets)
-    assert torch.equal(run(ops, x, plan, shape), ops.unpermute(rows, plan.row_of_slot, x.expert_weights))
+    assert torch.equal(run(ops, x, plan, shape), ops.unpermute(rows, plan.row_of_slot, x.routing_weights))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x: dict(hidden=x["hidden"][:4]), "row_of_slot must have one row per token, 4, got 5"),
+        (lambda x: dict(hidden=x["hidden"][:, :9]), "hidden must have the hidden_size of up_weight, 64, got 9"),
+        (lambda x: dict(hidden=x["hidden"].int()), "hidden must be float32, bfloat16 or float16, got int32"),
+        (lambda x: dict(up_weight=x["up_weight"][0]), r"up_weight must have 3 dimensions .*, got 2"),
+        (lambda x: dict(up_bias=torch.zeros(8, 3)), r"up_bias must have shape .* = \[8, 64\], got \[8, 3\]"),
+        (lambda x: dict(down_bias=torch.zeros(8, 64).half()), "down_bias must be float32 like hidden, got float16"),
+        (lambda x: dict(plan=x["plan"]._replace(token_of_row=torch.zeros(5))), "token_of_row must be int32"),
         (
             lambda x: dict(down_weight=x["up_weight"]),
             r"down_weight must have shape .* = \[8, 64, 32\], got \[8, 64, 64\]",
         ),
-        (lambda x: dict(down_weight=x["down_weight"].half()), "weight must be float32 like rows, got float16"),
-        (lambda x: dict(expert_weights=x["expert_weights"].half()), "weights must be float32, got float16"),
+        (lambda x: dict(down_weight=x["down_weight"].half()), "down_weight must be float32 like hidden, got float16"),
+        (lambda x: dict(routing_weights=x["routing_weights"].half()), "routing_weights must be float32, got float16"),
         (lambda x: dict(activation="swish"), "activation must be one of"),
     ],
 )
 def test_bad_input(change, message: str) -> None:  # type: ignore[no-untyped-def]
     x = layer_inputs(SMALL_LAYERS[0], 5)
     arguments = dict(
-        hidden=x.hidden, expert_weights=x.expert_weights, plan=ops.plan(x.expert_ids, 8),
+        hidden=x.hidden, routing_weights=x.routing_weights, plan=ops.plan(x.expert_ids, 8),
         up_weight=x.up_weight, down_weight=x.down_weight,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=f"moekernels::.*{message}"):
+    with pytest.raises(ValueError, match=f"moekernels::sparse_mlp: {message}"):
         ops.sparse_mlp(**{**arguments, **change(arguments)})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moekernels import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline, pipelines
-from moekernels.pipelines import device as devices
+from moekernels import _devices as devices
 
 
 def test_loading(olmoe: Path) -> None:

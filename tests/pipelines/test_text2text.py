@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,26 @@ def test_errors(text2text: tuple[Any, Any], olmoe: Path) -> None:
     with pytest.raises(ValueError, match="no such model for OlmoeConfig"):
         pipeline("translation", olmoe)
     assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(ours.model.config.name_or_path), type(ours.model))
+
+
+def test_a_call_in_another_language_changes_no_later_one(m2m100: Path) -> None:
+    own = pipeline("translation", str(m2m100), device="cpu", max_new_tokens=4, num_beams=1, **FRENCH)
+    own.tokenizer.src_lang, own.tokenizer.tgt_lang = "hi", "de"
+    english, hindi = own(INPUTS, return_tensors=True), own(INPUTS, src_lang="hi", return_tensors=True)
+    assert not same(english, hindi)
+    assert same(own(INPUTS, return_tensors=True), english)
+    assert (own.tokenizer.src_lang, own.tokenizer.tgt_lang) == ("hi", "de")
+    # And the tokenizer's where neither the pipeline nor the call says one.
+    bare = pipeline("translation", own.model, tokenizer=own.tokenizer, max_new_tokens=4, num_beams=1)
+    german = bare(INPUTS, return_tensors=True)
+    bare(INPUTS, src_lang="en", tgt_lang="fr")
+    assert same(bare(INPUTS, return_tensors=True), german)
+
+
+def test_in_threads(m2m100: Path) -> None:
+    own = pipeline("translation", str(m2m100), device="cpu", max_new_tokens=4, num_beams=1, return_tensors=True)
+    calls = [{"src_lang": source, "tgt_lang": target} for source, target in (("en", "fr"), ("hi", "de"), ("fr", "en"))]
+    alone = [own(INPUTS, **call) for call in calls]
+    with ThreadPoolExecutor(6) as threads:
+        for turn, got in enumerate(threads.map(lambda turn: own(INPUTS, **calls[turn % 3]), range(24))):
+            assert same(got, alone[turn % 3])

@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import quantize_4bit
+
+from moekernels.quantization import QuantizedWeight
+from tests.quantization.bitsandbytes_values import four_bit_values
 
 
 def expected_warning() -> AbstractContextManager[Any]:
@@ -78,7 +82,6 @@ def test_automodel(olmoe_1b_7b: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_quantization(olmoe_1b_7b: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The weights are not quantised, which a warning says; the text is that of the whole model."""
     from moekernels import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, infer_device
 
     device = infer_device()
@@ -90,14 +93,13 @@ def test_quantization(olmoe_1b_7b: Path, capsys: pytest.CaptureFixture[str]) -> 
         bnb_4bit_quant_type="nf4",
     )
 
-    with pytest.warns(UserWarning, match=r"weights are not quantised to 4 bits.* they stay bfloat16.* 4 times"):
-        model = AutoModelForCausalLM.from_pretrained(
-            olmoe_1b_7b,
-            attn_implementation="sdpa",
-            dtype="auto",
-            device_map="auto",
-            quantization_config=quantization_config,
-        ).to(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        olmoe_1b_7b,
+        attn_implementation="sdpa",
+        dtype="auto",
+        device_map="auto",
+        quantization_config=quantization_config,
+    ).to(device)
     tokenizer = AutoTokenizer.from_pretrained(olmoe_1b_7b)
 
     inputs = tokenizer("Bitcoin is", return_tensors="pt")
@@ -105,9 +107,24 @@ def test_quantization(olmoe_1b_7b: Path, capsys: pytest.CaptureFixture[str]) -> 
     output = model.generate(**inputs, max_length=64)
     print(tokenizer.decode(output[0]))
 
-    assert capsys.readouterr().out.startswith("Bitcoin is")
-    whole = AutoModelForCausalLM.from_pretrained(olmoe_1b_7b).to(device)
-    assert torch.equal(output, whole.generate(**inputs, max_length=64))
+    assert capsys.readouterr().out.startswith("Bitcoin is") and output.shape[1] <= 64
+    assert model.dtype == torch.bfloat16
+    # Attention and experts have the values of bitsandbytes, and compute with them in float16.
+    whole = AutoModelForCausalLM.from_pretrained(olmoe_1b_7b, dtype=torch.float32).to(device)
+    quantized = [name for name, weight in model.named_parameters() if isinstance(weight, QuantizedWeight)]
+    assert len(quantized) == 2 * (4 + 2) and all("self_attn" in name or "experts" in name for name in quantized)
+    for name in quantized:
+        weight, values = model.get_parameter(name), whole.get_parameter(name)
+        assert weight.dtype == torch.float16
+        for matrix in values.unbind() if values.ndim == 3 else [values]:
+            # The scales of gates and values, which are one stack here, are too few to be quantised.
+            options = {"quant_type": "nf4", "compress_statistics": "gate_up" not in name}
+            matrix.data.copy_(four_bit_values(*quantize_4bit(matrix.detach().cpu(), **options)))
+        torch.testing.assert_close(weight.dequantize(torch.float32), values.detach(), atol=1e-6, rtol=1e-6)
+    expected = whole(**inputs).logits
+    torch.testing.assert_close(
+        model(**inputs).logits.float(), expected, atol=0.02 * expected.abs().max().item(), rtol=0
+    )
 
 
 def test_olmoe_config() -> None:

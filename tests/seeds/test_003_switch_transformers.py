@@ -82,15 +82,14 @@ def test_automodel(switch_base_8: Path) -> None:
 
 
 def test_quantization(switch_base_8: Path) -> None:
-    """The weights are not quantised, which a warning says; the text is that of the whole model."""
     from moekernels import AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+    from moekernels.quantization import QuantizedWeight
 
     tokenizer = AutoTokenizer.from_pretrained(switch_base_8)
     quantization_config = BitsAndBytesConfig(load_in_8bit=True)
-    with pytest.warns(UserWarning, match=r"weights are not quantised to 8 bits.* they stay float32.* 4 times"):
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            switch_base_8, device_map="auto", quantization_config=quantization_config
-        )
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        switch_base_8, device_map="auto", quantization_config=quantization_config
+    )
 
     input_text = "The capital of France is ."
     input_ids = tokenizer(input_text, return_tensors="pt").input_ids.to(DEVICE)
@@ -98,10 +97,24 @@ def test_quantization(switch_base_8: Path) -> None:
     outputs = model.generate(input_ids)
     text = tokenizer.decode(outputs[0])
 
+    # Experts and all are in 8 bits, and a whole model with their values says the same.
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(switch_base_8).eval()
+    experts = model.encoder.block[1].layer[1].mlp.experts
+    assert experts.up_proj.format.name == experts.down_proj.format.name == "int8"
+    for layer in theirs.modules():
+        if isinstance(layer, torch.nn.Linear) and layer not in _kept(theirs):
+            row = layer.weight.detach().half().float().abs().amax(dim=1, keepdim=True)
+            layer.weight.data = (layer.weight * (127 / row)).round() * row / 127
+    assert sum(isinstance(weight, QuantizedWeight) for weight in model.parameters()) == 64
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(switch_base_8)
-    expected = theirs.generate(their_tokenizer(input_text, return_tensors="pt").input_ids)
+    ids = their_tokenizer(input_text, return_tensors="pt").input_ids
+    expected = theirs.generate(ids)
     assert torch.equal(outputs.cpu(), expected) and text == their_tokenizer.decode(expected[0])
+
+
+def _kept(model: Any) -> list[torch.nn.Module]:
+    """The head and the routers' classifiers, which stay whole."""
+    return [model.lm_head, *(module for name, module in model.named_modules() if name.endswith("classifier"))]
 
 
 def test_switch_transformers_config() -> None:

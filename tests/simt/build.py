@@ -1,23 +1,21 @@
-"""Compiles kernel sources, together with the runtime that stands in for the GPU, by g++.
-
-Results are kept in a cache folder under the hash of everything that went into them.
-"""
+"""Compiles kernel sources, together with the runtime that stands in for the GPU, by g++."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from tests.compiler import BuildError, Compiler
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUNTIME = Path(__file__).resolve().parent / "runtime"
+KERNELS = Path(__file__).resolve().parent / "kernels"  # that test the emulator
 CUDA_SOURCES = REPOSITORY / "csrc" / "cuda"
 
 COMMON_FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wall", "-Wextra")
@@ -37,10 +35,6 @@ KERNEL_FLAGS = (
     "-include",
     "cuda_builtins.h",
 )
-
-
-class BuildError(RuntimeError):
-    """A source does not compile; the message is the compiler's."""
 
 
 @cache
@@ -67,24 +61,35 @@ def missing_requirement() -> str | None:
     return None
 
 
-@cache
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def instances(kind: str = "") -> list[Path]:
+    """The instances of the GEMM templates whose names begin so, as ``located`` takes them."""
+    lines = (CUDA_SOURCES / "instances.txt").read_text().splitlines()
+    return [Path("instances") / f"{line.split()[0]}.cu" for line in lines if re.match(f"{kind}[a-z]", line)]
 
 
-def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{result.stderr}")
+def located(source: str | Path, cache_dir: Path) -> Path:
+    """Where a source is: a relative path is one in ``csrc/cuda``, or an instance, written here as CMake writes it."""
+    path = CUDA_SOURCES / source
+    if path.parent != CUDA_SOURCES / "instances":
+        return path
+    line = re.search(f"^{path.stem} +(\\S+) +(.*)$", (CUDA_SOURCES / "instances.txt").read_text(), re.MULTILINE)
+    assert line is not None, path.stem
+    text = (CUDA_SOURCES / "instance.cu.in").read_text().replace("@header@", line[1])
+    text = text.replace("@instances@", re.sub(r"(\([^)]*\)) *", r"MOEKERNELS_INSTANCE\1;\n", line[2]))
+    written = cache_dir / path.name
+    if not written.exists() or written.read_text() != text:
+        with tempfile.NamedTemporaryFile("w", dir=cache_dir, delete=False) as scratch:
+            scratch.write(text)
+        os.replace(scratch.name, written)
+    return written
 
 
-class Builder:
+class Builder(Compiler):
     """Builds into ``cache_dir``; safe to use from several processes at once."""
 
     def __init__(self, cache_dir: Path) -> None:
-        self._cache_dir = cache_dir
+        super().__init__(cache_dir)
         self._runtime: Path | None = None
-        cache_dir.mkdir(parents=True, exist_ok=True)
 
     def runtime(self) -> Path:
         """The shared library of the runtime."""
@@ -93,63 +98,31 @@ class Builder:
         sources = sorted(RUNTIME.glob("*.cpp"))
         flags = (*COMMON_FLAGS, "-march=native", *self._include_flags())
         with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(lambda source: self._compile(source, flags), sources))
+            objects = list(pool.map(lambda source: self.compile(source, flags), sources))
         # -Bsymbolic: the runtime uses its own copies of inline functions, not a kernel's instrumented ones.
-        self._runtime = self._link("libsimt", objects, ("-Wl,-Bsymbolic", "-ldl"))
+        self._runtime = self.link("libsimt", objects, ("-Wl,-Bsymbolic", "-ldl"))
         return self._runtime
 
-    def kernel(self, *sources: Path, defines: Sequence[str] = ()) -> Path:
+    def kernel(self, *sources: str | Path, defines: Sequence[str] = ()) -> Path:
         """A shared library of kernel sources and the launchers in them.
 
         Args:
-            sources: ``.cu`` files.
+            sources: ``.cu`` files (``located``).
             defines: macros, as ``NAME`` or ``NAME=VALUE``.
         Raises:
             BuildError: a source does not compile.
         """
         runtime = self.runtime()
         flags = (*COMMON_FLAGS, *KERNEL_FLAGS, *(f"-D{define}" for define in defines), *self._include_flags())
+        paths = [located(source, self._cache_dir) for source in sources]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(lambda source: self._compile(source, flags), sources))
+            objects = list(pool.map(lambda source: self.compile(source, flags), paths))
         link = (f"-L{runtime.parent}", f"-l:{runtime.name}", f"-Wl,-rpath,{runtime.parent}")
-        return self._link(sources[0].stem, objects, link)
+        return self.link(paths[0].stem, objects, link)
 
     def _include_flags(self) -> list[str]:
         include = cuda_include()
         if include is None:
             raise BuildError(missing_requirement())
-        folders = (RUNTIME, CUDA_SOURCES, REPOSITORY / "csrc" / "include")
+        folders = (RUNTIME, CUDA_SOURCES.parent, REPOSITORY / "csrc" / "include")
         return [*(f"-I{folder}" for folder in folders), "-isystem", str(include)]
-
-    def _compile(self, source: Path, flags: Sequence[str]) -> Path:
-        key = hashlib.sha256("\0".join([str(source), *flags]).encode()).hexdigest()[:16]
-        manifest = self._cache_dir / f"{source.stem}-{key}.json"
-        if manifest.exists():
-            known = json.loads(manifest.read_text())
-            found = self._cache_dir / known["object"]
-            inputs: dict[str, str] = known["inputs"]
-            if found.exists() and all(Path(p).exists() and _digest(Path(p)) == d for p, d in inputs.items()):
-                return found
-        with tempfile.TemporaryDirectory(dir=self._cache_dir) as scratch:
-            built = Path(scratch) / "out.o"
-            depends = Path(scratch) / "out.d"
-            _run(["g++", *flags, "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(built)])
-            names = depends.read_text().split(":", 1)[1].replace("\\\n", " ").split()
-            inputs = {name: _digest(Path(name)) for name in names}
-            content = hashlib.sha256(json.dumps([key, sorted(inputs.items())]).encode()).hexdigest()[:16]
-            target = self._cache_dir / f"{source.stem}-{content}.o"
-            os.replace(built, target)
-            record = Path(scratch) / "manifest.json"
-            record.write_text(json.dumps({"object": target.name, "inputs": inputs}))
-            os.replace(record, manifest)
-        return target
-
-    def _link(self, name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
-        key = hashlib.sha256("\0".join([*(o.name for o in objects), *flags]).encode()).hexdigest()[:16]
-        target = self._cache_dir / f"{name}-{key}.so"
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=self._cache_dir) as scratch:
-                built = Path(scratch) / "out.so"
-                _run(["g++", "-shared", "-o", str(built), *map(str, objects), *flags])
-                os.replace(built, target)
-        return target

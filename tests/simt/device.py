@@ -6,17 +6,19 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tests.simt.build import CUDA_SOURCES, Builder
-from tests.simt.params import STRUCTS, DType, InputPointer, OutputPointer
+from tests.simt.build import Builder
+from tests.simt.params import STRUCTS, DType, InputPointer, OutputPointer, WeightPart
 
+Field: TypeAlias = Tensor | list[Tensor] | int | float | torch.dtype | None
 Timing = Literal["eager", "late", "random"]
 _TIMINGS: dict[Timing, int] = {"eager": 0, "late": 1, "random": 2}
 _LOCATION = re.compile(r"(/\S+\.so)\+0x([0-9a-f]+)")
@@ -36,6 +38,7 @@ class Settings:
         check_races: report accesses to shared memory that no barrier orders, and missing proxy fences.
         compute_capability: of the device that launchers see, 80 or 90.
         sm_count: of that device; small, so that persistent kernels stay quick.
+        smem_offset: from a multiple of 1024 bytes to where dynamic shared memory starts.
         watchdog_seconds: CPU time the threads may spend without any of them getting anywhere.
     """
 
@@ -44,6 +47,7 @@ class Settings:
     check_races: bool = True
     compute_capability: int = 90
     sm_count: int = 4
+    smem_offset: int = 0
     watchdog_seconds: float = 20.0
 
 
@@ -87,10 +91,14 @@ class SimtLibrary:
         self._runtime = ctypes.CDLL(str(runtime))
         self._runtime.simt_last_error.restype = ctypes.c_char_p
         self._runtime.simt_launch_log.restype = ctypes.c_char_p
+        self._runtime.simt_tensor_map_log.restype = ctypes.c_char_p
         self._runtime.simt_params_layout.restype = ctypes.c_char_p
         # Deep binding: the library finds the runtime's stand-ins before a CUDA runtime that torch may have loaded.
+        self.path = kernels
         self._kernels = ctypes.CDLL(str(kernels), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        self._tables: list[ctypes.Array[Any]] = []  # of the current call
         self.launches: list[str] = []
+        self.tensor_maps: list[list[int]] = []  # what the encoder of tensor maps was given, but for the address
 
     @property
     def params_layout(self) -> str:
@@ -118,13 +126,18 @@ class SimtLibrary:
         status = getattr(self._kernels, function)(*values)
         self._finish(function, status)
 
-    def run(
-        self, op: str, *, settings: Settings | None = None, **fields: Tensor | int | float | torch.dtype | None
-    ) -> None:
-        """Calls ``moekernels::{op}_cuda(params, stream)``.
+    @contextmanager
+    def chain(self) -> Iterator[None]:
+        """Within it a launch may overlap those of the calls before, as it may overlap those of its own call."""
+        self._runtime.simt_chain(1)
+        yield
+        self._runtime.simt_chain(0)
+
+    def run(self, op: str, *, settings: Settings | None = None, **fields: Field) -> None:
+        """Calls the ``moekernels::run(params, stream)`` of this op.
 
         Every field of the op's struct is an argument: a tensor or None for a pointer, a torch dtype for a dtype. Where
-        the op has a workspace and none is given, one of the size that ``{op}_workspace_cuda`` asks for is made.
+        the op has a workspace and none is given, one of ``workspace_bytes(params)`` is made.
 
         Raises:
             TypeError: a field is missing or unknown.
@@ -133,29 +146,35 @@ class SimtLibrary:
         self._prepare(settings)
         struct = STRUCTS[op]
         names = [field[0] for field in struct._fields_]
-        if "workspace" in names and fields.get("workspace") is None:
+        self._tables.clear()
+        if "workspace" in names and fields.get("workspace") is None and self._workspace_function(struct) is not None:
             fields["workspace"] = None
             fields["workspace"] = poisoned((self._workspace_bytes(op, fields),), torch.uint8)
         params = self._fill(struct, fields)
-        launcher = self._kernels[f"_ZN10moekernels{len(op) + 5}{op}_cudaERKNS_{_mangled(struct)}EP11CUstream_st"]
+        launcher = self._kernels[f"_ZN10moekernels3runERKNS_{_mangled(struct)}EP11CUstream_st"]
         status = launcher(ctypes.byref(params), ctypes.c_void_p(None))
-        self._finish(f"{op}_cuda", status)
+        self._finish(op, status)
 
-    def workspace_bytes(self, op: str, **fields: Tensor | int | float | torch.dtype | None) -> int:
-        """What ``moekernels::{op}_workspace_cuda(params)`` returns."""
+    def workspace_bytes(self, op: str, **fields: Field) -> int:
+        """What ``moekernels::workspace_bytes(params)`` of this op returns."""
         self._prepare(None)
         return self._workspace_bytes(op, {"workspace": None, **fields})
 
-    def _workspace_bytes(self, op: str, fields: Mapping[str, Tensor | int | float | torch.dtype | None]) -> int:
+    def _workspace_bytes(self, op: str, fields: Mapping[str, Field]) -> int:
         struct = STRUCTS[op]
         params = self._fill(struct, fields)
-        function = self._kernels[f"_ZN10moekernels{len(op) + 15}{op}_workspace_cudaERKNS_{_mangled(struct)}E"]
-        function.restype = ctypes.c_int64
+        function = self._workspace_function(struct)
+        assert function is not None, f"{op} has no workspace"
         return function(ctypes.byref(params))
 
-    def _fill(
-        self, struct: type[ctypes.Structure], fields: Mapping[str, Tensor | int | float | torch.dtype | None]
-    ) -> ctypes.Structure:
+    def _workspace_function(self, struct: type[ctypes.Structure]) -> Any:
+        """``workspace_bytes`` of these parameters, None in a library without it."""
+        function = getattr(self._kernels, f"_ZN10moekernels15workspace_bytesERKNS_{_mangled(struct)}E", None)
+        if function is not None:
+            function.restype = ctypes.c_int64
+        return function
+
+    def _fill(self, struct: type[ctypes.Structure], fields: Mapping[str, Field]) -> ctypes.Structure:
         kinds: dict[str, Any] = {field[0]: field[1] for field in struct._fields_}
         if set(fields) - set(kinds):
             raise TypeError(f"{struct.__name__} has no field {sorted(set(fields) - set(kinds))}")
@@ -170,8 +189,20 @@ class SimtLibrary:
                 value = value.data_ptr()
             elif isinstance(value, torch.dtype):
                 value = DType.of(value)
+            elif isinstance(value, list):
+                value = ctypes.addressof(self._table(name, value))
             setattr(params, name, kind(value) if pointer else value)
         return params
+
+    def _table(self, name: str, parts: list[Tensor]) -> ctypes.Array[Any]:
+        """The array in host memory that says where these matrices or vectors are."""
+        entry: Any = ctypes.c_void_p if parts[0].dim() == 1 else WeightPart
+        table = (entry * len(parts))()
+        for i, part in enumerate(parts):
+            self._add_buffer(f"{name}[{i}]", part, writable=False)
+            table[i] = part.data_ptr() if part.dim() == 1 else WeightPart(part.data_ptr(), part.stride(0))
+        self._tables.append(table)
+        return table
 
     def _prepare(self, settings: Settings | None) -> None:
         settings = settings or Settings()
@@ -180,6 +211,7 @@ class SimtLibrary:
             ctypes.c_uint64(settings.seed),
             _TIMINGS[settings.timing],
             int(settings.check_races),
+            settings.smem_offset,
             ctypes.c_double(settings.watchdog_seconds),
         )
         self._runtime.simt_set_device(settings.compute_capability, settings.sm_count)
@@ -192,6 +224,8 @@ class SimtLibrary:
     def _finish(self, function: str, status: int) -> None:
         """Turns the outcome of a call into ``launches``, or into an exception."""
         self.launches = self._runtime.simt_launch_log().decode().splitlines()
+        encoded = self._runtime.simt_tensor_map_log().decode().splitlines()
+        self.tensor_maps = [[int(number) for number in line.split()] for line in encoded]
         error = self._runtime.simt_last_error().decode()
         self._runtime.simt_reset()
         if error:
@@ -212,13 +246,16 @@ class Simt:
         self._libraries: dict[Path, SimtLibrary] = {}
 
     def library(self, *sources: str | Path, defines: tuple[str, ...] = ()) -> SimtLibrary:
-        """The library of these sources; a relative path is one in ``csrc/cuda``.
+        """The library of these sources; a relative path is one in ``csrc/cuda`` or an instance.
 
         Raises:
             BuildError: a source does not compile.
         """
-        paths = [CUDA_SOURCES / source for source in sources]
-        built = self._builder.kernel(*paths, defines=defines)
+        built = self._builder.kernel(*sources, defines=defines)
+        return self.load(built)
+
+    def load(self, built: Path) -> SimtLibrary:
+        """The library in this file, which ``library`` has built."""
         if built not in self._libraries:
             self._libraries[built] = SimtLibrary(self._builder.runtime(), built)
         return self._libraries[built]

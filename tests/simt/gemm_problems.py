@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekernels.ops import reference
+from moekernels.ops import Swiglu, reference
+from tests.simt import params
 from tests.simt.device import Settings, SimtLibrary, poisoned
 from tests.simt.params import Activation
 from tests.tolerance import assert_accurate
@@ -26,6 +27,7 @@ class Problem:
         padding: elements between the rows of ``rows`` and of ``weight``.
         shift: elements by which both start past a multiple of 16 bytes.
         transposed: ``weight`` is [E, in_features, out_features].
+        parts: of each expert, that the weight and the bias come in, each in memory of its own; 0: as stacks.
     """
 
     counts: tuple[int, ...]
@@ -35,12 +37,13 @@ class Problem:
     gathered: bool = False
     bias: bool = False
     scaled: bool = False
-    activation: str = "none"
+    activation: str | Swiglu = "none"
     dtype: torch.dtype = torch.bfloat16
     unused: int = 0
     padding: int = 0
     shift: int = 0
     transposed: bool = False
+    parts: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -93,6 +96,13 @@ class Inputs:
         )
 
 
+def activation_fields(activation: str | Swiglu) -> dict[str, Any]:
+    if isinstance(activation, str):
+        return {"activation": Activation[activation.upper()], "swiglu": params.Swiglu()}
+    a = activation
+    return {"activation": Activation.SWIGLU, "swiglu": params.Swiglu(a.alpha, a.limit, a.shift, a.interleaved)}
+
+
 def placed(values: Tensor, padding: int, shift: int) -> Tensor:
     """The same values, surrounded by NaN: `padding` elements between rows, `shift` before the first."""
     *outer, width = values.shape
@@ -133,6 +143,30 @@ def make_inputs(p: Problem, seed: int = 1) -> Inputs:
     )
 
 
+def experts(p: Problem, inputs: Inputs) -> dict[str, Tensor | list[Tensor] | int | None]:
+    """The fields of weight and bias."""
+    if p.parts == 0:
+        return {
+            "weight": inputs.weight,
+            "bias": inputs.bias,
+            "weight_expert_stride": inputs.weight.stride(0),
+            "weight_row_stride": inputs.weight.stride(1),
+            "bias_stride": 0 if inputs.bias is None else inputs.bias.stride(0),
+            "num_parts": 1,
+        }
+    parts = inputs.weight.unflatten(1, (p.parts, -1)).flatten(0, 1)
+    # No two have the same row stride; where all are to be aligned, they still are.
+    paddings = [p.padding + 8 * (i % 3) for i in range(len(parts))]
+    return {
+        "weight_parts": [placed(part, padding, p.shift) for part, padding in zip(parts, paddings, strict=True)],
+        "bias_parts": None if inputs.bias is None else list(inputs.bias.unflatten(1, (p.parts, -1)).flatten(0, 1)),
+        "weight_expert_stride": 0,
+        "weight_row_stride": 0,
+        "bias_stride": 0,
+        "num_parts": p.parts,
+    }
+
+
 def launch(
     library: SimtLibrary,
     p: Problem,
@@ -142,6 +176,7 @@ def launch(
     *,
     allow_tf32: bool = False,
     batch_invariant: bool = False,
+    fields: dict[str, Tensor | list[Tensor] | int | None] | None = None,
 ) -> Tensor:
     """The output for these inputs, NaN wherever nothing is written; `tiles` is for kernels/grouped_gemm_path.cu."""
     out = poisoned((p.num_rows, p.width), p.dtype)
@@ -152,21 +187,17 @@ def launch(
         settings=settings,
         rows=inputs.rows,
         token_of_row=inputs.token_of_row,
-        weight=inputs.weight,
-        bias=inputs.bias,
+        **(experts(p, inputs) if fields is None else fields),
         row_scale=inputs.row_scale,
         expert_offsets=inputs.expert_offsets,
         out=out,
         num_rows=p.num_rows,
         num_source_rows=inputs.rows.shape[0],
         row_stride=inputs.rows.stride(0),
-        weight_expert_stride=inputs.weight.stride(0),
-        weight_row_stride=inputs.weight.stride(1),
-        bias_stride=0 if inputs.bias is None else inputs.bias.stride(0),
         out_features=p.out_features,
         in_features=p.in_features,
         num_experts=len(p.counts),
-        activation=Activation[p.activation.upper()],
+        **activation_fields(p.activation),
         gated=p.gated,
         transposed=p.transposed,
         allow_tf32=allow_tf32,

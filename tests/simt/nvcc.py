@@ -19,11 +19,20 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import CUDA_SOURCES, REPOSITORY, located
 
 WORKERS = 2
 # As CMakeLists.txt compiles them; -Wextra and -Xptxas -v only talk more.
-FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v")
+FLAGS = (
+    '-DMOEKERNELS_CUDA_ARCHS="80"',
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-Wall,-Wextra",
+    "-Xptxas=-v",
+)
+INCLUDES = (f"-I{CUDA_SOURCES.parent}", f"-I{REPOSITORY / 'csrc' / 'include'}")
 
 
 class CompileError(RuntimeError):
@@ -128,17 +137,17 @@ class Compiler:
         return self._results[key]
 
     def _compile(self, source: Path, architecture: str) -> Compiled:
+        source = located(source, self._cache_dir)
         name = f"{source.stem}-{architecture}-{_fingerprint(source)}"
         cubin, log = self._cache_dir / f"{name}.cubin", self._cache_dir / f"{name}.json"
         if not log.exists():
             with tempfile.TemporaryDirectory(dir=self._cache_dir) as scratch:
                 built = Path(scratch) / "out.cubin"
-                includes = (f"-I{CUDA_SOURCES}", f"-I{REPOSITORY / 'csrc' / 'include'}")
                 command = [
                     "nvcc",
                     *FLAGS,
                     f"-arch=sm_{architecture}",
-                    *includes,
+                    *INCLUDES,
                     "-cubin",
                     str(source),
                     "-o",
@@ -169,14 +178,36 @@ def _fingerprint(source: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def instructions(cubin: Path) -> dict[str, list[str]]:
-    """The opcodes of each kernel's machine code, in order, under the kernel's mangled name."""
+def _sections(cubin: Path) -> dict[str, str]:
+    """The machine code of each kernel as text, under the kernel's mangled name."""
     nvdisasm = disassembler()
     assert nvdisasm is not None
     text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[str]] = {}
-    for section in re.split(r"(?=^\s*\.section\s+\.text\.)", text, flags=re.MULTILINE)[1:]:
-        name = re.match(r"\s*\.section\s+\.text\.([^\s,]+)", section)
-        assert name is not None
-        found[name[1]] = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", section, re.MULTILINE)
+    sections = re.split(r"(?=^\s*\.section\s+\.text\.)", text, flags=re.MULTILINE)[1:]
+    names = [re.match(r"\s*\.section\s+\.text\.([^\s,]+)", section) for section in sections]
+    return {name[1]: section for name, section in zip(names, sections, strict=True) if name is not None}
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """The opcodes of each kernel's machine code, in order, under the kernel's mangled name."""
+    pattern = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", re.MULTILINE)
+    return {name: pattern.findall(section) for name, section in _sections(cubin).items()}
+
+
+def loop_lengths(cubin: Path, opcode: str) -> dict[str, int]:
+    """Of each kernel with this opcode, how many instructions the smallest loop around all of them has."""
+    found = {}
+    for name, section in _sections(cubin).items():
+        labels: dict[str, int] = {}
+        code: list[str] = []
+        for line in section.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+                code.append(instruction[1])
+        places = [i for i, text in enumerate(code) if re.search(rf"\b{opcode}\b", text)]
+        branches = [(i, re.search(r"BRA.*`\((\.L_x_\d+)\)", code[i])) for i in range(max(places, default=0), len(code))]
+        around = [i + 1 - labels[b[1]] for i, b in branches if b and labels[b[1]] <= places[0]] if places else []
+        if around:
+            found[name] = min(around)
     return found

@@ -16,6 +16,10 @@ class InputPointer(ctypes.c_void_p):
     """A pointer to memory the op only reads."""
 
 
+class TablePointer(InputPointer):
+    """A pointer to an array in host memory: of matrices and their row strides, or of vectors."""
+
+
 class OutputPointer(ctypes.c_void_p):
     """A pointer to memory the op writes."""
 
@@ -42,6 +46,16 @@ class Activation(IntEnum):
     GELU = 2
     GELU_TANH = 3
     SILU = 4
+    RELU2 = 5
+    SWIGLU = 6
+
+
+class Swiglu(ctypes.Structure):
+    _fields_ = [("alpha", c_float), ("limit", c_float), ("shift", c_float), ("interleaved", c_bool)]
+
+
+class WeightPart(ctypes.Structure):
+    _fields_ = [("data", InputPointer), ("row_stride", c_int64)]
 
 
 class RouteParams(ctypes.Structure):
@@ -59,7 +73,7 @@ class RouteParams(ctypes.Structure):
         ("logits_dtype", c_int32),
         ("probs_dtype", c_int32),
         ("renormalize", c_bool),
-        ("epsilon", c_float),
+        ("eps", c_float),
     ]
 
 
@@ -97,7 +111,9 @@ class GroupedGemmParams(ctypes.Structure):
         ("rows", InputPointer),
         ("token_of_row", InputPointer),
         ("weight", InputPointer),
+        ("weight_parts", TablePointer),
         ("bias", InputPointer),
+        ("bias_parts", TablePointer),
         ("row_scale", InputPointer),
         ("expert_offsets", InputPointer),
         ("out", OutputPointer),
@@ -111,7 +127,9 @@ class GroupedGemmParams(ctypes.Structure):
         ("out_features", c_int64),
         ("in_features", c_int64),
         ("num_experts", c_int32),
+        ("num_parts", c_int32),
         ("activation", c_int32),
+        ("swiglu", Swiglu),
         ("gated", c_bool),
         ("transposed", c_bool),
         ("allow_tf32", c_bool),
@@ -145,7 +163,6 @@ class GroupedWeightGradParams(ctypes.Structure):
         ("expert_offsets", InputPointer),
         ("grad_weight", OutputPointer),
         ("grad_bias", OutputPointer),
-        ("workspace", OutputPointer),
         ("num_rows", c_int64),
         ("num_source_grad_rows", c_int64),
         ("num_source_rows", c_int64),
@@ -166,6 +183,7 @@ class ActivationParams(ctypes.Structure):
         ("num_rows", c_int64),
         ("width", c_int64),
         ("activation", c_int32),
+        ("swiglu", Swiglu),
         ("gated", c_bool),
         ("dtype", c_int32),
     ]
@@ -184,6 +202,7 @@ class ActivationGradParams(ctypes.Structure):
         ("width", c_int64),
         ("num_experts", c_int32),
         ("activation", c_int32),
+        ("swiglu", Swiglu),
         ("gated", c_bool),
         ("dtype", c_int32),
     ]
@@ -222,7 +241,7 @@ class RouteGradParams(ctypes.Structure):
         ("logits_dtype", c_int32),
         ("probs_dtype", c_int32),
         ("renormalize", c_bool),
-        ("epsilon", c_float),
+        ("eps", c_float),
     ]
 
 

@@ -1,15 +1,17 @@
-"""``csrc/cuda/activation.cu`` on the CPU, against autograd in float64."""
+"""``csrc/cuda/rows/activation.cu`` on the CPU, against autograd in float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moekernels.ops import Swiglu
 from tests.simt.device import Settings, Simt, SimtLibrary, poisoned
+from tests.simt.gemm_problems import activation_fields
 from tests.simt.params import Activation
 from tests.tolerance import assert_accurate
 
@@ -20,7 +22,9 @@ ACTIVATIONS = {
     "gelu": (Activation.GELU, F.gelu),
     "gelu_tanh": (Activation.GELU_TANH, lambda x: F.gelu(x, approximate="tanh")),
     "silu": (Activation.SILU, F.silu),
+    "relu2": (Activation.RELU2, lambda x: F.relu(x).square()),
 }
+SWIGLU = Swiglu(alpha=1.702, limit=4.0, shift=1.0)
 # Below, at and above a vector and a warp's piece of a row; the last ones take a block per row.
 WIDTHS = (1, 7, 8, 36, 264, 1032, 2056)
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -28,10 +32,12 @@ GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    return simt.library("activation.cu")
+    return simt.library("rows/activation.cu")
 
 
-def forward(linear: Tensor, activation: str, gated: bool) -> Tensor:
+def forward(linear: Tensor, activation: str | Swiglu, gated: bool) -> Tensor:
+    if isinstance(activation, Swiglu):
+        return activation(linear)
     act = ACTIVATIONS[activation][1]
     if not gated:
         return act(linear)
@@ -40,7 +46,12 @@ def forward(linear: Tensor, activation: str, gated: bool) -> Tensor:
 
 
 def run_activation(
-    library: SimtLibrary, linear: Tensor, activation: str, gated: bool, out: Tensor | None = None, seed: int = 1
+    library: SimtLibrary,
+    linear: Tensor,
+    activation: str | Swiglu,
+    gated: bool,
+    out: Tensor | None = None,
+    seed: int = 1,
 ) -> Tensor:
     width = linear.shape[1] // (2 if gated else 1)
     out = poisoned((linear.shape[0], width), linear.dtype) if out is None else out
@@ -51,7 +62,7 @@ def run_activation(
         out=out,
         num_rows=linear.shape[0],
         width=width,
-        activation=ACTIVATIONS[activation][0],
+        **activation_fields(activation),
         gated=gated,
         dtype=linear.dtype,
     )
@@ -69,7 +80,7 @@ def run_grad(
     library: SimtLibrary,
     grad_out: Tensor,
     linear: Tensor,
-    activation: str,
+    activation: str | Swiglu,
     gated: bool,
     row_scale: Tensor | None = None,
     expert_offsets: Tensor | None = None,
@@ -98,7 +109,7 @@ def run_grad(
         num_rows=num_rows,
         width=width,
         num_experts=0 if expert_offsets is None else expert_offsets.shape[0] - 1,
-        activation=ACTIVATIONS[activation][0],
+        **activation_fields(activation),
         gated=gated,
         dtype=linear.dtype,
     )
@@ -106,7 +117,7 @@ def run_grad(
 
 
 def expected_grads(
-    grad_out: Tensor, linear: Tensor, activation: str, gated: bool, row_scale: Tensor | None, used: int
+    grad_out: Tensor, linear: Tensor, activation: str | Swiglu, gated: bool, row_scale: Tensor | None, used: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In the dtype of `linear`, by autograd; the row scale multiplies in that dtype."""
     scale = torch.ones(linear.shape[0], 1) if row_scale is None else row_scale[:, None]
@@ -125,7 +136,7 @@ def assert_grads(
     actual: Grads,
     grad_out: Tensor,
     linear: Tensor,
-    activation: str,
+    activation: str | Swiglu,
     gated: bool,
     row_scale: Tensor | None = None,
     used: int | None = None,
@@ -174,6 +185,21 @@ def test_every_width(library: SimtLibrary, gated: bool, width: int) -> None:
         grads = run_grad(library, grad_out, linear, "silu", gated, row_scale, offsets, seed=seed)
         assert_grads(grads, grad_out, linear, "silu", gated, row_scale, used=2)
         assert len(library.launches) == 1
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("width", (1, 7, 8, 264, 2056))
+def test_swiglu(library: SimtLibrary, width: int, interleaved: bool) -> None:
+    gate = replace(SWIGLU, interleaved=interleaved)
+    for seed, dtype in enumerate(DTYPES):
+        grad_out, linear, row_scale = problem(3, width, True, dtype, seed)
+        out = run_activation(library, linear, gate, True, seed=seed)
+        assert_accurate(out, forward(linear.double(), gate, True), forward(linear, gate, True))
+        offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
+        grads = run_grad(library, grad_out, linear, gate, True, row_scale, offsets, seed=seed)
+        assert_grads(grads, grad_out, linear, gate, True, row_scale, used=2)
+        again = run_grad(library, grad_out.clone(), linear.clone(), gate, True, row_scale, offsets, in_place=True)
+        assert torch.equal(again.linear, grads.linear)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.simt.build import CUDA_SOURCES
-from tests.simt.nvcc import Compiler, default_architectures, disassembler, instructions, missing_compiler
+from tests.simt.build import CUDA_SOURCES, KERNELS, instances
+from tests.simt.hardware import HardwareLibrary, compile_program
+from tests.simt.nvcc import (
+    INCLUDES,
+    Compiler,
+    default_architectures,
+    disassembler,
+    instructions,
+    loop_lengths,
+    missing_compiler,
+)
 
-SOURCES = sorted(CUDA_SOURCES.glob("*.cu"))
+SOURCES = [*sorted(CUDA_SOURCES.rglob("*.cu")), *instances()]
 ARCHITECTURES = default_architectures()
 MAX_STATIC_SMEM = 48 * 1024  # anything more has to be dynamic
 
@@ -32,8 +42,15 @@ def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     compiler.close()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def architectures_of(source: Path) -> list[str]:
+    """All for the tiles that depend on a GPU's shared memory; of the rest 8.0 and Hopper, which takes other paths."""
+    return ARCHITECTURES if "_sm80" in source.stem else [ARCHITECTURES[0], ARCHITECTURES[-1]]
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [pytest.param(s, each, id=f"{s.stem}-{each}") for s in SOURCES for each in architectures_of(s)],
+)
 def test_no_warnings_and_no_spills(compiler: Compiler, source: Path, architecture: str) -> None:
     compiled = compiler.compiled(source, architecture)
     assert compiled.warnings == []
@@ -42,12 +59,44 @@ def test_no_warnings_and_no_spills(compiler: Compiler, source: Path, architectur
         assert kernel.static_smem <= MAX_STATIC_SMEM, kernel
 
 
-def opcodes(compiler: Compiler, source: str, architecture: str) -> dict[str, Counter[str]]:
-    """How often each opcode stands in each kernel; `HMMA.16816.F32.BF16` counts as `HMMA` and as `HMMA.16816` too."""
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "basics",
+        "copies",
+        "crosscheck",
+        "hopper_gemm",
+        "overlap",
+        "cluster",
+        pytest.param("tensor_cores", marks=pytest.mark.slow),
+    ],
+)
+def test_the_tests_of_the_emulator_are_programs_for_a_gpu(tmp_path: Path, kernels: str) -> None:
+    """Nothing of them runs here, but their library loads."""
+    if missing_compiler() is not None:
+        pytest.skip(str(missing_compiler()))
+    HardwareLibrary(compile_program(KERNELS / f"{kernels}.cu", "90a", tmp_path / "program.so"))
+
+
+def test_a_build_for_plain_sm_90_knows_that_it_has_no_code_for_hopper(tmp_path: Path) -> None:
+    if missing_compiler() is not None:
+        pytest.skip(str(missing_compiler()))
+    source = tmp_path / "plain.cu"
+    source.write_text('#include "cuda/gemm/warp_specialized.cuh"\nstatic_assert(!moekernels::has_sm90_code());\n')
+    command = ["nvcc", "-std=c++20", "-arch=sm_90", *INCLUDES, "--cuda", str(source), "-o", str(tmp_path / "plain.ii")]
+    subprocess.run(command, check=True)
+
+
+def cubin(compiler: Compiler, source: str, architecture: str) -> Path:
     if disassembler() is None:
         pytest.skip("no nvdisasm on PATH and no package nvidia-cuda-nvdisasm")
+    return compiler.compiled(next(path for path in SOURCES if path.name == source), architecture).cubin
+
+
+def opcodes(compiler: Compiler, source: str, architecture: str) -> dict[str, Counter[str]]:
+    """How often each opcode stands in each kernel; `HMMA.16816.F32.BF16` counts as `HMMA` and as `HMMA.16816` too."""
     found = {}
-    for name, code in instructions(compiler.compiled(CUDA_SOURCES / source, architecture).cubin).items():
+    for name, code in instructions(cubin(compiler, source, architecture)).items():
         found[name] = Counter(".".join(op.split(".")[:n]) for op in code for n in range(1, op.count(".") + 2))
     assert found
     return found
@@ -87,3 +136,57 @@ def test_sm90_kernels_multiply_by_warpgroups(compiler: Compiler, source: str) ->
         assert count["LDL"] == count["STL"] == 0, name
         # A wait and a fence per multiplication would mean that ptxas has serialised them.
         assert count["WARPGROUP.DEPBAR"] < count["HGMMA"], name
+        # A fence beyond the block stands before a barrier of the whole cluster, and nowhere else.
+        assert count["MEMBAR.ALL.GPU"] + count["MEMBAR.SC.GPU"] == count["UCGABAR_ARV"], name
+
+
+# Instructions of a step of the ring in a consumer warp, around the multiplications: a budget that a change raises on
+# purpose, or not at all. The tensor cores need 1024 clocks for a step of the wide tile; four warps share a scheduler's.
+STEP_BUDGETS = {"grouped_gemm_sm90_kernel": 70, "grouped_weight_grad_sm90_kernel": 150}
+
+
+@pytest.mark.parametrize("source", [s.name for s in SOURCES if re.search(r"_sm90_(bf16|fp16)", s.name)])
+def test_the_step_around_wgmma_stays_within_its_budget(compiler: Compiler, source: str) -> None:
+    lengths = loop_lengths(cubin(compiler, source, "90a"), "HGMMA")
+    assert len(lengths) == 2  # instances
+    for name, length in lengths.items():
+        budget = next(budget for kernel, budget in STEP_BUDGETS.items() if kernel in name)
+        assert length <= budget, (name, length)
+
+
+# The same of a producer warp where both operands of a weight gradient are gathered, by the columns of a tile.
+GATHER_BUDGETS = {128: 470, 256: 600}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_gathering_for_a_weight_gradient_stays_within_its_budget(compiler: Compiler, dtype: str) -> None:
+    lengths = loop_lengths(cubin(compiler, f"grouped_weight_grad_sm90_{dtype}.cu", "90a"), "LDGSTS")
+    for columns, budget in GATHER_BUDGETS.items():
+        (length,) = (length for name, length in lengths.items() if f"Li{columns}E" in name)
+        assert length <= budget, (columns, length)
+
+
+# ---- overlapping launches: see csrc/cuda/common/overlap.cuh ----
+
+GLOBAL_ACCESS = re.compile(r"LDG|LD$|LD\.|STG|ST$|ST\.|ATOM|RED|LDGSTS|UBLK|UTMA(?!CCTL\.PF)")  # not map prefetches
+WITHOUT_OVERLAP = re.compile(r"grouped_(gemm|weight_grad)_(sm80|f32)|grouped_bias_grad")  # long kernels
+
+
+@pytest.mark.parametrize("source", [s.name for s in SOURCES])
+def test_overlapping_kernels_wait_before_they_touch_memory(compiler: Compiler, source: str) -> None:
+    for name, code in instructions(cubin(compiler, source, "90a")).items():
+        waits = [i for i, op in enumerate(code) if op.startswith("ACQBULK")]
+        allows = [i for i, op in enumerate(code) if op.startswith("PREEXIT")]
+        expected = 0 if WITHOUT_OVERLAP.search(name) else 1
+        assert len(waits) == len(allows) == expected, name
+        if expected:
+            assert not any(GLOBAL_ACCESS.match(op) or op == "EXIT" for op in code[: waits[0]]), name
+
+
+@pytest.mark.parametrize("source", [s.name for s in SOURCES])
+def test_only_weights_are_read_as_constant(compiler: Compiler, source: str) -> None:
+    """The decode path's alone: 2 halves of each tile, as many chunks ahead as in a round of the loop."""
+    for name, code in instructions(cubin(compiler, source, "90a")).items():
+        constant = sum(op.startswith("LDG") and "CONSTANT" in op for op in code)
+        decode = re.search(r"grouped_gemm_decode_kernel.*?Li\d+ELi(\d+)ELi(\d+)E", name)  # tiles, depth
+        assert constant == (2 * 2 * int(decode[1]) * int(decode[2]) if decode else 0), name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.simt.build import CUDA_SOURCES
+from tests.simt.build import instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, poisoned
 from tests.simt.gemm_problems import Problem, check, launch, make_inputs
 from tests.simt.params import DType
@@ -22,8 +22,8 @@ CASES = [
 ]
 SOURCES = (
     Path(__file__).parent / "kernels" / "grouped_gemm_decode.cu",
-    CUDA_SOURCES / "grouped_gemm_decode.cu",
-    *(CUDA_SOURCES / f"grouped_gemm_decode_{dtype}.cu" for dtype in ("bf16", "fp16", "f32")),
+    "gemm/grouped_gemm_decode.cu",
+    *instances("grouped_gemm_decode_"),
 )
 RAGGED = (3, 0, 1, 9, 0, 40, 16)
 

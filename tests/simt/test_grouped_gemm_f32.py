@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import REPOSITORY, instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing
 from tests.simt.gemm_problems import Problem, Tiles, check, launch, make_inputs
 
@@ -25,8 +25,7 @@ def problem(counts: tuple[int, ...], out_features: int, in_features: int, **opti
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    sources = [CUDA_SOURCES / f"grouped_gemm_f32{suffix}.cu" for suffix in ("", "_transposed")]
-    return simt.library(PATH, *sources, defines=("PATH=f32",))
+    return simt.library(PATH, "gemm/grouped_gemm_f32.cu", *instances("grouped_gemm_f32_"), defines=("PATH=f32",))
 
 
 @pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=str)

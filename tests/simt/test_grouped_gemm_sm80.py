@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import REPOSITORY, instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing
 from tests.simt.gemm_problems import Problem, Tiles, check, launch, make_inputs
 from tests.tolerance import assert_accurate
@@ -23,9 +23,7 @@ RAGGED = (130, 0, 1, 37, 0, 64)
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    instantiations = [f"_{dtype}{suffix}" for dtype in ("bf16", "fp16", "tf32") for suffix in ("", "_transposed")]
-    sources = [CUDA_SOURCES / f"grouped_gemm_sm80{suffix}.cu" for suffix in ("", *instantiations)]
-    return simt.library(PATH, *sources, defines=("PATH=sm80",))
+    return simt.library(PATH, "gemm/grouped_gemm_sm80.cu", *instances("grouped_gemm_sm80_"), defines=("PATH=sm80",))
 
 
 @pytest.mark.parametrize("tiles", [SMALL, LARGE, SHALLOW], ids=str)

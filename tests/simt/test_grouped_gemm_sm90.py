@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.simt import gemm_problems
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt import gemm_problems, params
+from tests.simt.build import REPOSITORY, instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing
 from tests.simt.gemm_problems import Inputs, Problem, make_inputs
 from tests.tolerance import assert_accurate
@@ -23,9 +23,8 @@ GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    instantiations = [f"_{dtype}_{kind}" for dtype in ("bf16", "fp16") for kind in (*STAGES, "transposed")]
-    sources = [CUDA_SOURCES / f"grouped_gemm_sm90{suffix}.cu" for suffix in ("", *instantiations)]
-    return simt.library(REPOSITORY / "tests" / "simt" / "kernels" / "grouped_gemm_sm90.cu", *sources)
+    launcher = REPOSITORY / "tests" / "simt" / "kernels" / "grouped_gemm_sm90.cu"
+    return simt.library(launcher, "gemm/grouped_gemm_sm90.cu", *instances("grouped_gemm_sm90_"))
 
 
 def launch(
@@ -35,8 +34,9 @@ def launch(
     tile_n: int = 128,
     group_m: int = 2,
     settings: Settings | None = None,
+    cluster: int = 1,
 ) -> Tensor:
-    library.call("set_tiles", tile_n, STAGES.get(tile_n, 4), group_m)
+    library.call("set_tiles", tile_n, STAGES.get(tile_n, 4), group_m, cluster)
     return gemm_problems.launch(library, p, inputs, settings=settings)
 
 
@@ -136,6 +136,31 @@ def test_neither_schedule_nor_tile_width_changes_a_bit(library: SimtLibrary) -> 
         assert torch.equal(launch(library, p, inputs, tile_n, group_m, Settings(sm_count=sm_count)), first)
 
 
+PAIRS = ((130, 0, 1, 37, 0, 64, 65), (0, 0, 0), (1,), (256, 257, 128, 129), (300, 2, 260))
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated", "transposed"])
+@pytest.mark.parametrize("tile_n", STAGES)
+@GATHERED
+def test_pairs_of_blocks_that_share_weights(library: SimtLibrary, gathered: bool, tile_n: int, kind: str) -> None:
+    """Whatever is left over: rows for one of two blocks, a multiprocessor without a partner. The bits are the same."""
+    for seed, counts in enumerate(PAIRS):
+        p = Problem(counts, 2 * 136, 200, kind == "gated", gathered, transposed=kind == "transposed", unused=3)
+        inputs = make_inputs(p)
+        settings = Settings(seed=seed, timing=TIMINGS[seed % 3], sm_count=(4, 2, 5)[seed % 3])
+        paired = launch(library, p, inputs, tile_n, settings=settings, cluster=2)
+        assert int(library.launches[0].split("<<<(")[1].split(",")[0]) % 2 == 0
+        assert torch.equal(paired, launch(library, p, inputs, tile_n))
+        assert_accurate(paired, inputs.to(torch.float64).reference(p), inputs.reference(p))
+
+
+@pytest.mark.parametrize("cluster", [0, 3])
+def test_clusters_of_other_sizes_are_an_error(library: SimtLibrary, cluster: int) -> None:
+    p = Problem((5, 6), 64, 64)
+    with pytest.raises(SimtError, match=r"cudaError_t 1$"):
+        launch(library, p, make_inputs(p), cluster=cluster)
+
+
 def test_tensor_maps_are_told_apart(library: SimtLibrary) -> None:
     # Equal pointers with other shapes, equal shapes with other pointers, and one pointer whose content changes.
     p = Problem((5, 6), 64, 128)
@@ -206,3 +231,27 @@ def test_tiles_that_nobody_built_are_an_error(library: SimtLibrary) -> None:
     p = Problem((5, 6), 64, 64)
     with pytest.raises(SimtError, match=r"cudaError_t 1$"):
         launch(library, p, make_inputs(p), tile_n=64)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(num_rows=2**30, out_features=2**24, in_features=64), dict(num_rows=8, out_features=64, in_features=2**31)],
+)
+def test_sizes_beyond_32_bits_are_an_error(library: SimtLibrary, sizes: dict[str, int]) -> None:
+    somewhere = torch.zeros(64).bfloat16()
+    library.call("set_tiles", 128, STAGES[128], 2, 1)
+    with pytest.raises(SimtError, match=r"cudaError_t 1$"):
+        library.run(
+            "grouped_gemm", rows=somewhere, weight=somewhere, out=somewhere.clone(), bias=None, row_scale=None,
+            token_of_row=torch.zeros(8, dtype=torch.int32), expert_offsets=torch.zeros(2, dtype=torch.int32),
+            num_source_rows=1, row_stride=64, weight_expert_stride=64, weight_row_stride=64, bias_stride=0,
+            num_experts=1, num_parts=1, activation=0, gated=False, transposed=False, allow_tf32=False,
+            batch_invariant=False, dtype=torch.bfloat16, swiglu=params.Swiglu(), **sizes,
+        )  # fmt: skip
+    assert library.launches == []
+
+
+@pytest.mark.parametrize("smem_offset", [16, 512])
+@pytest.mark.parametrize("tile_n", STAGES)
+def test_shared_memory_may_start_anywhere(library: SimtLibrary, tile_n: int, smem_offset: int) -> None:
+    check(library, Problem((70, 5), 40, 72, gathered=True), tile_n, settings=Settings(smem_offset=smem_offset))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import CUDA_SOURCES, REPOSITORY, instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing
 from tests.simt.params import DType
 from tests.simt.weight_grad_problems import Tiles, WeightGradProblem, check, launch, make_inputs
@@ -31,8 +31,8 @@ AMPERE, HOPPER = Settings(compute_capability=80), Settings(compute_capability=90
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    sources = [*CUDA_SOURCES.glob("grouped_weight_grad*.cu"), CUDA_SOURCES / "grouped_bias_grad.cu"]
-    return simt.library(CONFIG, *sorted(s for s in sources if s.name != "grouped_weight_grad.cu"))
+    sources = sorted(s for s in (CUDA_SOURCES / "weight_grad").glob("*.cu") if s.name != "grouped_weight_grad.cu")
+    return simt.library(CONFIG, *sources, *instances("grouped_weight_grad_"))
 
 
 # ---- the tiled paths ----
@@ -225,7 +225,7 @@ def test_empty_weights(library: SimtLibrary) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """WeightGradProblem of csrc/cuda/weight_grad_config.h."""
+    """WeightGradProblem of csrc/cuda/weight_grad/weight_grad_config.h."""
 
     num_rows: int = 8192
     out_features: int = 2048

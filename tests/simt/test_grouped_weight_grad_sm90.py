@@ -1,4 +1,4 @@
-"""The Hopper weight gradient: wgmma on operands that lie by depth, TMA, cp.async and mbarriers, on the CPU."""
+"""The Hopper weight gradient: wgmma on MN-major operands, TMA, cp.async and mbarriers, on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import CUDA_SOURCES, REPOSITORY, instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing
 from tests.simt.weight_grad_problems import Tiles, WeightGradProblem, check, launch, make_inputs
 
@@ -25,8 +25,8 @@ TILES = pytest.mark.parametrize("tiles", [NARROW, WIDE], ids=["narrow", "wide"])
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    sources = [*CUDA_SOURCES.glob("grouped_weight_grad*.cu"), CUDA_SOURCES / "grouped_bias_grad.cu"]
-    return simt.library(CONFIG, *sorted(s for s in sources if s.name != "grouped_weight_grad.cu"))
+    sources = sorted(s for s in (CUDA_SOURCES / "weight_grad").glob("*.cu") if s.name != "grouped_weight_grad.cu")
+    return simt.library(CONFIG, *sources, *instances("grouped_weight_grad_"))
 
 
 @TILES
@@ -132,3 +132,8 @@ def test_tiles_that_nobody_built_are_an_error(library: SimtLibrary, tiles: Tiles
     p = WeightGradProblem((5, 6), 64, 64)
     with pytest.raises(SimtError, match=r"cudaError_t 1$"):
         launch(library, p, make_inputs(p), tiles)
+
+
+@pytest.mark.parametrize("smem_offset", [16, 512])
+def test_shared_memory_may_start_anywhere(library: SimtLibrary, smem_offset: int) -> None:
+    check(library, WeightGradProblem((70, 5), 40, 72, gathered=True), NARROW, Settings(smem_offset=smem_offset))

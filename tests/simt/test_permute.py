@@ -1,4 +1,4 @@
-"""``csrc/cuda/permute.cu`` on the CPU, against the definition."""
+"""``csrc/cuda/rows/{permute,unpermute}.cu`` on the CPU, against the definition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN_SIZES = (1, 7, 8, 36, 256, 520, 1032, 2048)
 
 @pytest.fixture(scope="module")
 def permuter(simt: Simt) -> SimtLibrary:
-    return simt.library("permute.cu")
+    return simt.library("rows/permute.cu", "rows/unpermute.cu")
 
 
 def run_permute(

@@ -1,4 +1,4 @@
-"""``csrc/cuda/plan.cu`` on the CPU, against the definition."""
+"""``csrc/cuda/routing/plan.cu`` on the CPU, against the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, poisoned
 
 @pytest.fixture(scope="module")
 def planner(simt: Simt) -> SimtLibrary:
-    return simt.library("plan.cu")
+    return simt.library("routing/plan.cu")
 
 
 def run_plan(

@@ -1,4 +1,4 @@
-"""``csrc/cuda/router_stats.cu`` on the CPU, against the definition in float64."""
+"""``csrc/cuda/routing/router_stats.cu`` on the CPU, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Stats = tuple[Tensor, Tensor, Tensor]  # counts [G, E], prob_sums [G, E], z_sums
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    return simt.library("router_stats.cu")
+    return simt.library("routing/router_stats.cu")
 
 
 def run(
@@ -160,6 +160,17 @@ def test_rows_at_any_stride_and_alignment(library: SimtLibrary, num_experts: int
 def test_large_logits(library: SimtLibrary) -> None:
     logits = torch.tensor([[1000.0, -1000.0, 999.0, float("-inf")], [-3e4, -3e4, -3e4, -3e4]])
     assert_stats(run(library, logits, 2, 1), logits, 1)
+
+
+@pytest.mark.parametrize("num_experts", [4, 64, 1030])
+def test_the_sum_over_an_infinite_row_is_infinite(library: SimtLibrary, num_experts: int) -> None:
+    """Though no expert of such a row has a probability."""
+    logits = torch.randn(3, num_experts)
+    logits[0, 2], logits[1] = float("inf"), float("-inf")
+    _, prob_sums, z_sums = run(library, logits, 3, 1)
+    torch.testing.assert_close(z_sums.double(), torch.logsumexp(logits.double(), -1) ** 2, rtol=3e-6, atol=3e-6)
+    assert z_sums.isinf().tolist() == [True, True, False]
+    assert prob_sums.isnan().all(-1).tolist() == [True, True, False]
 
 
 def test_nothing_to_do(library: SimtLibrary) -> None:

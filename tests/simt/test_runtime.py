@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import CUDA_SOURCES, KERNELS, REPOSITORY
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, Timing, poisoned
+from tests.simt.hardware import HardwareLibrary, Machine
 from tests.simt.params import STRUCTS, DType
 
-KERNELS = Path(__file__).parent / "kernels"
 TIMINGS: tuple[Timing, ...] = ("eager", "late", "random")
 
 
@@ -34,11 +34,6 @@ def faults(simt: Simt) -> SimtLibrary:
 @pytest.fixture(scope="module")
 def copies(simt: Simt) -> SimtLibrary:
     return simt.library(KERNELS / "copies.cu")
-
-
-@pytest.fixture(scope="module")
-def tensor_cores(simt: Simt) -> SimtLibrary:
-    return simt.library(KERNELS / "tensor_cores.cu")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +59,7 @@ def test_the_layout_names_every_field_of_the_header() -> None:
     for struct in STRUCTS.values():
         match = re.search(rf"struct {struct.__name__} {{(.*?)\n}};", header, re.DOTALL)
         assert match is not None, struct
-        fields = re.findall(r"^\s+[\w:]+(?: \w+)*[\s*]+(\w+);", match[1], re.MULTILINE)
+        fields = re.findall(r"^\s+[\w:][\w:\s*]*[\s*](\w+);", match[1], re.MULTILINE)
         assert fields == [field[0] for field in struct._fields_]
 
 
@@ -86,12 +81,12 @@ def test_launches_are_logged(basics: SimtLibrary) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_shuffles_and_shared_memory_sum_each_row(basics: SimtLibrary, seed: int) -> None:
+def test_shuffles_and_shared_memory_sum_each_row(machine: Machine, seed: int) -> None:
     values = torch.randint(-8, 9, (5, 1024)).float()
     for threads in (32, 96, 1024):
         out = poisoned((5,), torch.float32)
         rows = values[:, :threads].contiguous()
-        basics.call("block_sum", rows, out, 5, threads, settings=Settings(seed=seed))
+        machine("basics.cu").call("block_sum", rows, out, 5, threads, settings=Settings(seed=seed))
         assert torch.equal(out, rows.sum(1))
 
 
@@ -129,18 +124,18 @@ def test_parts_of_a_warp_shuffle_among_themselves(basics: SimtLibrary) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_last_block_sees_what_all_others_wrote(basics: SimtLibrary, seed: int) -> None:
+def test_the_last_block_sees_what_all_others_wrote(machine: Machine, seed: int) -> None:
     counts, finished, total = (torch.zeros(n, dtype=torch.int32) for n in (8, 1, 1))
-    basics.call("last_block", counts, finished, total, 9, settings=Settings(seed=seed))
+    machine("basics.cu").call("last_block", counts, finished, total, 9, settings=Settings(seed=seed))
     assert counts.tolist() == [72] * 8
     assert total.item() == 9 * 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dynamic_shared_memory_and_grids_of_two_dimensions(basics: SimtLibrary, dtype: torch.dtype) -> None:
+def test_dynamic_shared_memory_and_grids_of_two_dimensions(machine: Machine, dtype: torch.dtype) -> None:
     values = torch.randn(6, 256).to(dtype)
     out = poisoned((6, 256), dtype)
-    basics.call("reverse", values, out, DType.of(dtype), 3, 2)
+    machine("basics.cu").call("reverse", values, out, DType.of(dtype), 3, 2)
     assert torch.equal(out, values.flip(1))
 
 
@@ -212,7 +207,7 @@ def test_fields_must_be_known_and_complete(simt: Simt) -> None:
 
 
 def test_errors_of_launchers_are_raised(simt: Simt) -> None:
-    with pytest.raises(SimtError, match="plan_cuda returned cudaError_t 801"):
+    with pytest.raises(SimtError, match="plan returned cudaError_t 801"):
         _plan(simt, capacity=4)
 
 
@@ -335,9 +330,7 @@ SPANS = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle -> bytes
 
 @pytest.mark.parametrize("swizzle", SPANS)
 @pytest.mark.parametrize("corner", [(0, 0, 0), (8, 5, 1), (-8, -3, 1), (32, 20, 0), (0, 0, 2), (0, 0, -1)])
-def test_tma_boxes_land_swizzled_and_zero_filled(
-    copies: SimtLibrary, swizzle: int, corner: tuple[int, int, int]
-) -> None:
+def test_tma_boxes_land_swizzled_and_zero_filled(machine: Machine, swizzle: int, corner: tuple[int, int, int]) -> None:
     depth, rows, columns = 2, 21, 40
     span = SPANS[swizzle] or 64
     box_rows, box_columns = 8, span // 2
@@ -345,7 +338,9 @@ def test_tma_boxes_land_swizzled_and_zero_filled(
     stored = poisoned((depth, rows, columns), torch.float16)
     image = poisoned((box_rows, span // 16, 8), torch.float16)
     x, y, z = corner
-    copies.call("box", tensor, stored, image, columns, rows, depth, box_columns, box_rows, swizzle, x, y, z)
+    machine("copies.cu").call(
+        "box", tensor, stored, image, columns, rows, depth, box_columns, box_rows, swizzle, x, y, z
+    )
 
     box = torch.zeros(box_rows, box_columns, dtype=torch.float16)
     inside = torch.zeros(depth, rows, columns, dtype=torch.bool)
@@ -363,13 +358,18 @@ def test_tma_boxes_land_swizzled_and_zero_filled(
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
-def test_bulk_copies(copies: SimtLibrary, timing: Timing) -> None:
+def test_bulk_copies(machine: Machine, timing: Timing) -> None:
     values = torch.randint(0, 255, (1024,), dtype=torch.uint8)
     out = poisoned((1024,), torch.uint8)
-    copies.call("bulk", values, out, 0, settings=Settings(timing=timing))
+    machine("copies.cu").call("bulk", values, out, 0, settings=Settings(timing=timing))
     expected = values.clone()
     expected[256:512] += 1
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_bulk_copies_of_what_is_written_meanwhile(copies: SimtLibrary, timing: Timing) -> None:
+    values, out = torch.zeros(1024, dtype=torch.uint8), poisoned((1024,), torch.uint8)
     with pytest.raises(SimtError, match="which a TMA or bulk copy read with no barrier in between"):
         copies.call("bulk", values, out, 1, settings=Settings(timing=timing))
 
@@ -393,19 +393,21 @@ def test_tensor_maps_that_the_driver_refuses(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_mma(tensor_cores: SimtLibrary, dtype: torch.dtype, transposed: bool) -> None:
+def test_mma(machine: Machine, dtype: torch.dtype, transposed: bool) -> None:
     a = torch.randint(-4, 5, (16, 16)).to(dtype)
     b = torch.randint(-4, 5, (8, 16)).to(dtype)
     out = poisoned((16, 8), torch.float32)
-    tensor_cores.call("mma", a, b.T.contiguous() if transposed else b, out, DType.of(dtype), int(transposed))
+    machine("tensor_cores.cu").call(
+        "mma", a, b.T.contiguous() if transposed else b, out, DType.of(dtype), int(transposed)
+    )
     assert torch.equal(out, a.float() @ b.float().T)
 
 
-def test_tf32_mma_rounds_to_ten_bits(tensor_cores: SimtLibrary) -> None:
+def test_tf32_mma_rounds_to_ten_bits(machine: Machine) -> None:
     a, b = torch.randn(16, 8), torch.randn(8, 8)
     a[0, 0] = 1 + 2**-11  # a tie: away from zero
     out = poisoned((16, 8), torch.float32)
-    tensor_cores.call("tf32", a, b, out)
+    machine("tensor_cores.cu").call("tf32", a, b, out)
 
     def rounded(x: Tensor) -> Tensor:
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
@@ -415,10 +417,10 @@ def test_tf32_mma_rounds_to_ten_bits(tensor_cores: SimtLibrary) -> None:
     assert not torch.allclose(out, a @ b.T, rtol=1e-6, atol=1e-6)
 
 
-def test_stmatrix_undoes_ldmatrix(tensor_cores: SimtLibrary) -> None:
+def test_stmatrix_undoes_ldmatrix(machine: Machine) -> None:
     values = torch.randn(16, 16).half()
     out = poisoned((16, 16), torch.float16)
-    tensor_cores.call("stmatrix", values, out)
+    machine("tensor_cores.cu").call("stmatrix", values, out)
     assert torch.equal(out, values)
 
 
@@ -435,23 +437,25 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("b_layout", LAYOUTS)
 @pytest.mark.parametrize("a_layout", LAYOUTS)
-def test_wgmma_reads_operands_through_descriptors(tensor_cores: SimtLibrary, a_layout: str, b_layout: str) -> None:
+def test_wgmma_reads_operands_through_descriptors(machine: Machine, a_layout: str, b_layout: str) -> None:
     for dtype, columns in ((torch.bfloat16, 64), (torch.float16, 192)):
         a = torch.randint(-4, 5, (64, 32)).to(dtype)
         b = torch.randint(-4, 5, (columns, 32)).to(dtype)
         out = poisoned((64, columns), torch.float32)
-        tensor_cores.call("wgmma", a, b, out, DType.of(dtype), columns, *LAYOUTS[a_layout], *LAYOUTS[b_layout])
+        machine("tensor_cores.cu").call(
+            "wgmma", a, b, out, DType.of(dtype), columns, *LAYOUTS[a_layout], *LAYOUTS[b_layout]
+        )
         assert torch.equal(out, a.float() @ b.float().T + 1)
 
 
 @pytest.mark.parametrize("columns", [8, 256])
 @pytest.mark.parametrize("timing", TIMINGS)
-def test_wgmma_of_other_widths(tensor_cores: SimtLibrary, columns: int, timing: Timing) -> None:
+def test_wgmma_of_other_widths(machine: Machine, columns: int, timing: Timing) -> None:
     a = torch.randint(-4, 5, (64, 32)).bfloat16()
     b = torch.randint(-4, 5, (columns, 32)).bfloat16()
     out = poisoned((64, columns), torch.float32)
     settings = Settings(timing=timing)
-    tensor_cores.call("wgmma", a, b, out, DType.BFLOAT16, columns, 1, 0, 1, 0, settings=settings)
+    machine("tensor_cores.cu").call("wgmma", a, b, out, DType.BFLOAT16, columns, 1, 0, 1, 0, settings=settings)
     assert torch.equal(out, a.float() @ b.float().T + 1)
 
 
@@ -459,7 +463,7 @@ def test_wgmma_of_other_widths(tensor_cores: SimtLibrary, columns: int, timing: 
 
 
 def _gemm_is_right(
-    hopper: SimtLibrary, fault: int, settings: Settings, shape: tuple[int, int, int] = (100, 72, 328)
+    hopper: SimtLibrary | HardwareLibrary, fault: int, settings: Settings, shape: tuple[int, int, int] = (100, 72, 328)
 ) -> bool:
     rows, columns, depth = shape
     a = torch.randint(-3, 4, (rows, depth)).bfloat16()
@@ -471,10 +475,10 @@ def _gemm_is_right(
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("seed", range(3))
-def test_hopper_gemm(hopper: SimtLibrary, seed: int, timing: Timing) -> None:
+def test_hopper_gemm(machine: Machine, seed: int, timing: Timing) -> None:
     settings = Settings(seed=seed, timing=timing)
-    assert _gemm_is_right(hopper, 0, settings)
-    assert _gemm_is_right(hopper, 0, settings, (1, 8, 8))
+    assert _gemm_is_right(machine("hopper_gemm.cu"), 0, settings)
+    assert _gemm_is_right(machine("hopper_gemm.cu"), 0, settings, (1, 8, 8))
 
 
 HOPPER_FAULTS = {
@@ -494,6 +498,7 @@ HOPPER_FAULTS = {
     "registers that nobody gave back": (15, "setmaxnreg.inc to 240: registers"),
     "one warp releases for all": (17, "race"),
     "too many arrivals": (18, "race|more arrivals"),
+    "exit with copies under way": (19, "exits with a cp.async under way"),
 }
 
 
@@ -516,7 +521,7 @@ def test_faults_that_no_rule_forbids_show_in_the_result(hopper: SimtLibrary, fau
 def test_every_wrapper_is_tried() -> None:
     source = (KERNELS / "every_wrapper.cu").read_text()
     for header in ("ptx.cuh", "wgmma.cuh"):
-        names = re.findall(r"^MOEKERNELS_DEVICE \w+ (\w+)\(", (CUDA_SOURCES / header).read_text(), re.MULTILINE)
+        names = re.findall(r"^MOEKERNELS_DEVICE \w+ (\w+)\(", (CUDA_SOURCES / "ptx" / header).read_text(), re.MULTILINE)
         assert len(names) >= 4
         for name in names:
             assert f"ptx::{name}" in source, name
@@ -530,7 +535,7 @@ def test_every_wrapper_compiles_for_the_cpu(simt: Simt) -> None:
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_every_wrapper_assembles(tmp_path: Path, architecture: str) -> None:
     command = ["nvcc", "-std=c++20", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin"]
-    command += ["-Xcompiler", "-Wall,-Wextra", f"-I{CUDA_SOURCES}", f"-I{REPOSITORY / 'csrc' / 'include'}"]
+    command += ["-Xcompiler", "-Wall,-Wextra", f"-I{CUDA_SOURCES.parent}", f"-I{REPOSITORY / 'csrc' / 'include'}"]
     command += [str(KERNELS / "every_wrapper.cu"), "-o", str(tmp_path / "out.cubin")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.generators import OLMOE, PHIMOE, REAL_LAYERS, SWITCH_BASE_8, LayerShape
-from tests.simt.build import CUDA_SOURCES, REPOSITORY
+from tests.simt.build import REPOSITORY
 from tests.simt.device import Settings, Simt, SimtLibrary
 from tests.simt.gemm_problems import Problem, launch, make_inputs
 from tests.simt.params import DType
@@ -38,7 +38,7 @@ BUILT = {
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """The struct of csrc/cuda/tile_config.h."""
+    """The struct of csrc/cuda/gemm/tile_config.h."""
 
     num_rows: int = 4096
     out_features: int = 2048
@@ -62,21 +62,22 @@ class Config(NamedTuple):
     tile_k: int
     stages: int
     group_m: int
+    cluster: int
     text: str
 
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    return simt.library(CALLS, CUDA_SOURCES / "grouped_gemm.cu")
+    return simt.library(CALLS, "gemm/grouped_gemm.cu", "gemm/expert_weight.cu")
 
 
 def choose(library: SimtLibrary, problem: GemmProblem) -> Config:
-    chosen = torch.zeros(6, dtype=torch.int64)
+    chosen = torch.zeros(7, dtype=torch.int64)
     text = torch.zeros(64, dtype=torch.uint8)
     library.call("choose", torch.tensor([int(x) for x in astuple(problem)]), chosen, text)
-    path, tile_m, tile_n, tile_k, stages, group_m = chosen.tolist()
+    path, *numbers = chosen.tolist()
     printed = bytes(text.tolist()).rstrip(b"\0").decode()
-    return Config(Path(path), tile_m, tile_n, tile_k, stages, group_m, printed)
+    return Config(Path(path), *numbers, printed)
 
 
 def up_projection(layer: LayerShape, num_tokens: int, **options: Any) -> GemmProblem:
@@ -203,6 +204,15 @@ def test_a_choice_can_be_printed(library: SimtLibrary) -> None:
     assert config.text == "sm80 128x128x32, 4 stages, groups of 16"
 
 
+def test_many_rows_per_expert_share_weights_in_pairs(library: SimtLibrary) -> None:
+    assert choose(library, up_projection(OLMOE, 4088)).cluster == 1  # 511 rows for each of 64 experts
+    many = choose(library, up_projection(OLMOE, 4096))
+    assert (many.cluster, many.text) == (2, "sm90 128x256x64, 4 stages, groups of 16, clusters of 2")
+    # The same weights by the same path for any number of rows: not in batch-invariant mode, nor elsewhere than here.
+    assert choose(library, up_projection(OLMOE, 8192, batch_invariant=True)).cluster == 1
+    assert choose(library, up_projection(OLMOE, 8192, compute_capability=80)).cluster == 1
+
+
 # ---- the entry point ----
 
 
@@ -249,35 +259,6 @@ def test_no_experts_means_zeros(library: SimtLibrary) -> None:
     library.call("expect_calls", None, None, inputs.expert_offsets)
     out = launch(library, p, inputs)
     assert torch.equal(out, torch.zeros(5, 8).bfloat16())
-
-
-def test_only_decode_needs_a_workspace(library: SimtLibrary) -> None:
-    def workspace(p: Problem) -> int:
-        inputs = make_inputs(p)
-        return library.workspace_bytes(
-            "grouped_gemm",
-            rows=inputs.rows,
-            weight=inputs.weight,
-            num_rows=p.num_rows,
-            num_source_rows=p.num_rows,
-            row_stride=inputs.rows.stride(0),
-            weight_expert_stride=inputs.weight.stride(0),
-            weight_row_stride=inputs.weight.stride(1),
-            bias_stride=0,
-            out_features=p.out_features,
-            in_features=p.in_features,
-            num_experts=len(p.counts),
-            activation=0,
-            gated=p.gated,
-            transposed=p.transposed,
-            allow_tf32=False,
-            batch_invariant=False,
-            dtype=p.dtype,
-        )
-
-    assert workspace(Problem((3, 1), 16, 16)) == 4  # what the stand-in asks for
-    assert workspace(Problem((300, 100), 16, 16)) == 0
-    assert workspace(Problem((0,), 16, 16)) == 0
 
 
 def test_an_upper_bound_of_tiles_holds_for_every_routing(library: SimtLibrary) -> None:

@@ -1,4 +1,4 @@
-"""``csrc/cuda/unpermute_grad.cu`` on the CPU, against the definition in float64."""
+"""``csrc/cuda/rows/unpermute_grad.cu`` on the CPU, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN_SIZES = (1, 7, 8, 36, 264, 520, 1032, 2056)
 
 @pytest.fixture(scope="module")
 def library(simt: Simt) -> SimtLibrary:
-    return simt.library("unpermute_grad.cu")
+    return simt.library("rows/unpermute_grad.cu")
 
 
 def run(

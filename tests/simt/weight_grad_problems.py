@@ -42,7 +42,7 @@ class WeightGradProblem:
 
 
 class Tiles(NamedTuple):
-    """What a test asks of a launcher; the paths are those of csrc/cuda/tile_config.h."""
+    """What a test asks of a launcher; the paths are those of csrc/cuda/gemm/tile_config.h."""
 
     path: int
     tile_m: int

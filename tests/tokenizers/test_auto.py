@@ -86,7 +86,8 @@ def test_the_name_that_transformers_5_gives_additional_tokens(tmp_path: Path) ->
     codes = config.pop("additional_special_tokens")[:3]
     path.write_text(json.dumps({**config, "extra_special_tokens": codes, "src_lang": codes[0]}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.additional_special_tokens == codes == list(tokenizer.lang_code_to_id)  # type: ignore[attr-defined]
+    assert tokenizer.additional_special_tokens == codes
+    assert set(codes) < set(tokenizer.lang_code_to_id)  # type: ignore[attr-defined]
 
 
 def test_where_a_tokenizer_comes_from_is_no_setting_of_it(tmp_path: Path) -> None:

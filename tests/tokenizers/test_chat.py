@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moekernels.tokenizers import AutoTokenizer, templates
-from tests.tokenizers.builders import olmoe, phimoe
+from moekernels.tokenizers import AutoTokenizer, PreTrainedTokenizerFast, templates
+from tests.tokenizers.builders import neox_json, olmoe, phimoe
 
 #: The forms that the templates of the models here have, and those of larger families.
 PHI = (
@@ -220,3 +221,65 @@ def test_errors(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tojson_does_not_escape(pair: tuple[Any, Any]) -> None:
     text = pair[0].apply_chat_template([USER], chat_template="{{ tools | tojson }}", tools=TOOLS, tokenize=False)
     assert json.loads(text) == TOOLS and "<b>" in text and "größe" in text
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def assistant_tokens(
+    tokenizer: PreTrainedTokenizerFast, words: list[str], **kwargs: Any
+) -> tuple[list[int], list[int]]:
+    """Ids and mask of a chat in which a question stands before each of the assistant's words."""
+    messages = [
+        {"role": role, "content": text} for word in words for role, text in (("user", "a?"), ("assistant", word))
+    ]
+    got = tokenizer.apply_chat_template(
+        messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True, **kwargs
+    )
+    assert len(got.input_ids) == len(got.assistant_masks)
+    return got.input_ids, got.assistant_masks
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(neox_json()), pad_token="<|padding|>")
+
+
+@pytest.mark.parametrize(
+    "words", [["Yes", "No"], ["yes \U0001f680"], ["\U0001f680", "\U0001f468\u200d\U0001f680 no", "x"], [" ", "b"]]
+)
+def test_assistant_tokens_are_those_of_the_words(words: list[str]) -> None:
+    """Also the further tokens of a last character that takes several."""
+    tokenizer = byte_level()
+    ids, mask = assistant_tokens(tokenizer, words)
+    own = [index for index, bit in zip(ids, mask, strict=True) if bit]
+    assert tokenizer.decode(own) == "".join(words)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_tokens_of_what_truncation_left(side: str) -> None:
+    tokenizer = byte_level()
+    words = ["Yes \U0001f680", "No, certainly not", "Well"]
+    ids, mask = assistant_tokens(tokenizer, words)
+    tokenizer.truncation_side = side
+    for length in range(1, len(ids) + 1):
+        kept = slice(len(ids) - length, None) if side == "left" else slice(0, length)
+        assert assistant_tokens(tokenizer, words, truncation=True, max_length=length) == (ids[kept], mask[kept])
+        padded = {"padding": "max_length", "truncation": True, "max_length": length + 3}
+        padded_ids, padded_mask = assistant_tokens(tokenizer, words, **padded)
+        assert padded_ids.count(tokenizer.pad_token_id) == max(length + 3 - len(ids), 0)
+        assert sum(padded_mask) == sum(mask[slice(-length - 3, None) if side == "left" else slice(0, length + 3)])
+
+
+def test_assistant_tokens_that_end_in_what_the_tokenizer_drops() -> None:
+    """White space has no token of its own there, and what comes after it is not the assistant's."""
+    backend = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(["?", "yes", "no", "a", "<", ">"])}, "?")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    for words in (["yes \n", "no  "], ["  yes", " no"], ["  ", "no"]):
+        ids, mask = assistant_tokens(tokenizer, words)
+        assert [i for i, bit in zip(ids, mask, strict=True) if bit] == tokenizer(" ".join(words)).input_ids

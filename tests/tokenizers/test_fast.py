@@ -19,8 +19,10 @@ from moekernels.tokenizers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from tests.robustness import children
 from tests.tokenizers.builders import PROBES, neox_json, olmoe, phimoe, write
 
+TEXT = "Twenty-three experts."
 KINDS: dict[str, Callable[..., Path]] = {
     "olmoe": olmoe,
     "phimoe": phimoe,
@@ -334,3 +336,18 @@ def test_errors_of_directories(tmp_path: Path) -> None:
         AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="add_eos_token is set, but there is no eos_token"):
         AutoTokenizer.from_pretrained(olmoe(tmp_path, eos_token=None, add_eos_token=True))
+
+
+def test_an_absurd_id_takes_no_memory(tmp_path: Path) -> None:
+    """Written out, a tokenizer takes memory by its largest id; loading one writes nothing out."""
+    true, absurd = tmp_path / "true", tmp_path / "absurd"
+    true.mkdir()
+    absurd.mkdir()
+    definition = json.loads(olmoe(true).joinpath("tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    unused = next(token for token in vocabulary if token not in TEXT and token not in str(definition["added_tokens"]))
+    vocabulary[unused] = 2**31
+    (olmoe(absurd) / "tokenizer.json").write_text(json.dumps(definition))
+    expected = AutoTokenizer.from_pretrained(true)(TEXT).input_ids
+    outcome = children.run(lambda: AutoTokenizer.from_pretrained(absurd)(TEXT).input_ids, seconds=20, memory=2**28)
+    assert outcome.result == expected

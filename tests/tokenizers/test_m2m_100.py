@@ -140,7 +140,7 @@ def test_errors(directory: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab\.json has no unknown token '<unk>'"):
         M2M100Tokenizer.from_pretrained(directory)
     (directory / "vocab.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold an object, pieces to ids, got list"):
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
         M2M100Tokenizer.from_pretrained(directory)
     (directory / "vocab.json").unlink()
     (directory / "sentencepiece.bpe.model").unlink()

@@ -386,7 +386,7 @@ def test_errors_of_files(made: Any, tmp_path: Path) -> None:
         made.from_pretrained(tmp_path)
     for name in made.vocab_files_names.values():
         (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=r"\.model is not a sentencepiece model|vocab\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"\.model is not a sentencepiece model|vocab\.json: not valid JSON"):
         made.from_pretrained(tmp_path)
     arguments = [tmp_path / "nowhere"] * len(made.vocab_files_names)
     with pytest.raises(FileNotFoundError, match="nowhere"):

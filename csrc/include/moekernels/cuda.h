@@ -12,28 +12,28 @@
 
 namespace moekernels {
 
-// Bytes of device scratch, 256-byte aligned, that the caller provides in `params.workspace` (0: none needed).
-int64_t plan_workspace_cuda(const PlanParams& params);
-int64_t grouped_gemm_workspace_cuda(const GroupedGemmParams& params);
-int64_t grouped_weight_grad_workspace_cuda(const GroupedWeightGradParams& params);
-int64_t router_stats_workspace_cuda(const RouterStatsParams& params);
+cudaError_t run(const RouteParams& params, cudaStream_t stream);
+cudaError_t run(const PlanParams& params, cudaStream_t stream);
+cudaError_t run(const PermuteParams& params, cudaStream_t stream);
+cudaError_t run(const GroupedGemmParams& params, cudaStream_t stream);
+cudaError_t run(const UnpermuteParams& params, cudaStream_t stream);
+
+cudaError_t run(const GroupedWeightGradParams& params, cudaStream_t stream);
+cudaError_t run(const ActivationParams& params, cudaStream_t stream);
+cudaError_t run(const ActivationGradParams& params, cudaStream_t stream);
+cudaError_t run(const UnpermuteGradParams& params, cudaStream_t stream);
+cudaError_t run(const RouteGradParams& params, cudaStream_t stream);
+cudaError_t run(const RouterStatsParams& params, cudaStream_t stream);
+cudaError_t run(const RouterStatsGradParams& params, cudaStream_t stream);
+
+// Bytes of device memory, 256-byte aligned, that the caller provides in `params.workspace` (0: none needed). The other
+// ops need none.
+int64_t workspace_bytes(const PlanParams& params);
+int64_t workspace_bytes(const GroupedGemmParams& params);
+int64_t workspace_bytes(const RouterStatsParams& params);
 
 // "cudaErrorName: what it means", from the runtime that is linked into this library.
 std::string describe(cudaError_t error);
-
-cudaError_t route_cuda(const RouteParams& params, cudaStream_t stream);
-cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream);
-cudaError_t permute_cuda(const PermuteParams& params, cudaStream_t stream);
-cudaError_t grouped_gemm_cuda(const GroupedGemmParams& params, cudaStream_t stream);
-cudaError_t unpermute_cuda(const UnpermuteParams& params, cudaStream_t stream);
-
-cudaError_t grouped_weight_grad_cuda(const GroupedWeightGradParams& params, cudaStream_t stream);
-cudaError_t activation_cuda(const ActivationParams& params, cudaStream_t stream);
-cudaError_t activation_grad_cuda(const ActivationGradParams& params, cudaStream_t stream);
-cudaError_t unpermute_grad_cuda(const UnpermuteGradParams& params, cudaStream_t stream);
-cudaError_t route_grad_cuda(const RouteGradParams& params, cudaStream_t stream);
-cudaError_t router_stats_cuda(const RouterStatsParams& params, cudaStream_t stream);
-cudaError_t router_stats_grad_cuda(const RouterStatsGradParams& params, cudaStream_t stream);
 
 }  // namespace moekernels
 

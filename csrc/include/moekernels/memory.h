@@ -18,8 +18,8 @@ constexpr size_t kHugePage = size_t{2} << 20;  // bytes
 void* take_block(size_t num_bytes);
 
 // Gives back what take_block(num_bytes) returned. It is kept for the next one of about that size. Blocks in use and
-// kept together never exceed one and a half times what was once asked for at a time, and the system may take the pages
-// of kept ones when it runs short.
+// kept together never exceed what was once asked for at a time: a block of another size is made of the pages of kept
+// ones. The system may take those when it runs short.
 void give_back_block(void* block, size_t num_bytes);
 
 // Returns all kept blocks to the system; the result is their bytes.

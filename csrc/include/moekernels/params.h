@@ -24,10 +24,27 @@ enum class Scoring : int32_t {
   kSparsemixer = 2,  // PhiMoE: two argmaxes, each weighted by a softmax over its near-ties
 };
 
-enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+enum class Activation : int32_t {
+  kNone = 0,
+  kRelu = 1,
+  kGelu = 2,
+  kGeluTanh = 3,
+  kSilu = 4,
+  kRelu2 = 5,   // the square of kRelu (Nemotron-H)
+  kSwiglu = 6,  // always gated, see Swiglu
+};
+
+// With g = min(gate, limit) and v = min(max(value, -limit), limit):  g * sigmoid(alpha * g) * (v + shift)
+struct Swiglu {
+  float alpha;
+  float limit;
+  float shift;
+  bool interleaved;  // gate and value of a column are neighbours; not in a grouped GEMM
+};
 
 // logits [T, E] -> weights [T, K] float32, expert_ids [T, K] int32 (-1: not routed)
 struct RouteParams {
+  static constexpr const char* kOp = "route";
   const void* logits;   // [T, E] of `logits_dtype`
   const float* noise;   // contiguous, nullable: added where an expert is picked, but not to its weight
                         //   kTop2Gate: [T, E], for the second expert; kSparsemixer: [2, T, E], for the first and second
@@ -42,18 +59,39 @@ struct RouteParams {
   DType logits_dtype;
   DType probs_dtype;  // probabilities are rounded to it before selection (kSoftmax, kTop2Gate)
   bool renormalize;   // divide the chosen weights by their sum
-  float epsilon;      // kSparsemixer: experts within 2 * epsilon of the maximum count as near-ties
+  float eps;          // kSparsemixer: experts within 2 * eps of the maximum count as near-ties
+};
+
+// scores [T, E] -> weights [T, K], expert_ids [T, K] int32 (-1: not routed)
+// With c = score + bias: of the groups of neighbouring experts those with the largest sums of their two largest c, of
+// their experts those of largest c. Weights are scores.
+struct ChooseParams {
+  static constexpr const char* kOp = "choose";
+  const float* scores;  // [T, E]
+  const float* bias;    // [E], nullable
+  const uint8_t* mask;  // [T], nullable: tokens with 0 get expert_ids -1 and weights 0
+  float* weights;       // [T, K] contiguous
+  int32_t* expert_ids;  // [T, K] contiguous
+  int64_t num_tokens;
+  int64_t scores_stride;
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t num_groups;
+  int32_t top_groups;
+  bool renormalize;  // divide the weights of a token by their sum
+  float scale;       // then multiply them with it
 };
 
 // expert_ids [T, K] -> expert_offsets [E + 1], token_of_row [N], row_of_slot [T, K]
 // Rows are sorted by expert, and by (token, slot) within an expert. Ids outside [0, E) are not routed.
 struct PlanParams {
+  static constexpr const char* kOp = "plan";
   const int32_t* expert_ids;   // [T, K] contiguous
   const int32_t* token_order;  // [T], nullable: the tokens in the order in which they claim places; default 0, 1, ...
   int32_t* expert_offsets;     // [E + 1]
   int32_t* token_of_row;       // [N]; -1 past the last row
   int32_t* row_of_slot;        // [T, K]; -1: dropped or not routed
-  void* workspace;             // `plan_workspace` bytes
+  void* workspace;             // on a GPU: `workspace_bytes`
   int64_t num_tokens;
   int64_t capacity;    // places an expert has per group, claimed by all first choices before any second; < 0: no limit
   int64_t group_size;  // tokens per capacity group (the last group may be short)
@@ -63,6 +101,7 @@ struct PlanParams {
 
 // hidden [T, H], token_of_row [N] -> rows [N, H]; rows whose token is outside [0, T) become zero
 struct PermuteParams {
+  static constexpr const char* kOp = "permute";
   const void* hidden;
   const int32_t* token_of_row;
   void* rows;  // contiguous
@@ -73,21 +112,35 @@ struct PermuteParams {
   DType dtype;
 };
 
+// One of the matrices that a weight may come as.
+struct WeightPart {
+  const void* data;
+  int64_t row_stride;
+};
+
 // rows [N, K], weight [E, M, K], expert_offsets [E + 1] -> out [N, M], or [N, M / 2] when gated:
 //   out[i] = row_scale[i] * act(rows[i] @ weight[e].T + bias[e])                          e: the expert that owns row i
 //   gated: the first M / 2 columns are the gate, the others the value: act(gate) * value
-// With `transposed`, weight is [E, K, M] and out[i] = row_scale[i] * (rows[i] @ weight[e]): the gradient of the rows.
-// Sums over K in float32. Output rows past expert_offsets[E] become zero.
+// With `transposed`, weight is [E, K, M] and out[i] = row_scale[i] * (rows[i] @ weight[e] + bias[e]); without a bias it
+// is the gradient of the rows.
+// Sums over K in float32. Output rows past expert_offsets[E] become zero. On CUDA kRelu2, kSwiglu, and a bias beside
+// `transposed` are cudaErrorInvalidValue: these activations are an op of their own there (ActivationParams).
+//
+// The weight may also come as a table of E * P matrices that lie anywhere, expert slowest: the rows of an expert's P
+// parts, of equal number, follow one another. Gated, P is 1 or even. The bias may then come as E * P vectors.
 struct GroupedGemmParams {
-  const void* rows;               // [N, K], or [num_source_rows, K] gathered through token_of_row
-  const int32_t* token_of_row;    // [N], nullable
-  const void* weight;             // [E, M, K], or [E, K, M] if `transposed`
-  const void* bias;               // [E, M], nullable, of `dtype`
-  const float* row_scale;         // [N], nullable
-  const int32_t* expert_offsets;  // [E + 1]
-  void* out;                      // contiguous
-  void* workspace;                // `grouped_gemm_workspace` bytes
-  int64_t num_rows;               // N, the upper bound; the rows in use end at expert_offsets[E]
+  static constexpr const char* kOp = "grouped_gemm";
+  const void* rows;                // [N, K], or [num_source_rows, K] gathered through token_of_row
+  const int32_t* token_of_row;     // [N], nullable
+  const void* weight;              // [E, M, K], or [E, K, M] if `transposed`; unused beside `weight_parts`
+  const WeightPart* weight_parts;  // [E * P] in host memory, nullable
+  const void* bias;                // [E, M], nullable, of `dtype`
+  const void* const* bias_parts;   // [E * P] in host memory, nullable: in place of `bias`
+  const float* row_scale;          // [N], nullable
+  const int32_t* expert_offsets;   // [E + 1]
+  void* out;                       // contiguous
+  void* workspace;                 // CUDA, where there are parts: `workspace_bytes` bytes
+  int64_t num_rows;                // N, the upper bound; the rows in use end at expert_offsets[E]
   int64_t num_source_rows;
   int64_t row_stride;
   int64_t weight_expert_stride;
@@ -96,17 +149,53 @@ struct GroupedGemmParams {
   int64_t out_features;  // M
   int64_t in_features;   // K
   int32_t num_experts;
+  int32_t num_parts;  // P, where there are parts
   Activation activation;
+  Swiglu swiglu;  // of kSwiglu
   bool gated;
-  bool transposed;       // then no bias, no activation and no gate
+  bool transposed;       // then no activation, no gate and no bias_parts
   bool allow_tf32;       // CUDA, float32 only: torch's own switch
   bool batch_invariant;  // sum in the same order whatever the number of rows; slower on CUDA and for float32 by AMX
   DType dtype;           // of rows, weight, bias and out
 };
 
+// How the codes of a quantised weight lie, in the order of its rows.
+enum class CodeOrder : int32_t {
+  kPairs,   // 4 bits: byte i holds weight 2 i in its high nibble and weight 2 i + 1 in its low one
+  kHalves,  // 4 bits: byte i of 16 holds weight i of 32 in its low nibble and weight 16 + i in its high one
+  kBytes,   // signed bytes
+};
+
+// A weight [E, M, K] in few bits: w = value(code) * scale, with a scale for every `group` weights, which divides K.
+// 4-bit codes are a multiple of 32 per row; group is K or a power of 2 of at least 32.
+struct QuantizedWeightParams {
+  const void* codes;
+  const void* scales;
+  const float* table;   // [16], the value of each 4-bit code; null: code - 8, and of a byte the code itself
+  const float* map;     // [256], nullable: scales are uint8, scale = map[scale] * nested[i] + offset[i], i = 256 scales
+  const float* nested;  // beside `map`
+  const float* offset;  // beside `map`
+  int64_t codes_stride;  // between experts, in elements, as the following
+  int64_t scales_stride;
+  int64_t nested_stride;
+  int64_t group;
+  float unit;  // what every scale is multiplied with
+  CodeOrder order;
+  DType scales_dtype;  // float32 or float16; none beside `map`
+};
+
+// The grouped GEMM with a quantised weight: `gemm` has everything else. Neither transposed nor in parts.
+struct QuantizedGemmParams {
+  static constexpr const char* kOp = "quantized_gemm";
+  GroupedGemmParams gemm;
+  QuantizedWeightParams weight;  // without a table if int8_rows
+  bool int8_rows;                // round each row to 127 steps to either side first
+};
+
 // rows [N, H], row_of_slot [T, K], weights [T, K] -> out [T, H]
 //   out[t] = sum over k, in order, of weights[t, k] * rows[row_of_slot[t, k]], in float32; slots of -1 add nothing
 struct UnpermuteParams {
+  static constexpr const char* kOp = "unpermute";
   const void* rows;
   const int32_t* row_of_slot;  // [T, K] contiguous
   const float* weights;        // [T, K] contiguous, nullable: all ones
@@ -126,6 +215,7 @@ struct UnpermuteParams {
 //   grad_bias[e] = sum over the rows i of e, in order, of bias_scale[i] * grad_rows[i]
 // Experts without rows get zeros. What lies in rows past expert_offsets[E] (NaN too) has no influence.
 struct GroupedWeightGradParams {
+  static constexpr const char* kOp = "grouped_weight_grad";
   const void* grad_rows;             // [N, M], or [num_source_grad_rows, M] gathered through grad_token_of_row
   const void* rows;                  // [N, K], or [num_source_rows, K] gathered through token_of_row
   const int32_t* grad_token_of_row;  // [N], nullable
@@ -134,7 +224,6 @@ struct GroupedWeightGradParams {
   const int32_t* expert_offsets;     // [E + 1]
   void* grad_weight;                 // [E, M, K] contiguous, nullable
   void* grad_bias;                   // [E, M] contiguous, nullable
-  void* workspace;                   // `grouped_weight_grad_workspace` bytes
   int64_t num_rows;                  // N, the upper bound
   int64_t num_source_grad_rows;
   int64_t num_source_rows;
@@ -151,12 +240,12 @@ struct GroupedWeightGradParams {
 // G divides H and B' divides B: as many consecutive heads, and rows of the batch, as it takes look at the same keys.
 // Only on the CPU. Sums and softmax in float32.
 struct AttentionParams {
+  static constexpr const char* kOp = "attention";
   const void* query;
   const void* key;
   const void* value;
   const void* bias;  // nullable
   void* out;         // contiguous
-  void* workspace;   // `attention_workspace` bytes
   int64_t query_strides[3];
   int64_t key_strides[3];
   int64_t value_strides[3];
@@ -173,24 +262,27 @@ struct AttentionParams {
   DType dtype;
 };
 
-// input [N, H], weight [H] -> out [N, H] = weight * input / sqrt(mean(input^2) + epsilon). Only on the CPU.
+// input [N, H], weight [H] -> out [N, H] = weight * input / sqrt(mean(input^2) + eps). Only on the CPU.
 struct RmsNormParams {
+  static constexpr const char* kOp = "rms_norm";
   const void* input;   // contiguous
   const void* weight;  // contiguous
   void* out;           // contiguous
   int64_t num_rows;
   int64_t hidden_size;
-  float epsilon;
+  float eps;
   DType dtype;
 };
 
 // linear [N, 2F] when gated (gate columns first), else [N, F] -> out [N, F] = act(gate) * value, or act(linear)
 struct ActivationParams {
+  static constexpr const char* kOp = "activation";
   const void* linear;  // contiguous
   void* out;           // contiguous
   int64_t num_rows;
   int64_t width;  // F
   Activation activation;
+  Swiglu swiglu;  // of kSwiglu
   bool gated;
   DType dtype;
 };
@@ -202,6 +294,7 @@ struct ActivationParams {
 //   grad_scale[i] = <grad_out[i], a[i]>                    in float32
 // Rows from `expert_offsets[E]` on become zero in all three.
 struct ActivationGradParams {
+  static constexpr const char* kOp = "activation_grad";
   const void* grad_out;           // [N, F] contiguous
   const void* linear;             // [N, 2F] or [N, F] contiguous
   const float* row_scale;         // [N], nullable: all ones
@@ -213,6 +306,7 @@ struct ActivationGradParams {
   int64_t width;  // F
   int32_t num_experts;
   Activation activation;
+  Swiglu swiglu;  // of kSwiglu
   bool gated;
   DType dtype;
 };
@@ -221,6 +315,7 @@ struct ActivationGradParams {
 //   grad_rows[row_of_slot[t, k]] = weights[t, k] * grad_out[t]; rows that no slot names become zero
 //   grad_weights[t, k] = <grad_out[t], rows[row_of_slot[t, k]]> in float32; zero for slots of -1
 struct UnpermuteGradParams {
+  static constexpr const char* kOp = "unpermute_grad";
   const void* grad_out;
   const void* rows;             // nullable if grad_weights is
   const int32_t* row_of_slot;   // [T, K] contiguous
@@ -241,6 +336,7 @@ struct UnpermuteGradParams {
 // computed again from the logits; `expert_ids` says what was chosen (-1: no gradient). The choice itself, and rounding
 // to probs_dtype, have no gradient.
 struct RouteGradParams {
+  static constexpr const char* kOp = "route_grad";
   const void* logits;         // [T, E]
   const int32_t* expert_ids;  // [T, K] contiguous
   const float* grad_weights;  // [T, K] contiguous
@@ -253,7 +349,7 @@ struct RouteGradParams {
   DType logits_dtype;
   DType probs_dtype;
   bool renormalize;
-  float epsilon;
+  float eps;
 };
 
 // What the auxiliary losses of a router are made of, over G groups of S tokens each (one pass over the logits):
@@ -262,12 +358,13 @@ struct RouteGradParams {
 //   z_sums[g]       = sum over tokens of mask * logsumexp(logits)^2
 // Sums in float32, in an order that depends on the shape alone.
 struct RouterStatsParams {
+  static constexpr const char* kOp = "router_stats";
   const void* logits;  // [G * S, E] of `logits_dtype`
   const float* mask;   // [G * S] contiguous, nullable: all ones
   float* counts;       // [G, E] contiguous
   float* prob_sums;    // [G, E] contiguous
   float* z_sums;       // [G]
-  void* workspace;     // `router_stats_workspace` bytes
+  void* workspace;     // on a GPU: `workspace_bytes`
   int64_t num_groups;
   int64_t group_size;  // S
   int64_t logits_stride;
@@ -279,6 +376,7 @@ struct RouterStatsParams {
 // The gradients of prob_sums and z_sums (counts have none):
 //   grad_logits[t, e] = mask[t] * p[e] * (grad_prob_sums[g, e] - <grad_prob_sums[g], p> + 2 * lse * grad_z_sums[g])
 struct RouterStatsGradParams {
+  static constexpr const char* kOp = "router_stats_grad";
   const void* logits;
   const float* mask;
   const float* grad_prob_sums;  // [G, E] contiguous

@@ -36,7 +36,7 @@ def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     def randn(*sizes: int) -> Tensor:
         return torch.randn(*sizes, device=device).to(dtype)
 
-    grad_out, rows, weights = randn(*x.hidden.shape), randn(num_rows, shape.hidden_size), x.expert_weights
+    grad_out, rows, weights = randn(*x.hidden.shape), randn(num_rows, shape.hidden_size), x.routing_weights
     yield Case(
         "unpermute-grad",
         lambda: _kernels.unpermute_grad(grad_out, rows, plan.row_of_slot, token_of_row, weights, True),
@@ -75,7 +75,7 @@ def row_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
 
 def router_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     """The sums of the auxiliary losses, the gradient of these, and that of the choices."""
-    weights, device = x.expert_weights, x.hidden.device
+    weights, device = x.routing_weights, x.hidden.device
     # In float32, where no two are equal: of equal ones PyTorch may choose any.
     logits, grad_weights = torch.randn(weights.shape[0], shape.num_experts, device=device), torch.randn_like(weights)
     yield Case(

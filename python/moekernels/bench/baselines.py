@@ -5,7 +5,6 @@ The definitions in :mod:`moekernels.ops.reference` are written to be read; these
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -16,21 +15,14 @@ from moekernels import ops
 from moekernels.bench.clocks import Run
 from moekernels.bench.shapes import LayerInputs, LayerShape
 from moekernels.ops import Plan, reference
+from moekernels.ops.activation import ACTIVATION_FUNCTIONS
 
 EAGER = "torch eager"
 GROUPED_MM = "torch grouped_mm"
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
-
 
 def activate(y: Tensor, shape: LayerShape) -> Tensor:
-    act = ACTIVATIONS[shape.activation]
+    act = ACTIVATION_FUNCTIONS[shape.activation]
     if not shape.gated:
         return act(y)
     gate, value = y.chunk(2, dim=-1)
@@ -120,7 +112,7 @@ def router_stats_grad(grad_prob_sums: Tensor, grad_z_sums: Tensor, logits: Tenso
 
 def eager_loop(x: LayerInputs, shape: LayerShape) -> Run:
     def run() -> Tensor:
-        weights = x.expert_weights.to(x.hidden.dtype)
+        weights = x.routing_weights.to(x.hidden.dtype)
         out = torch.zeros_like(x.hidden)
         for e in torch.unique(x.expert_ids).tolist():
             tokens, slots = (x.expert_ids == e).nonzero(as_tuple=True)
@@ -142,7 +134,7 @@ def grouped_mm_layer(x: LayerInputs, shape: LayerShape) -> Run:
 
     def run() -> Tensor:
         up, down = x.up_weight.transpose(1, 2), x.down_weight.transpose(1, 2)
-        weights = x.expert_weights.to(x.hidden.dtype)
+        weights = x.routing_weights.to(x.hidden.dtype)
         inner = activate(torch._grouped_mm(x.hidden[token_of_row], up, offs=ends), shape)
         return unpermute(torch._grouped_mm(inner, down, offs=ends), row_of_slot, weights)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,15 @@ class Mismatch(RuntimeError):
 
 
 def tensors_of(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    """One tensor or several as a tuple.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise TypeError(f"tensors are wanted, got {type(outputs).__name__} of {type(tensors[0]).__name__}")
+    return tensors
 
 
 def check_definition(
@@ -62,21 +70,25 @@ def check_definition(
                 raise Mismatch(f"{which}: differs from its definition by {error:.3g}, allowed is {allowed:.3g}")
 
 
-def check_agreement(name: str, outputs: dict[str, Any], *, terms: Terms = dict) -> None:
-    """All found the same as the first, up to rounding; `terms` as in :func:`check_definition`.
+def disagreements(outputs: dict[str, Any], *, terms: Terms = dict) -> dict[str, str]:
+    """Who found something else than the first, beyond rounding, and what; `terms` as in :func:`check_definition`."""
+    (_, expected), *others = outputs.items()
+    found = {name: _disagreement(tensors_of(expected), tensors_of(theirs), terms) for name, theirs in others}
+    return {name: what for name, what in found.items() if what is not None}
 
-    Raises:
-        Mismatch: one did not.
-    """
-    (first, expected), *others = outputs.items()
-    for other, found in others:
-        for position, (mine, theirs) in enumerate(zip(tensors_of(expected), tensors_of(found), strict=True)):
-            if not mine.numel():
-                continue
-            difference = _largest_difference(mine, theirs)
-            # Written so that NaN fails.
-            if not difference <= _APART * _largest(mine) and not difference <= _APART * terms().get(position, 0.0):
-                raise Mismatch(f"{name}: {first} and {other} compute different things")
+
+def _disagreement(expected: Sequence[Tensor], found: Sequence[Tensor], terms: Terms) -> str | None:
+    shapes, others = ([tuple(x.shape) for x in outputs] for outputs in (expected, found))
+    if shapes != others:
+        return f"results of shape {', '.join(map(str, others))} instead of {', '.join(map(str, shapes))}"
+    for position, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
+        if not mine.numel():
+            continue
+        difference, largest = _largest_difference(mine, theirs), _largest(mine)
+        # Written so that NaN fails.
+        if not difference <= _APART * largest and not difference <= _APART * terms().get(position, 0.0):
+            return f"results are {difference:.3g} apart, and the largest is {largest:.3g}"
+    return None
 
 
 def check_same(name: str, before: Any, after: Any) -> None:

@@ -59,14 +59,14 @@ def permute_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
 
 def unpermute_cases(x: LayerInputs, shape: LayerShape) -> Iterator[Case]:
     plan = ops.plan(x.expert_ids, shape.num_experts)
-    row_of_slot, weights = plan.row_of_slot.long(), x.expert_weights.to(x.hidden.dtype)
+    row_of_slot, weights = plan.row_of_slot.long(), x.routing_weights.to(x.hidden.dtype)
     rows = torch.randn(x.expert_ids.numel(), shape.hidden_size, device=x.hidden.device).to(x.hidden.dtype)
     yield Case(
         "unpermute",
-        lambda: ops.unpermute(rows, plan.row_of_slot, x.expert_weights),
+        lambda: ops.unpermute(rows, plan.row_of_slot, x.routing_weights),
         {plain.EAGER: lambda: plain.unpermute(rows, row_of_slot, weights)},
-        size_of(rows, x.hidden, plan.row_of_slot, x.expert_weights),
-        definition=lambda dtype: reference.unpermute(rows.to(dtype), plan.row_of_slot, x.expert_weights),
+        size_of(rows, x.hidden, plan.row_of_slot, x.routing_weights),
+        definition=lambda dtype: reference.unpermute(rows.to(dtype), plan.row_of_slot, x.routing_weights),
     )
 
 

@@ -34,13 +34,13 @@ def ours(x: LayerInputs, shape: LayerShape, logits: Tensor | None = None) -> Run
     fixed = ops.plan(x.expert_ids, shape.num_experts)
 
     def run() -> Tensor:
-        plan, expert_weights = fixed, x.expert_weights
+        plan, routing_weights = fixed, x.routing_weights
         if logits is not None:
-            expert_weights, expert_ids = ops.route(logits, shape.top_k, **_rule(x, shape))
+            routing_weights, expert_ids = ops.route(logits, shape.top_k, **_rule(x, shape))
             plan = ops.plan(expert_ids, shape.num_experts)
         return ops.sparse_mlp(
             x.hidden,
-            expert_weights,
+            routing_weights,
             plan,
             x.up_weight,
             x.down_weight,
@@ -70,11 +70,11 @@ def _rule(x: LayerInputs, shape: LayerShape) -> dict[str, Any]:
 
 def definition(x: LayerInputs, shape: LayerShape, logits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What :func:`ours` must return, in a dtype; routing is that of the logits as they are."""
-    expert_weights, expert_ids = x.expert_weights, x.expert_ids
+    routing_weights, expert_ids = x.routing_weights, x.expert_ids
     if logits is not None:
-        expert_weights, expert_ids = reference.route(logits, shape.top_k, **_rule(x, shape))
+        routing_weights, expert_ids = reference.route(logits, shape.top_k, **_rule(x, shape))
     rows, plan = expert_rows(x, shape, expert_ids, dtype)
-    return reference.unpermute(rows, plan.row_of_slot, expert_weights)
+    return reference.unpermute(rows, plan.row_of_slot, routing_weights)
 
 
 def expert_rows(x: LayerInputs, shape: LayerShape, expert_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Plan]:

@@ -1,13 +1,20 @@
-"""What a machine can do at most, measured in the run whose figures it is compared with."""
+"""What a machine can do at most, measured in the run whose figures it is compared with.
+
+:func:`measure_roofs` finds the ceilings once, for a heading and for which of them is nearer. What share of it a kernel
+reaches is then measured in turns with it, by a :class:`Probe`: memory that others use is faster at one moment than at
+another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from moekernels.bench.clocks import interleaved_times
+from moekernels.bench.clocks import Run, interleaved_times
 
 
 @dataclass
@@ -17,6 +24,8 @@ class Roofs:
     read_bandwidth: float  # bytes/s, reading a buffer far larger than any cache
     copy_bandwidth: float  # bytes/s, read and written, copying such a buffer
     matmul: dict[str, float]  # dtype -> FLOP/s of a large square matmul
+    probe_bytes: int = 1 << 28  # of the buffer that a probe reads
+    matmul_size: int = 2048  # rows of the matrices that a probe multiplies
 
     @property
     def bandwidth(self) -> float:
@@ -27,12 +36,34 @@ class Roofs:
         """The least time for that much work."""
         return max(flops / self.matmul[name_of(dtype)] if flops else 0.0, num_bytes / self.bandwidth)
 
+    def probe(self, flops: float, num_bytes: float, dtype: torch.dtype, device: torch.device) -> Probe:
+        """What reaches the roof that is the nearer one for that much work."""
+        products = flops / self.matmul[name_of(dtype)] if flops else 0.0
+        if products > num_bytes / self.bandwidth:
+            return Probe(_probing(_matmul, device, dtype, self.matmul_size), 2 * self.matmul_size**3 / flops)
+        if self.read_bandwidth >= self.copy_bandwidth:
+            return Probe(_probing(_read, device, self.probe_bytes), self.probe_bytes / num_bytes)
+        return Probe(_probing(_copy, device, self.probe_bytes), 2 * self.probe_bytes / num_bytes)
+
     def __str__(self) -> str:
         matmul = (f"{name} {flops / 1e9:,.0f} GFLOP/s" for name, flops in self.matmul.items())
         return (
             f"read {self.read_bandwidth / 1e9:,.1f} GB/s, copy {self.copy_bandwidth / 1e9:,.1f} GB/s; matmul "
             + ", ".join(matmul)
         )
+
+
+@dataclass
+class Probe:
+    """Work that is bound by a roof, to be timed in turns with a kernel.
+
+    Attributes:
+        run: does it.
+        times: how many times the kernel's work that is.
+    """
+
+    run: Run
+    times: float
 
 
 def measure_roofs(
@@ -49,21 +80,40 @@ def measure_roofs(
         buffer_bytes: of the buffer; it should be far larger than any cache.
         matmul_size: 2048 on a CPU and 8192 on a GPU if not given.
     """
-    read, copy = _bandwidths(device, 1.5 * budget, buffer_bytes)
+    runs = {"read": _read(device, buffer_bytes), "copy": _copy(device, buffer_bytes)}
+    bandwidths = interleaved_times(runs, device, 1.5 * budget)
     size = matmul_size or (2048 if device.type == "cpu" else 8192)
-    return Roofs(read, copy, {name_of(dtype): _matmul_rate(device, dtype, size, budget) for dtype in dtypes})
+    matmul = {
+        name_of(dtype): 2 * size**3 / min(interleaved_times({"": _matmul(device, dtype, size)}, device, budget)[""])
+        for dtype in dtypes
+    }
+    read, copy = buffer_bytes / min(bandwidths["read"]), 2 * buffer_bytes / min(bandwidths["copy"])
+    return Roofs(read, copy, matmul, min(buffer_bytes, Roofs.probe_bytes), size)
 
 
-def _bandwidths(device: torch.device, budget: float, buffer_bytes: int) -> tuple[float, float]:
-    buffer = torch.ones(buffer_bytes // 4, device=device)
+@functools.lru_cache(maxsize=2)
+def _probing(make: Callable[..., Run], *arguments: Any) -> Run:
+    """One for all the kernels of a sweep: its buffers are large."""
+    return make(*arguments)
+
+
+def _read(device: torch.device, num_bytes: int) -> Run:
+    return _buffer(device, num_bytes).sum
+
+
+def _copy(device: torch.device, num_bytes: int) -> Run:
+    buffer = _buffer(device, num_bytes)
     target = torch.empty_like(buffer)
-    times = interleaved_times({"read": buffer.sum, "copy": lambda: target.copy_(buffer)}, device, budget)
-    return 4 * buffer.numel() / min(times["read"]), 8 * buffer.numel() / min(times["copy"])
+    return lambda: target.copy_(buffer)
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, budget: float) -> float:
+def _matmul(device: torch.device, dtype: torch.dtype, size: int) -> Run:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(interleaved_times({"matmul": lambda: a @ b}, device, budget)["matmul"])
+    return lambda: a @ b
+
+
+def _buffer(device: torch.device, num_bytes: int) -> torch.Tensor:
+    return torch.ones(num_bytes // 4, device=device)
 
 
 def name_of(dtype: torch.dtype) -> str:

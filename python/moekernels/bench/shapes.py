@@ -72,7 +72,7 @@ ROUTINGS = {"uniform": uniform_ids, "zipf": zipf_ids, "one-expert": one_expert_i
 class LayerInputs:
     hidden: Tensor  # [T, H]
     expert_ids: Tensor  # [T, K] int32
-    expert_weights: Tensor  # [T, K] float32
+    routing_weights: Tensor  # [T, K] float32
     up_weight: Tensor  # [E, 2F or F, H]
     down_weight: Tensor  # [E, H, F]
     up_bias: Tensor | None
@@ -87,7 +87,7 @@ class LayerInputs:
         return LayerInputs(
             self.hidden.detach().to(dtype),
             self.expert_ids,
-            self.expert_weights.detach(),
+            self.routing_weights.detach(),
             self.up_weight.detach().to(dtype),
             self.down_weight.detach().to(dtype),
             cast(self.up_bias),
@@ -115,7 +115,7 @@ def layer_inputs(
     weights = LayerInputs(
         hidden=torch.empty(0, hidden, dtype=dtype, device=device),
         expert_ids=torch.empty(0, shape.top_k, dtype=torch.int32, device=device),
-        expert_weights=torch.empty(0, shape.top_k, device=device),
+        routing_weights=torch.empty(0, shape.top_k, device=device),
         up_weight=stack(up, hidden, scale=hidden**-0.5),
         down_weight=stack(hidden, ffn, scale=ffn**-0.5),
         up_bias=stack(up) if shape.bias else None,
@@ -131,7 +131,7 @@ def with_tokens(x: LayerInputs, shape: LayerShape, num_tokens: int, routing: str
         x,
         hidden=torch.randn(num_tokens, shape.hidden_size, device=device).to(x.hidden.dtype),
         expert_ids=ROUTINGS[routing](num_tokens, shape.num_experts, shape.top_k, device),
-        expert_weights=torch.softmax(torch.randn(num_tokens, shape.top_k, device=device), dim=-1),
+        routing_weights=torch.softmax(torch.randn(num_tokens, shape.top_k, device=device), dim=-1),
     )
 
 

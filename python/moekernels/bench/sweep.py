@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from moekernels.bench import backward, kernels
+from moekernels.bench import backward, kernels, quantized
 from moekernels.bench.backward import BACKWARD
 from moekernels.bench.case import Case, Note, measure, say
 from moekernels.bench.check import Mismatch
@@ -31,7 +30,9 @@ class Sweep:
 
     Attributes:
         parts: some of :data:`PARTS` and :data:`BACKWARD_PARTS`.
-        budget: seconds per row; see :func:`~moekernels.bench.case.measure`, also for `check` and `baselines`.
+        weights: formats to quantise the experts to: only the layer is measured then.
+        budget: seconds per row; see :func:`~moekernels.bench.case.measure`, also for what comes after it. Bounds are
+            those of a uniform routing.
     """
 
     shape: LayerShape
@@ -43,9 +44,12 @@ class Sweep:
     budget: float = 1.0
     check: bool = False
     baselines: bool = True
+    weights: Sequence[str] = ()
+    bounds: bool = False
+    min_rounds: int = 1
 
     def __len__(self) -> int:
-        return len(self.tokens) * len(self.dtypes) * len(self.routings) * len(self.parts)
+        return len(self.tokens) * len(self.dtypes) * len(self.routings) * len(self.weights or self.parts)
 
     def require_memory(self, free: int) -> None:
         """Raises ValueError if the largest inputs and results take more than `free` bytes."""
@@ -71,11 +75,15 @@ class Sweep:
                             yield measure(
                                 case, self.shape, x, routing, roofs, self.budget,
                                 check=self.check, baselines=self.baselines, note=note,
+                                bounds=self.bounds and routing == "uniform", min_rounds=self.min_rounds,
                             )  # fmt: skip
                         except Mismatch as mismatch:
                             yield mismatch
 
     def _cases(self, x: LayerInputs, note: Note) -> Iterator[Case]:
+        if self.weights:
+            yield from (quantized.layer_case(x, self.shape, format) for format in self.weights)
+            return
         yield from kernels.cases(x, self.shape, self.parts)
         for part, with_routing in LAYERS.items():
             if part in self.parts:
@@ -91,7 +99,8 @@ def layer_of(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: there are rows of several, or none.
     """
-    parts = sorted((*PARTS, *BACKWARD_PARTS), key=len, reverse=True)
+    of_formats = [f"{format} {quantized.LAYER}" for format in quantized.FORMATS_TO_MAKE]
+    parts = sorted((*PARTS, *BACKWARD_PARTS, *of_formats), key=len, reverse=True)
     ends = [f" {name}" for part in parts for name in (part, part.replace("-", " "))]
     names = {row.shape.removesuffix(next(filter(row.shape.endswith, ends), "")) for row in rows}
     if len(names) != 1:
@@ -109,14 +118,3 @@ def memory_needed(
     # Of gradients there are those of two contestants at once, or the definition's, twice.
     gradients = stack * ((3 * dtype.itemsize + 8 if check else 2 * dtype.itemsize) if backward else 0)
     return stack * dtype.itemsize + rows + gradients + 8 * shape.expert_size
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device; what Linux says of itself on a CPU, and no limit where it says nothing."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62

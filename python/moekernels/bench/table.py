@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moekernels._files import write_file
 from moekernels.bench.machine import described
 from moekernels.bench.roofs import Roofs
 
@@ -27,6 +28,7 @@ class Row:
         roof: the fraction of the nearer roof; None where no roof was measured.
         baselines: the seconds of others.
         clock: how the times were taken.
+        failures: baselines that were not timed, and why: "fails" or "differs", a colon, and what happened.
     """
 
     shape: str
@@ -39,6 +41,7 @@ class Row:
     roof: float | None
     baselines: dict[str, float] = field(default_factory=dict)
     clock: str = ""
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -50,9 +53,9 @@ class Row:
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """The header and the cells of a table: the columns, then how many times faster than each baseline.
 
-    The clock has a column where rows differ in it.
+    A baseline that was not timed "fails" or "differs" instead. The clock has a column where rows differ in it.
     """
-    baselines = list(dict.fromkeys(name for row in rows for name in row.baselines))
+    baselines = list(dict.fromkeys(name for row in rows for name in (*row.baselines, *row.failures)))
     clocks = len({row.clock for row in rows}) > 1
     header = [*COLUMNS, *(f"× {name}" for name in baselines), *(["clock"] if clocks else [])]
     return header, [_cells(row, baselines) + ([row.clock] if clocks else []) for row in rows]
@@ -68,8 +71,14 @@ def _cells(row: Row, baselines: Sequence[str]) -> list[str]:
         _number(row.flops / row.seconds / 1e9) if row.flops else "–",
         _number(row.bytes / row.seconds / 1e9),
         f"{row.roof:.0%}" if row.roof is not None else "–",
-        *(f"{row.baselines[name] / row.seconds:.2f}" if name in row.baselines else "–" for name in baselines),
+        *(_beside(row, name) for name in baselines),
     ]
+
+
+def _beside(row: Row, baseline: str) -> str:
+    if baseline in row.baselines:
+        return f"{row.baselines[baseline] / row.seconds:.2f}"
+    return row.failures.get(baseline, "–").partition(":")[0]
 
 
 def _number(value: float) -> str:
@@ -95,8 +104,8 @@ def record(
 def save(path: Path, rows: Sequence[Row], roofs: Roofs, about: dict[str, object], command: str) -> None:
     """The rows as JSON, and the table as Markdown beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(record(rows, roofs, about, command))
-    path.with_suffix(".md").write_text(f"`{command}`\n\n{render(rows, roofs, about)}\n")
+    write_file(path, record(rows, roofs, about, command))
+    write_file(path.with_suffix(".md"), f"`{command}`\n\n{render(rows, roofs, about)}\n")
 
 
 def load(path: Path) -> tuple[list[Row], Roofs, dict[str, object]]:

@@ -26,13 +26,13 @@ def as_leaves(x: LayerInputs, frozen_experts: bool = False) -> tuple[LayerInputs
     y = replace(
         x,
         hidden=leaf(x.hidden, False),
-        expert_weights=leaf(x.expert_weights, False),
+        routing_weights=leaf(x.routing_weights, False),
         up_weight=leaf(x.up_weight),
         down_weight=leaf(x.down_weight),
         up_bias=leaf(x.up_bias),
         down_bias=leaf(x.down_bias),
     )
-    tensors = (y.hidden, y.expert_weights, y.up_weight, y.down_weight, y.up_bias, y.down_bias)
+    tensors = (y.hidden, y.routing_weights, y.up_weight, y.down_weight, y.up_bias, y.down_bias)
     return y, [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
 
@@ -70,13 +70,13 @@ def definition(x: LayerInputs, shape: LayerShape, direction: Tensor, dtype: torc
     """The gradients that a step must find, in a dtype, expert by expert."""
     total = check.accumulator(dtype)
     grad_hidden = torch.zeros_like(x.hidden, dtype=total)
-    grad_weights = torch.zeros_like(x.expert_weights, dtype=total)
+    grad_weights = torch.zeros_like(x.routing_weights, dtype=total)
     grads: list[list[Tensor]] = []
     stacks = [stack for stack in (x.up_weight, x.down_weight, x.up_bias, x.down_bias) if stack is not None]
     for e in range(shape.num_experts):
         tokens, slots = (x.expert_ids == e).nonzero(as_tuple=True)
         rows = x.hidden[tokens].to(dtype).requires_grad_()
-        weights = x.expert_weights[tokens, slots].to(total).requires_grad_()
+        weights = x.routing_weights[tokens, slots].to(total).requires_grad_()
         of_expert: list[Any] = [stack[e : e + 1].to(dtype).requires_grad_() for stack in stacks]
         up, down, up_bias, down_bias = of_expert if shape.bias else (*of_expert, None, None)
         offsets = torch.tensor([0, len(tokens)])

@@ -1,6 +1,7 @@
 """The layers of transformers over our weights: the experts of version 5, the blocks with their routing of version 4.
 
-Each function finds nothing where transformers is not installed, or is the other version.
+Each function finds nothing where transformers is not installed, or is the other version. Of version 5's blocks Switch's
+alone is here: those of gated layers are their experts and little else, and NLLB-MoE's runs no more than two experts.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,46 +26,65 @@ _MASKED_TOKENS_MAX_BYTES = 2 << 30  # NLLB-MoE's block copies all tokens for eve
 
 def experts(x: LayerInputs, shape: LayerShape) -> dict[str, Run]:
     """The experts module of transformers 5, once per implementation; gated layers without biases only."""
-    try:
-        olmoe = _modeling("olmoe")
-    except ImportError:
-        return {}
-    if not hasattr(olmoe, "OlmoeExperts") or not shape.gated or shape.bias:
+    if _version() < 5 or not shape.gated or shape.bias:
         return {}
     names = ["eager", "grouped_mm"] + (["batched_mm"] if x.hidden.shape[0] <= BATCHED_MM_MAX_TOKENS else [])
-    ids = x.expert_ids.long()
     contestants: dict[str, Run] = {}
     for name in names:
-        config = olmoe.OlmoeConfig(
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_size,
-            num_experts=shape.num_experts,
-            hidden_act=shape.activation,
-        )
-        config._experts_implementation = name
-        with torch.device("meta"):
-            module = olmoe.OlmoeExperts(config)
-        # The tensors themselves and no parameters of them, so that gradients reach the inputs.
-        for parameter, weight in (("gate_up_proj", x.up_weight), ("down_proj", x.down_weight)):
-            delattr(module, parameter)
-            setattr(module, parameter, weight)
-        contestants[f"transformers {name}"] = lambda module=module: module(  # type: ignore[misc]
-            x.hidden, ids, x.expert_weights.to(x.hidden.dtype)
-        )
+        contestants |= _contestant(f"transformers {name}", partial(_experts, name, x, shape))
     return contestants
 
 
+def _experts(implementation: str, x: LayerInputs, shape: LayerShape) -> Run:
+    olmoe = _modeling("olmoe")
+    config = olmoe.OlmoeConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_size,
+        num_experts=shape.num_experts,
+        hidden_act=shape.activation,
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = olmoe.OlmoeExperts(config)
+    # The tensors themselves and no parameters of them, so that gradients reach the inputs.
+    for parameter, weight in (("gate_up_proj", x.up_weight), ("down_proj", x.down_weight)):
+        delattr(module, parameter)
+        setattr(module, parameter, weight)
+    ids = x.expert_ids.long()
+    return lambda: module(x.hidden, ids, x.routing_weights.to(x.hidden.dtype))
+
+
 def block(x: LayerInputs, shape: LayerShape, logits: Tensor) -> dict[str, Run]:
-    """The block of transformers 4 for layers of that kind, from router logits on; nobody's tokens are dropped."""
-    make = _BLOCKS.get((shape.scoring, shape.gated))
+    """The block of transformers for layers of that kind, from router logits on; nobody's tokens are dropped."""
+    major, make = _version(), _BLOCKS.get((shape.scoring, shape.gated))
     if make is None or shape.activation != ("silu" if shape.gated else "relu"):
         return {}
-    try:
+    if major < 4 or (major > 4 and make is not _switch):
+        return {}
+
+    def made() -> Run | None:
         with torch.device("meta"):
             module = make(x, shape, logits)
-    except (ImportError, AttributeError, TypeError):  # another version
-        return {}
-    return {} if module is None else {"transformers 4 block": lambda: module(x.hidden[None])[0][0]}
+        return None if module is None else lambda: _hidden(module(x.hidden[None]))[0]
+
+    return _contestant(f"transformers {major} block", made)
+
+
+def _hidden(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out  # in version 4 the routing is behind it
+
+
+def _contestant(name: str, make: Callable[[], Run | None]) -> dict[str, Run]:
+    """What is made, if anything; where that fails, as in a version that is not known, a contestant that fails so."""
+    try:
+        run = make()
+    except Exception as error:
+        failure = error
+
+        def run() -> NoReturn:
+            raise failure
+
+    return {} if run is None else {name: run}
 
 
 def _olmoe(x: LayerInputs, shape: LayerShape, logits: Tensor) -> Block:
@@ -139,6 +160,14 @@ def _switch(x: LayerInputs, shape: LayerShape, logits: Tensor) -> Block | None:
         _put(expert.wi, x.up_weight[e], None)
         _put(expert.wo, x.down_weight[e], None)
     return module
+
+
+def _version() -> int:
+    """The major version; 0 without transformers."""
+    try:
+        return int(version("transformers").partition(".")[0])
+    except PackageNotFoundError:
+        return 0
 
 
 def _modeling(model: str) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from moekernels._version import __version__
 from moekernels.checkpoint.errors import CheckpointNotFoundError
+from moekernels.checkpoint.saving import finish_saves
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,7 +71,7 @@ def resolve(
 
     A path that exists is that path, whatever the Hub has under the name. Otherwise the name is a repository's, such as
     "allenai/OLMoE-1B-7B-0924", and the result a directory of the cache, where files that the repository does not have
-    are missing.
+    are missing. A save into the directory that was interrupted is completed.
 
     Args:
         name_or_path: a directory (or a file, where one stands for a checkpoint), or the name of a repository.
@@ -84,6 +85,7 @@ def resolve(
 
     Raises:
         CheckpointNotFoundError: neither a path nor a repository of that name can be had.
+        CheckpointError: an interrupted save cannot be completed, as the directory cannot be written.
     """
     path = Path(name_or_path)
     if not path.exists():
@@ -93,6 +95,7 @@ def resolve(
         path = path / subfolder
         if not path.is_dir():
             raise CheckpointNotFoundError(f"{os.fspath(name_or_path)!r} has no folder {subfolder!r}: no {path}")
+    finish_saves(path)
     return path
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Where a checkpoint's tensor goes: a whole parameter, or one expert's part of a stack.
+    """Where a checkpoint's tensor goes: a whole parameter, or a part of a stack of experts.
 
     Attributes:
         parameter: canonical name.
-        expert: index into the stack, None for the whole parameter.
-        part, parts: which of how many equal blocks of rows of that expert.
+        expert: index into the stack, None for all experts, or for a parameter that is no stack.
+        part, parts: which of how many equal blocks of rows of each expert.
     """
 
     parameter: str
@@ -32,10 +32,13 @@ class Place(NamedTuple):
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part of the parameter that this place means."""
-        if self.expert is None:
-            return parameter
-        block = parameter[self.expert]
-        return block if self.parts == 1 else block.chunk(self.parts)[self.part]
+        block = parameter if self.expert is None else parameter[self.expert]
+        return block if self.parts == 1 else block.chunk(self.parts, dim=-2)[self.part]
+
+    def rows(self, num_rows: int) -> tuple[int, int]:
+        """Which of an expert's rows those are: the first, and the one behind the last."""
+        size = num_rows // self.parts
+        return self.part * size, (self.part + 1) * size
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Rule:
             return None
         numbers = match.groupdict()
         if "{expert}" not in self.checkpoint:
-            return [(self.checkpoint.format(**numbers), Place(parameter))]
+            return [(self.checkpoint.format(**numbers), Place(parameter, None, self.part, self.parts))]
         return [
             (self.checkpoint.format(expert=e, **numbers), Place(parameter, e, self.part, self.parts))
             for e in range(num_experts)
@@ -162,6 +165,7 @@ _FAIRSEQ_LEFTOVERS = (r".*embed_positions\.weights", r".*_float_tensor", r"(enco
 KEY_MAPS: dict[str, KeyMap] = {
     "olmoe": KeyMap(
         rules=(
+            Rule("layers.{layer}.mlp.gate.weight", "layers.{layer}.mlp.router.weight"),
             Rule(
                 "layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
                 "layers.{layer}.mlp.experts.gate_up_proj",
@@ -181,6 +185,7 @@ KEY_MAPS: dict[str, KeyMap] = {
     ),
     "phimoe": KeyMap(
         rules=(
+            Rule("layers.{layer}.block_sparse_moe.gate.weight", "layers.{layer}.block_sparse_moe.router.weight"),
             Rule(
                 "layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
                 "layers.{layer}.block_sparse_moe.experts.gate_up_proj",
@@ -200,7 +205,7 @@ KEY_MAPS: dict[str, KeyMap] = {
         ),
         # What transformers 5 has in memory.
         aliases=(
-            Rule("layers.{layer}.mlp.router.weight", "layers.{layer}.block_sparse_moe.gate.weight"),
+            Rule("layers.{layer}.mlp.router.weight", "layers.{layer}.block_sparse_moe.router.weight"),
             Rule("layers.{layer}.mlp.experts.gate_up_proj", "layers.{layer}.block_sparse_moe.experts.gate_up_proj"),
             Rule("layers.{layer}.mlp.experts.down_proj", "layers.{layer}.block_sparse_moe.experts.down_proj"),
         ),

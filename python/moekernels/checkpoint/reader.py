@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,10 @@ from moekernels.checkpoint.files import (
     read_json,
     with_variant,
 )
+from moekernels.checkpoint.mapping import released
+from moekernels.quantization import Format, QuantizedWeight
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,16 +41,54 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint. `dtype` is None for one that PyTorch models do not hold (such as float8)."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        file: that holds it.
+        shape: of the weight, also where that is quantised.
+        dtype: None for one that PyTorch models do not hold (such as float8), and for a quantised weight.
+        format: of a quantised weight.
+        stored: the bytes in the file of a quantised weight.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+    format: Format | None = None
+    stored: int = 0
 
     @property
     def nbytes(self) -> int:
+        """The bytes in the file."""
+        if self.format is not None:
+            return self.stored
         size = 1 if self.dtype is None else self.dtype.itemsize
         return size * torch.Size(self.shape).numel()
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a parameter can be made of it."""
+        return self.format is not None or (self.dtype is not None and self.dtype.is_floating_point)
+
+
+class Reader(Protocol):
+    """What holds the weights of a checkpoint.
+
+    Attributes:
+        directory: where they are, for messages.
+        tensors: name -> :class:`TensorInfo` of all of them.
+    """
+
+    directory: Path
+    tensors: dict[str, TensorInfo]
+
+    def shards(self, wanted: Container[str] | None = None) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Each shard as an iterator over names and tensors, all or those wanted, valid until the next is asked for."""
+        ...
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of the tensors, by name."""
+        ...
 
 
 #: An open shard: names and infos of its tensors, and a function that maps one into memory.
@@ -81,7 +121,7 @@ class CheckpointReader:
         self.files, weight_map, index = self._find(use_safetensors, variant)
         self.tensors: dict[str, TensorInfo] = {}
         for path in self.files:
-            with _open_shard(path) as (infos, _):
+            with open_shard(path) as (infos, _):
                 for name, info in infos.items():
                     if name in self.tensors:
                         raise CheckpointError(f"{path}: holds {name!r}, as does {self.tensors[name].file.name}")
@@ -115,11 +155,25 @@ class CheckpointReader:
         wanted = ", ".join(name for pair in candidates for name in pair)
         raise CheckpointError(f"{self.directory}: holds no weights, expected one of {wanted}")
 
-    def shards(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Each shard as an iterator over its names and tensors, which are valid until the next shard is asked for."""
+    def shards(self, wanted: Container[str] | None = None) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Each shard as an iterator over its names and tensors, which are valid until the next shard is asked for.
+
+        Once a tensor has been used, and the next one is asked for, the memory that mapped it is given back.
+
+        Args:
+            wanted: the tensors to read; all by default.
+        """
         for path in self.files:
-            with _open_shard(path) as (infos, get):
-                yield ((name, get(name)) for name in infos)
+            with open_shard(path) as (infos, get):
+                yield released(((name, get(name)) for name in infos if wanted is None or name in wanted), path)
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Copies of some of the tensors, by name."""
+        found = {}
+        for path in dict.fromkeys(self.tensors[name].file for name in names):
+            with open_shard(path) as (_, get):
+                found.update({name: get(name).clone() for name in names if self.tensors[name].file == path})
+        return found
 
 
 class StateDictReader:
@@ -133,18 +187,31 @@ class StateDictReader:
         self.directory = Path("state_dict")
         self._tensors = state_dict
         self.tensors = {
-            name: TensorInfo(self.directory, tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()
+            name: TensorInfo(self.directory, tuple(tensor.shape), None, tensor.format, tensor.num_bytes)
+            if isinstance(tensor, QuantizedWeight)
+            else TensorInfo(self.directory, tuple(tensor.shape), tensor.dtype)
+            for name, tensor in state_dict.items()
         }
 
-    def shards(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """All of them, as one shard."""
-        yield iter(self._tensors.items())
+    def shards(self, wanted: Container[str] | None = None) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """All of them, or those that are wanted, as one shard."""
+        yield ((name, tensor) for name, tensor in self._tensors.items() if wanted is None or name in wanted)
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of the tensors, by name."""
+        return {name: self._tensors[name] for name in names}
 
 
 @contextmanager
-def _open_shard(path: Path) -> Iterator[_Shard]:
+def open_shard(path: Path) -> Iterator[_Shard]:
+    """A file's tensors, which are valid until it is closed.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if path.suffix == ".safetensors":
         try:
+            path.open("rb").close()  # whose error says why; the library's calls whatever it may not read missing
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file, it may be truncated: {error}") from error
@@ -152,7 +219,7 @@ def _open_shard(path: Path) -> Iterator[_Shard]:
             names = file.keys()
             slices = {name: file.get_slice(name) for name in names}
             infos = {
-                name: TensorInfo(path, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
+                name: TensorInfo(path, tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
                 for name, part in slices.items()
             }
             yield infos, file.get_tensor
@@ -177,8 +244,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path}: a pickle that holds more than tensors; it is not loaded, as that could run its code. "
             f"Expected a state dict, or a safetensors file ({str(error).partition(chr(10))[0]})"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # whatever a machine that reads a broken program ends with
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable PyTorch file, it may be truncated: {reason}") from error
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: must hold a dictionary of tensors, got {type(tensors).__name__}")

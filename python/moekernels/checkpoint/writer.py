@@ -1,35 +1,24 @@
-"""Writing a checkpoint directory so that an old one stays whole until the new one is."""
+"""Writing weights in the safetensors format."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from moekernels.checkpoint.errors import CheckpointError
+from moekernels._files import write_file
 from moekernels.checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, SAFETENSORS_SHARD
+from moekernels.checkpoint.reader import DTYPES
 
 #: Weight files of an older save, which a new one replaces even where their names differ.
 OBSOLETE_WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, "model-*-of-*.safetensors")
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -45,75 +34,25 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-@contextmanager
-def replace_files(directory: str | os.PathLike[str], obsolete: Sequence[str] = ()) -> Iterator[Path]:
-    """Write files into the directory that this yields; when the block ends they take their place in `directory`.
-
-    They are on disk before anything of the target changes. A new target appears by one rename. In an existing one,
-    files of the same names and those that match the patterns in `obsolete` are set aside, and come back should
-    anything fail; all others stay.
-
-    Raises:
-        CheckpointError: `directory` is a file.
-    """
-    target = Path(directory).absolute()
-    exists = target.is_dir()
-    if target.exists() and not exists:
-        raise CheckpointError(f"{target}: is a file, expected a directory to save to")
-    home = target if exists else target.parent
-    home.mkdir(parents=True, exist_ok=True)
-    stage = home / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    stage.mkdir()
-    try:
-        yield stage
-        for path in stage.iterdir():
-            _sync(path)
-        _sync(stage)
-        if exists:
-            _exchange(stage, target, obsolete)
-        else:
-            os.rename(stage, target)
-        _sync(home)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _exchange(stage: Path, target: Path, obsolete: Sequence[str]) -> None:
-    new = sorted(path.name for path in stage.iterdir())
-    old = {path.name for pattern in obsolete for path in target.glob(pattern)}
-    aside = stage / "replaced"
-    aside.mkdir()
-    moved, placed = [], []
-    try:
-        for name in sorted(old.union(name for name in new if os.path.lexists(target / name))):
-            os.rename(target / name, aside / name)
-            moved.append(name)
-        for name in new:
-            os.rename(stage / name, target / name)
-            placed.append(name)
-    except BaseException:
-        for name in placed:
-            (target / name).unlink()
-        for name in moved:
-            os.rename(aside / name, target / name)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_weights(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int | str = "5GB"
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_size: int | str = "5GB",
+    *,
+    beside: Path | None = None,
+    together: Callable[[str], str] = str,
 ) -> list[str]:
     """Write tensors as safetensors, in shards with an index if they exceed `max_shard_size`.
 
-    A tensor is never split; one larger than `max_shard_size` gets a shard of its own. One tensor at a time is brought
-    to the host.
+    A tensor is never split; one larger than `max_shard_size` gets a shard of its own. Tensors of a device, and those
+    that are not contiguous, are copied a shard at a time.
+
+    Args:
+        directory: where to.
+        tensors: names and tensors.
+        max_shard_size: bytes, or a string such as "5GB".
+        beside: a directory that the files will move to; shards take no names that files there have.
+        together: a function of names; tensors in a row for which it gives the same are not put into different shards.
 
     Returns:
         The names of the files.
@@ -121,56 +60,97 @@ def write_weights(
     Raises:
         ValueError: `max_shard_size` is no size, a name comes twice, or a dtype has no place in the format.
     """
-    limit = parse_size(max_shard_size)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    names = set()
+    writer = WeightsWriter(directory, max_shard_size, beside=beside, together=together)
     for name, tensor in tensors:
-        if name in names:
-            raise ValueError(f"write_weights: tensor {name!r} is given twice")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"write_weights: tensor {name!r} has dtype {tensor.dtype}, which safetensors does not know"
-            )
-        names.add(name)
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        writer.add(name, tensor)
+    return writer.finish()
 
-    if len(shards) == 1:
-        _write_safetensors(directory / SAFETENSORS, shards[0])
-        return [SAFETENSORS]
-    files = [SAFETENSORS_SHARD.format(shard=i + 1, total=len(shards)) for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        _write_safetensors(directory / file, shard)
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
-        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-    }
-    (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [*files, SAFETENSORS_INDEX]
+
+class WeightsWriter:
+    """Writes tensors as :func:`write_weights` does, and holds no more than a shard of them.
+
+    Args:
+        directory, max_shard_size, beside, together: see there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        max_shard_size: int | str = "5GB",
+        *,
+        beside: Path | None = None,
+        together: Callable[[str], str] = str,
+    ) -> None:
+        self._directory = directory
+        self._limit = parse_size(max_shard_size)
+        self._beside = beside
+        self._together = together
+        #: What each shard that is written holds.
+        self._written: list[list[str]] = []
+        self._shard: dict[str, Tensor] = {}
+        self._names: set[str] = set()
+        self._last = ""
+        self._size = self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor, which must not change until :meth:`finish`.
+
+        Raises:
+            ValueError: a tensor of that name is there, or the dtype has no place in the format.
+        """
+        if name in self._names:
+            raise ValueError(f"write_weights: tensor {name!r} is given twice")
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"write_weights: tensor {name!r} has dtype {tensor.dtype}, which a checkpoint does not hold"
+            )
+        if self._together(name) != self._together(self._last) and self._size + tensor.nbytes > self._limit:
+            self._flush()
+        self._names.add(name)
+        self._last = name
+        self._shard[name] = tensor
+        self._size += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def finish(self) -> list[str]:
+        """Write what is left, and the index; the names of the files."""
+        self._flush(even_if_empty=not self._written)
+        if len(self._written) == 1:
+            os.rename(self._directory / _unnamed(0), self._directory / SAFETENSORS)
+            return [SAFETENSORS]
+        files = _shard_names(len(self._written), self._beside)
+        for i, file in enumerate(files):
+            os.rename(self._directory / _unnamed(i), self._directory / file)
+        index = {
+            "metadata": {"total_size": self._total},
+            "weight_map": {name: file for file, names in zip(files, self._written, strict=True) for name in names},
+        }
+        write_file(self._directory / SAFETENSORS_INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        return [*files, SAFETENSORS_INDEX]
+
+    def _flush(self, even_if_empty: bool = False) -> None:
+        if self._shard or even_if_empty:
+            _write_safetensors(self._directory / _unnamed(len(self._written)), self._shard)
+            self._written.append(list(self._shard))
+            self._shard, self._size = {}, 0
+
+
+def _unnamed(shard: int) -> str:
+    """The name of a shard until it is known how many there are."""
+    return f"shard-{shard}.safetensors"
+
+
+def _shard_names(total: int, beside: Path | None) -> list[str]:
+    """Names of shards; with something in between if files of such names are there, as their readers may be."""
+    names = [SAFETENSORS_SHARD.format(shard=i + 1, total=total) for i in range(total)]
+    if beside is None or not any(os.path.lexists(beside / name) for name in names):
+        return names
+    tag = uuid.uuid4().hex[:8]
+    return [name.replace("model-", f"model-{tag}-", 1) for name in names]
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The safetensors format: length of the header (8 bytes), header in JSON, then the data without gaps.
-
-    The library's own function needs a copy of the whole file in memory; this needs one tensor.
-    """
-    # Wide elements first, so that every tensor is aligned.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name in order:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(data.view(torch.uint8).numpy().data)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)  # the library writes files that only their owner can read

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
+import os
 import shlex
 import sys
 import warnings
@@ -16,16 +18,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moekernels.bench.baselines import ACTIVATIONS
+from moekernels._devices import named_device
+from moekernels._files import write_file
+from moekernels._memory import free_memory
+from moekernels.bench import experts
 from moekernels.bench.check import Mismatch
-from moekernels.bench.files import write_whole
 from moekernels.bench.machine import described, machine
+from moekernels.bench.quantized import FORMATS_TO_MAKE
 from moekernels.bench.roofs import Roofs, measure_roofs
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape
-from moekernels.bench.sweep import BACKWARD_PARTS, PARTS, Sweep, free_memory, layer_of
+from moekernels.bench.sweep import BACKWARD_PARTS, PARTS, Sweep, layer_of
 from moekernels.bench.table import Row, cells, load, record
-from moekernels.cli.device import add_device_argument, resolve_device
+from moekernels.cli.device import add_device_argument
+from moekernels.cli.ranks import add_expert_parallel_argument
 from moekernels.cli.table import listing, table
+from moekernels.ops import ACTIVATIONS
 
 _MODELS = {shape.name: shape for shape in REAL_LAYERS}
 _ALL = (*PARTS, *BACKWARD_PARTS)
@@ -40,10 +47,13 @@ def add_parser(commands: Any) -> None:
         "else computes the same here: plain PyTorch, torch's grouped matrix product, and transformers where it is "
         "installed. All take turns in one process; a row is the median. The roof is the nearer of memory bandwidth and "
         "matrix product rate, measured in the same run; data in a cache may pass it. Exit code 1 if results "
-        "differ.",
+        "differ, and with --check also if a baseline fails.",
     )
     layer = parser.add_argument_group("the layer", "That of a model; sizes that are given take the place of its own.")
-    layer.add_argument("--model", choices=_MODELS, default="olmoe-1b-7b", help="default: olmoe-1b-7b")
+    layer.add_argument(
+        "--model", choices=(*_MODELS, *experts.MODELS), default="olmoe-1b-7b",
+        help=f"default: olmoe-1b-7b. {', '.join(experts.MODELS)}: the experts as transformers 5 stores them",
+    )  # fmt: skip
     layer.add_argument("--hidden-size", type=int, metavar="N")
     layer.add_argument("--ffn-size", type=int, metavar="N", help="inner size of an expert")
     layer.add_argument("--experts", type=int, metavar="N")
@@ -63,10 +73,15 @@ def add_parser(commands: Any) -> None:
         "--kernels", nargs="+", choices=_ALL, metavar="NAME", help=f"some of {', '.join(_ALL)} (default: forward ones)"
     )
     what.add_argument("--backward", action="store_true", help="also the kernels of gradients, and a training step")
+    what.add_argument(
+        "--weights", nargs="+", choices=FORMATS_TO_MAKE, default=[], metavar="FORMAT",
+        help=f"the layer with experts quantised, beside whole ones: some of {', '.join(FORMATS_TO_MAKE)}",
+    )  # fmt: skip
     what.add_argument("--no-baselines", dest="baselines", action="store_false", help="only moekernels")
     what.add_argument("--check", action="store_true", help="hold every result against the definition of its op")
     running = parser.add_argument_group("running")
     add_device_argument(running)
+    add_expert_parallel_argument(running)
     running.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: PyTorch's)")
     running.add_argument(
         "--budget", type=float, default=1.0, metavar="SECONDS", help="time for each row (default: 1); more is steadier"
@@ -84,11 +99,74 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for option, name in (("--json", args.json), ("--plot", args.plot)):
-        if name is not None and not Path(name).resolve().parent.is_dir():
+        if name is not None and not os.path.isdir(os.path.dirname(os.path.realpath(name))):
             raise ValueError(f"{option}: there is no directory {str(Path(name).parent)!r}")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'moekernels[plot]'")
+    if args.model in experts.MODELS:
+        return _run_experts(args)
+    if args.expert_parallel:
+        return _run_on_ranks(args)
     return _run_sweep(args) if args.source is None else _show_saved(args)
+
+
+_OF_ANY_LAYER = (
+    "hidden_size", "ffn_size", "top_k", "activation", "gated", "bias", "kernels", "backward", "weights", "json", "plot",
+    "source", "expert_parallel",
+)  # fmt: skip
+
+
+def _run_experts(args: argparse.Namespace) -> int:
+    """A layer that only transformers has, beside its own implementations."""
+    model = experts.MODELS[args.model]
+    for option in _OF_ANY_LAYER:
+        if getattr(args, option):
+            raise ValueError(f"--model {model.name} goes with --experts, --tokens and --dtype, not with {option}")
+    if args.experts is not None:
+        model = model.with_experts(args.experts)
+    device = named_device(args.device)
+    names = [experts.OURS, "eager", "grouped_mm", "batched_mm"]
+    lines: list[list[str]] = []
+    failed = []
+    print(listing({"experts": str(model), "machine": described(machine(device)), "": ""}))
+    with _threads(args.threads), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for dtype in (getattr(torch, name) for name in args.dtype):
+            needed, free = model.num_bytes(dtype), free_memory(device)
+            if needed > 0.9 * free:
+                raise ValueError(
+                    f"--model {model.name} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; "
+                    f"--experts N measures fewer of the {model.num_experts} experts"
+                )
+            module = experts.make_experts(model, dtype, device)
+            for tokens in _positive("--tokens", args.tokens):
+                row = experts.measure(module, model, tokens, args.budget)
+                times = [f"{1e3 * row.seconds[name]:.2f}" if name in row.seconds else "" for name in names]
+                lines.append([str(tokens), row.dtype, *times, f"{row.speedup:.2f}x"])
+                if row.error > experts.TOLERANCES[dtype]:
+                    failed.append(f"{tokens} tokens, {row.dtype}: differs by {row.error:.1e} of the largest value")
+    print(table(["tokens", "dtype", *(f"{name} ms" for name in names), "of the fastest"], lines))
+    for failure in failed:
+        print(f"FAILED: {failure}")
+    return 1 if failed else 0
+
+
+def _run_on_ranks(args: argparse.Namespace) -> int:
+    """The layer alone, with its experts on all processes of torchrun."""
+    from moekernels.bench.ranks import measure
+
+    shape, mesh = resolve_shape(args), args.mesh
+    print(f"{_described(shape)}; {mesh.size()} processes\n")
+    lines = []
+    with _threads(args.threads):
+        for tokens, dtype in itertools.product(_positive("--tokens", args.tokens), args.dtype):
+            rows = measure(shape, tokens, getattr(torch, dtype), mesh, training=args.backward, budget=args.budget)
+            for row in rows:
+                sent = "" if row.sent_bytes is None else f"{row.sent_bytes / 2**20:.2f}"
+                lines.append([row.way, str(tokens), dtype, f"{1e3 * row.seconds:.2f}", sent])
+    what = "ms of a training step" if args.backward else "ms"
+    print(table(["experts", "tokens", "dtype", what, "MiB sent by rank 0"], lines))
+    return 0
 
 
 def _run_sweep(args: argparse.Namespace) -> int:
@@ -97,12 +175,15 @@ def _run_sweep(args: argparse.Namespace) -> int:
         _positive("--tokens", args.tokens),
         [getattr(torch, name) for name in args.dtype],
         args.routing,
-        resolve_device(args.device),
+        named_device(args.device),
         _parts(args),
         args.budget,
         args.check,
         args.baselines,
+        args.weights,
     )
+    if args.weights and (args.kernels or args.backward):
+        raise ValueError("--weights measures the layer in inference: leave out --kernels and --backward")
     if not args.budget > 0:
         raise ValueError(f"--budget must be greater than 0, got {args.budget}")
     sweep.require_memory(free_memory(sweep.device))
@@ -115,17 +196,27 @@ def _run_sweep(args: argparse.Namespace) -> int:
         print(_heading(_described(sweep.shape), about, roofs))
         rows, mismatches = _measure(sweep, roofs)
     print(_table(rows, sweep.shape.name))
-    for mismatch in mismatches:
-        print(f"FAILED: {mismatch}")
-    if args.check and not mismatches:
+    failed = [*map(str, mismatches), *_failures(rows)]
+    for failure in failed:
+        print(f"FAILED: {failure}")
+    if args.check and not failed:
         print("\nall results are those of the definitions")
     if args.json is not None:
         command = f"moekernels {shlex.join(sys.argv[1:])}"
-        text = record(rows, roofs, about, command, [str(mismatch) for mismatch in mismatches])
-        write_whole(Path(args.json), text.encode())
+        write_file(args.json, record(rows, roofs, about, command, failed))
     if args.plot is not None:
         _plot(Path(args.plot), rows, roofs, about, sweep.shape.name)
-    return 1 if mismatches else 0
+    differ = mismatches or any(failure.startswith("differs") for row in rows for failure in row.failures.values())
+    return 1 if differ or (args.check and failed) else 0
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    """What is wrong with baselines, a line each."""
+    return [
+        f"{row.shape}, {row.tokens} tokens, {row.routing}, {row.dtype}: {name} {failure}"
+        for row in rows
+        for name, failure in row.failures.items()
+    ]
 
 
 def _show_saved(args: argparse.Namespace) -> int:
@@ -152,7 +243,7 @@ def _table(rows: list[Row], layer: str) -> str:
 def _plot(path: Path, rows: list[Row], roofs: Roofs, about: dict[str, object], layer: str) -> None:
     from moekernels.bench.plot import draw
 
-    write_whole(path, draw(rows, roofs, about, layer, "svg" if path.suffix == ".svg" else "png"))
+    write_file(path, draw(rows, roofs, about, layer, "svg" if path.suffix == ".svg" else "png"))
 
 
 def resolve_shape(args: argparse.Namespace) -> LayerShape:

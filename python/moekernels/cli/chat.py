@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from moekernels.cli.device import resolve_device
+from moekernels._devices import named_device
+from moekernels.cli.experts import print_expert_stats
+from moekernels.cli.files import Lines
 from moekernels.cli.sampling import (
     EPILOG,
     add_running_arguments,
@@ -118,7 +120,7 @@ class Conversation:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = resolve_device(args.device)
+    device = named_device(args.device)
     parameters = generation_parameters(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if not tokenizer.chat_template:
@@ -144,13 +146,14 @@ def run(args: argparse.Namespace) -> int:
                 if not sys.stdin.isatty():
                     raise
                 _note(f"error: {error}")
+    print_expert_stats(model)
     return 0
 
 
 def _lines() -> Iterator[str]:
     """What is typed, or what comes down a pipe, line by line."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        yield from (line.strip() for line in Lines(None, "stop"))
         return
     with suppress(ImportError):
         import readline  # noqa: F401 (lets `input` edit the line, and recall earlier ones)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class _Call(NamedTuple):
     routing: _Routing
     experts: GroupedExperts
     hidden: Tensor
-    expert_weights: Tensor
+    routing_weights: Tensor
     plan: ops.Plan
     out: Tensor
 
@@ -84,22 +85,17 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, _Call]]:
     """The last call of router and experts of every sparse layer, by the layer's name."""
     calls: dict[str, _Call] = {}
     last = _LastRouting()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, GroupedExperts)}
-    for name, experts in layers.items():
 
-        def recording(hidden: Tensor, weights: Tensor, plan: ops.Plan, name: str = name, own: Any = experts) -> Tensor:
-            out = GroupedExperts.forward_fused(own, hidden, weights, plan)
-            assert last.routing is not None  # a layer's router is called before its experts
-            calls[name.rpartition(".")[0]] = _Call(last.routing, own, hidden, weights, plan, out)
-            return out
+    def record(name: str, experts: Any, args: tuple[Tensor, Tensor, ops.Plan], out: Tensor) -> None:
+        assert last.routing is not None  # a layer's router is called before its experts
+        calls[name.rpartition(".")[0]] = _Call(last.routing, experts, *args, out)
 
-        experts.__dict__["forward_fused"] = recording
-    try:
-        with last:
-            yield calls
-    finally:
-        for experts in layers.values():
-            del experts.__dict__["forward_fused"]
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, GroupedExperts):
+                stack.enter_context(module.register_forward_hook(partial(record, name)))
+        stack.enter_context(last)
+        yield calls
 
 
 def _check(name: str, call: _Call) -> LayerCheck:
@@ -111,7 +107,7 @@ def _check(name: str, call: _Call) -> LayerCheck:
 
         return reference.sparse_mlp(
             call.hidden.to(dtype),
-            call.expert_weights.double() if dtype == torch.float64 else call.expert_weights,
+            call.routing_weights.double() if dtype == torch.float64 else call.routing_weights,
             call.plan,
             experts.up_weight.to(dtype),
             experts.down_proj.to(dtype),

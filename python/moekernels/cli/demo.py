@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from moekernels import build_info
+from moekernels._devices import named_device
 from moekernels.cli.checks import check_layers
-from moekernels.cli.device import add_device_argument, resolve_device
+from moekernels.cli.device import add_device_argument
 from moekernels.cli.table import listing, table
 from moekernels.demo.corpus import Corpus
 from moekernels.demo.learners import LEARNERS, Learner
@@ -49,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    device = resolve_device(args.device)
+    device = named_device(args.device)
     steps = _STEPS[args.model] if args.steps is None else args.steps
     if steps < 1:
         raise ValueError(f"demo: --steps must be at least 1, got {steps}")

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekernels.cli.device import now, resolve_device
+from moekernels._devices import named_device
+from moekernels.cli.device import now
+from moekernels.cli.experts import print_expert_stats
+from moekernels.cli.files import read_stdin
+from moekernels.cli.ranks import add_expert_parallel_argument
 from moekernels.cli.sampling import (
     EPILOG,
     add_running_arguments,
@@ -32,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default: 128)")
     add_sampling_arguments(parser)
     running = add_running_arguments(parser)
+    add_expert_parallel_argument(running)
     running.add_argument("--no-stream", action="store_true", help="print the text once it is complete")
     parser.set_defaults(run=run)
 
@@ -66,9 +71,9 @@ class _Clock(BaseStreamer):
 
 
 def run(args: argparse.Namespace) -> int:
-    device = resolve_device(args.device)
+    device = named_device(args.device)
     parameters = generation_parameters(args)
-    prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    prompt = read_stdin() if args.prompt in (None, "-") else args.prompt
     if not prompt:
         raise ValueError("there is no prompt: give --prompt, or text on stdin")
 
@@ -80,4 +85,5 @@ def run(args: argparse.Namespace) -> int:
     if args.no_stream:
         print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
     print(clock.report(), file=sys.stderr)
+    print_expert_stats(model)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moekernels import build_info, cmake_dir, include_dir
+from moekernels._library import _C
 from moekernels.cli.table import listing
 
 
@@ -35,10 +36,16 @@ def devices() -> list[dict[str, Any]]:
                 "device": f"cuda:{index}",
                 "name": properties.name,
                 "arch": f"sm_{properties.major}{properties.minor}",
+                "code": code_for(properties.major, properties.minor),
                 "memory_gib": round(properties.total_memory / 2**30, 1),
             }
         )
     return found
+
+
+def code_for(major: int, minor: int) -> str:
+    """Which CUDA kernels of this build a GPU of this compute capability runs: ``sm_90a``, ``PTX of sm_89`` or none."""
+    return _C.cuda_code_for(" ".join(build_info()["cuda_archs"]), 10 * major + minor)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
 def _described(device: dict[str, Any]) -> str:
     if device["device"] == "cpu":
         return f"cpu: {device['name']}, {device['threads']} threads"
-    return f"{device['device']}: {device['name']}, {device['arch']}, {device['memory_gib']} GiB"
+    code = f"runs {device['code']}" if device["code"] else "no CUDA kernels for it in this build"
+    return f"{device['device']}: {device['name']}, {device['arch']}, {device['memory_gib']} GiB, {code}"
 
 
 def _cpu_name() -> str:

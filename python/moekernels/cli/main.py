@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from moekernels._version import __version__
-from moekernels.cli import bench, chat, demo, generate, info, run, translate
+from moekernels.cli import bench, chat, demo, generate, info, quantize, repack, run, translate
+from moekernels.cli.ranks import leave, ranks
 
 _EPILOG = """\
 examples:
@@ -20,6 +22,8 @@ examples:
   moekernels run --task summarization --model DIR FILE   run a task on lines of text
   moekernels translate --model DIR --src-lang eng_Latn --tgt-lang fra_Latn FILE
                                                          translate one sentence per line
+  moekernels quantize --model DIR --to int4 --output DIR write a checkpoint with weights in 4 bits
+  moekernels repack --model DIR --output DIR             prepare a checkpoint for --expert-memory
   moekernels bench --model olmoe-1b-7b --check           how fast each kernel is here, and whether it is right
   moekernels info --json                                 what to put into a bug report
 
@@ -41,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moekernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, generate, chat, translate, run, demo, bench):
+    for command in (info, generate, chat, translate, run, quantize, repack, demo, bench):
         command.add_parser(commands)
     return parser
 
@@ -49,10 +53,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code. What a user got wrong ends with one line on stderr."""
     args = build_parser().parse_args(argv)
+    if not getattr(args, "expert_parallel", False):
+        return _run(args, nullcontext())
+    leave(_run(args, ranks(args)))
+
+
+def _run(args: argparse.Namespace, setting: AbstractContextManager[None]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return args.run(args)
+            with setting:
+                return args.run(args)
     except BrokenPipeError:
         # The reader has seen enough; what is left to flush must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

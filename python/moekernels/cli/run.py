@@ -9,8 +9,12 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from moekernels.cli.device import add_device_argument, resolve_device
-from moekernels.cli.files import read_lines
+from moekernels._devices import named_device
+from moekernels.cli.device import add_device_argument
+from moekernels.cli.experts import add_expert_memory_argument, print_expert_stats
+from moekernels.cli.files import Lines, add_errors_argument, output_file
+from moekernels.cli.ranks import add_expert_parallel_argument, loading_options
+from moekernels.cli.weights import add_weights_argument, quantization_argument
 from moekernels.pipelines import TASKS, Pipeline, pipeline
 from moekernels.pipelines.batching import BATCHES_PER_WINDOW, windows
 
@@ -27,6 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory, or its name on the hub")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not with the model")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout")
+    add_errors_argument(parser)
     parser.add_argument("--json", action="store_true", help="write lists as JSON, not as Python")
     generation = parser.add_argument_group("generation")
     generation.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many")
@@ -39,7 +44,10 @@ def add_parser(commands: Any) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=int, default=1, metavar="N", help="lines to run together (default: 1)")
     running.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; auto is the checkpoint's")
+    add_weights_argument(running)
     add_device_argument(running)
+    add_expert_memory_argument(running)
+    add_expert_parallel_argument(running)
     parser.set_defaults(run=run)
 
 
@@ -50,25 +58,27 @@ def run(args: argparse.Namespace) -> int:
         listed = ", ".join(f"--{name.replace('_', '-')}" for name in parameters)
         raise ValueError(f"{args.task} generates nothing; {listed} cannot apply")
     # A file is read before the output is opened, which may be the same one.
-    lines = sys.stdin if args.file in (None, "-") else read_lines(args.file)
+    lines = Lines(args.file, args.errors)
     pipe = pipeline(
         args.task,
         args.model,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        device=resolve_device(args.device),
+        device=named_device(args.device),
         batch_size=args.batch_size,
+        model_kwargs={"expert_memory": args.expert_memory, **quantization_argument(args), **loading_options(args)},
         **parameters,
     )
     with ExitStack() as stack:
         output = sys.stdout
         if args.output is not None:
-            output = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            output = stack.enter_context(output_file(args.output))
         for window in windows(lines, 1 if args.batch_size == 1 else args.batch_size * BATCHES_PER_WINDOW):
             for results in _results(pipe, window):
                 print(json.dumps(results, ensure_ascii=False) if args.json else results, file=output)
             output.flush()
-    return 0
+    print_expert_stats(pipe.model)
+    return 1 if lines.broken else 0
 
 
 def _results(pipe: Pipeline, lines: list[str]) -> Iterable[list[dict[str, Any]]]:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from moekernels.cli.device import add_device_argument, now
+from moekernels.cli.experts import add_expert_memory_argument
+from moekernels.cli.ranks import loading_options
+from moekernels.cli.weights import add_weights_argument, quantization_argument
 from moekernels.models import AutoModelForCausalLM
 from moekernels.tokenizers import AutoTokenizer
 
@@ -28,8 +31,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def add_running_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     running = parser.add_argument_group("running")
     running.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; auto is the checkpoint's")
+    add_weights_argument(running)
     add_device_argument(running)
     running.add_argument("--attn-implementation", metavar="NAME", help="sdpa or eager")
+    add_expert_memory_argument(running)
     return running
 
 
@@ -59,8 +64,14 @@ def load_model(args: argparse.Namespace, device: torch.device, tokenizer: Any = 
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=args.dtype, device=device, attn_implementation=args.attn_implementation
+        args.model,
+        dtype=args.dtype,
+        device=device,
+        attn_implementation=args.attn_implementation,
+        expert_memory=args.expert_memory,
+        **loading_options(args),
+        **quantization_argument(args),
     )
-    size = f"{model.num_parameters() / 1e6:,.1f} M weights, {str(model.dtype).removeprefix('torch.')}"
+    size = f"{model.num_parameters() / 1e6:,.1f} M weights, {args.weights or str(model.dtype).removeprefix('torch.')}"
     print(f"loaded {args.model} in {now(device) - start:.1f} s: {size} on {device}", file=sys.stderr)
     return model, tokenizer

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moekernels.cli.device import add_device_argument, resolve_device
-from moekernels.cli.files import read_lines
+from moekernels._devices import named_device
+from moekernels.cli.device import add_device_argument
+from moekernels.cli.experts import add_expert_memory_argument, print_expert_stats
+from moekernels.cli.files import Lines, add_errors_argument, output_file
+from moekernels.cli.ranks import add_expert_parallel_argument, loading_options
+from moekernels.cli.weights import add_weights_argument, quantization_argument
 from moekernels.models import AutoModelForSeq2SeqLM
 from moekernels.pipelines.batching import BATCHES_PER_WINDOW, batches_by_length, windows
 from moekernels.tokenizers import AutoTokenizer
@@ -31,6 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--src-lang", required=True, metavar="CODE", help="language of the text: eng_Latn, or en")
     parser.add_argument("--tgt-lang", required=True, metavar="CODE", help="language to translate to: fra_Latn, or fr")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to stdout")
+    add_errors_argument(parser)
     parser.add_argument("--num-beams", type=int, metavar="N", help="beams of the search; 1 is greedy")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens per sentence")
     running = parser.add_argument_group("running")
@@ -38,8 +43,11 @@ def add_parser(commands: Any) -> None:
         "--batch-size", type=int, default=16, metavar="N", help="sentences to translate together (default: 16)"
     )
     running.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; auto is the checkpoint's")
+    add_weights_argument(running)
     add_device_argument(running)
     running.add_argument("--attn-implementation", metavar="NAME", help="sdpa or eager")
+    add_expert_memory_argument(running)
+    add_expert_parallel_argument(running)
     parser.set_defaults(run=run)
 
 
@@ -95,25 +103,31 @@ class Translator:
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be a positive integer, got {args.batch_size}")
-    device = resolve_device(args.device)
+    device = named_device(args.device)
     # A file is read before the output is opened, which may be the same one.
-    lines = sys.stdin if args.file in (None, "-") else read_lines(args.file)
+    lines = Lines(args.file, args.errors)
     given = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     translator = Translator(
         args.model,
         args.src_lang,
         args.tgt_lang,
         {name: value for name, value in given.items() if value is not None},
-        {"dtype": args.dtype, "device": device, "attn_implementation": args.attn_implementation},
+        {
+            "dtype": args.dtype,
+            "device": device,
+            "attn_implementation": args.attn_implementation,
+            "expert_memory": args.expert_memory,
+            **loading_options(args),
+            **quantization_argument(args),
+        },
     )
     start, num_lines = time.perf_counter(), 0
-    total = len(lines) if isinstance(lines, list) else None
     with ExitStack() as stack:
         output = sys.stdout
         if args.output is not None:
-            output = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            output = stack.enter_context(output_file(args.output))
         hidden = not sys.stderr.isatty()
-        progress = stack.enter_context(tqdm(total=total, desc="Translating", unit="line", disable=hidden))
+        progress = stack.enter_context(tqdm(total=lines.total, desc="Translating", unit="line", disable=hidden))
         for window in windows(lines, args.batch_size * BATCHES_PER_WINDOW):
             for translation in translator.lines(window, args.batch_size, progress):
                 print(translation, file=output)
@@ -125,4 +139,5 @@ def run(args: argparse.Namespace) -> int:
         f"{translator.num_tokens / seconds:.1f} tokens/s on {device}, {torch.get_num_threads()} threads",
         file=sys.stderr,
     )
-    return 0
+    print_expert_stats(translator.model)
+    return 1 if lines.broken else 0

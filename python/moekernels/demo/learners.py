@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from moekernels.checkpoint import OBSOLETE_WEIGHTS, replace_files
 from moekernels.demo.corpus import Corpus, Pair
 from moekernels.demo.numbers import LANGUAGES
 from moekernels.models import (
@@ -61,8 +62,9 @@ class Learner(ABC):
         return cls(cls.auto_model.from_pretrained(directory, progress=False), AutoTokenizer.from_pretrained(directory))
 
     def save(self, directory: Path) -> None:
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        with replace_files(directory, OBSOLETE_WEIGHTS) as stage:  # the model never with another's tokenizer
+            self.model.save_pretrained(stage)
+            self.tokenizer.save_pretrained(stage)
 
     @abstractmethod
     def batch(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:

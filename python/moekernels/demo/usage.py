@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekernels import ops
+from moekernels._files import replacing
 from moekernels.demo.corpus import Pair
 from moekernels.demo.learners import Learner
 
@@ -117,4 +118,5 @@ def draw(usage: Usage, file: Path) -> None:
         axis.set_xlabel("expert")
     figure.colorbar(images[-1], ax=list(axes), label="share of choices")
     figure.suptitle(f"Experts by language; {usage.dropped_rate:.1%} of choices found no place", fontsize=11)
-    figure.savefig(file, dpi=150)
+    with replacing(file) as picture:
+        figure.savefig(picture, dpi=150, format=file.suffix.removeprefix(".") or "png")

@@ -207,4 +207,4 @@ def _prompt_of_assistant(assistant: Any, prompt: Prompt, config: GenerationConfi
         return encode_prompt(assistant, prompt.encoder_input_ids, config, given)
     if prompt.inputs_embeds is not None:
         raise ValueError("generate: assistant_model has embeddings of its own: pass the prompt as input_ids")
-    return Prompt(prompt.input_ids, attention_mask=prompt.attention_mask)
+    return Prompt(prompt.input_ids, attention_mask=prompt.attention_mask, position_ids=prompt.position_ids)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-import uuid
 from dataclasses import dataclass, fields
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal
 
-from moekernels.checkpoint import resolve, take_hub_options
+from moekernels.checkpoint import CheckpointError, read_json, replace_files, resolve, take_hub_options
 
 CONFIG_NAME = "generation_config.json"
 
@@ -190,18 +188,16 @@ class GenerationConfig(GenerationParameters):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a JSON object, or holds an unusable value.
+            CheckpointError: it is not a JSON object, or holds an unusable value.
         """
         path = resolve(directory, (config_file_name,), **take_hub_options(kwargs)) / config_file_name
         if not path.is_file():
             raise FileNotFoundError(f"no {config_file_name} in {os.fspath(directory)!r}")
+        config = read_json(path)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-        return cls.from_dict(config, **kwargs)
+            return cls.from_dict(config, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> GenerationConfig:
@@ -218,15 +214,8 @@ class GenerationConfig(GenerationParameters):
 
         An older file stays whole until the new one takes its place.
         """
-        text = self.to_json_string()
-        target = Path(directory) / config_file_name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replace_files(directory) as stage:
+            (stage / config_file_name).write_text(self.to_json_string(), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """All parameters and other attributes, as a deep copy."""

@@ -60,6 +60,7 @@ def call_custom_generate(function: Callable[..., Any], model: Any, search: Searc
         mask = state.attention_mask
         given["attention_mask"] = state.input_ids.new_ones(len(state.input_ids), state.target) if mask is None else mask
         given["inputs_embeds"] = state.inputs_embeds
+        given["position_ids"] = state.given_position_ids
     # A function of one's own may pass them on to a model that does not take every keyword.
     given = {name: value for name, value in given.items() if value is not None}
     return function(

@@ -83,6 +83,8 @@ def _source_shape(source: Tensor | None, encoder_outputs: Any) -> torch.Size:
             "generate: encoder_outputs must be what the encoder returns, or a tuple that begins with its last hidden "
             f"state [batch, length, hidden], got {type(encoder_outputs).__name__}{got}"
         )
+    if not hidden.shape[0] * hidden.shape[1]:
+        raise ValueError(f"generate: encoder_outputs must hold at least one token per source, got {list(hidden.shape)}")
     if source is not None and source.shape[:2] != hidden.shape[:2]:
         raise ValueError(
             f"generate: encoder_outputs {list(hidden.shape)} and the source {list(source.shape)} differ in batch or "
@@ -122,7 +124,12 @@ def _decoder_prompt(
     start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
     if start is None:
         raise ValueError("generate: an encoder-decoder model needs decoder_start_token_id or bos_token_id")
-    starts = torch.as_tensor(start, device=device).expand(batch_size).reshape(batch_size, 1)
+    try:
+        starts = torch.as_tensor(start, dtype=torch.int64, device=device).expand(batch_size).reshape(batch_size, 1)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"generate: decoder_start_token_id must be a token id, or one for each of {batch_size} rows, got {start!r}"
+        ) from error
     if ids is None:
         ids = starts
     elif not is_index_matrix(ids) or ids.shape[0] != batch_size or ids.shape[1] == 0:

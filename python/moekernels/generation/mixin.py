@@ -26,7 +26,7 @@ from moekernels.generation.outputs import (
 )
 from moekernels.generation.pipeline import build_logits_processors
 from moekernels.generation.processors import LogitsProcessor
-from moekernels.generation.prompt import Prompt, decoder_prompt, set_lengths
+from moekernels.generation.prompt import Prompt, decoder_prompt, set_lengths, warn_of_unread_prompt
 from moekernels.generation.resolve import keywords, refuse_unsupported, resolve_generation_config
 from moekernels.generation.state import DecodeState
 from moekernels.generation.stopping import Criterion, build_stopping_criteria
@@ -116,8 +116,10 @@ class GenerationMixin:
             assistant_tokenizer: not supported.
             trust_remote_code: True allows the code in the directory `custom_generate` to be executed.
             **kwargs: generation parameters, which take precedence over both configs, and keywords for the model, such
-                as `attention_mask` int `[B, n]` (else inferred from the pad token), `past_key_values`, `inputs_embeds`;
-                with an encoder also `encoder_outputs`, `decoder_input_ids` and `decoder_attention_mask`.
+                as `attention_mask` int `[B, n]` (else inferred from the pad token), `position_ids` `[B, n]` (new tokens
+                count on from the last), `past_key_values`, `inputs_embeds`; with an encoder also `encoder_outputs`,
+                `decoder_input_ids` and `decoder_attention_mask`. What a batch holds for training, such as `labels`, has
+                no effect.
 
         Returns:
             int64 `[B * num_return_sequences, length]`: prompts or the decoder's first tokens included, padded with the
@@ -174,6 +176,7 @@ class GenerationMixin:
         )
         synced_step = SyncedStep(self._step, self.device) if is_synced(synced_gpus, self) else None
         step = self._step if synced_step is None else synced_step
+        warn_of_unread_prompt(config, prompt, self._is_encoder_decoder)
         state = self._first_state(config, prompt, past)
         search = Search(
             step,
@@ -278,13 +281,21 @@ class GenerationMixin:
         times = max(config.num_beams, config.num_return_sequences)
         if past is not None and config.cache_implementation is not None:
             raise ValueError("generate: pass past_key_values or cache_implementation, not both")
+        # The last token is not seen by the model.
+        longest = prompt.num_embeds + config.max_length - 1
+        if isinstance(past, Cache) and config.use_cache and past.fixed_size and past.key_length(1) < longest:
+            raise ValueError(
+                f"generate: past_key_values has room for {past.key_length(1)} positions, but the prompt and what may "
+                f"follow it take {longest}; make it longer, or set max_new_tokens"
+            )
         make_cache = None
         if config.use_cache and past is None:
             num_rows = prompt.input_ids.shape[0] * times
-            make_cache = self._cache_maker(config, num_rows, prompt.num_embeds + config.max_length - 1)
+            make_cache = self._cache_maker(config, num_rows, longest)
         state = DecodeState(
             _expanded(prompt.input_ids, times),
             _expanded(prompt.attention_mask, times),
+            position_ids=_expanded(prompt.position_ids, times),
             inputs_embeds=_expanded(prompt.inputs_embeds, times),
             make_cache=make_cache,
             cache=past if config.use_cache else None,
@@ -326,6 +337,7 @@ class GenerationMixin:
         return DecodeState(
             prompt.input_ids,
             prompt.attention_mask,
+            position_ids=prompt.position_ids,
             make_cache=self._cache_maker(GenerationConfig(), num_rows, 0) if use_cache else None,
             model_kwargs=prompt.row_kwargs | prompt.shared_kwargs,
         )

@@ -21,6 +21,7 @@ class Prompt:
         input_ids: int64 `[B, n]`, the tokens that the decoder begins with.
         inputs_embeds: `[B, m, H]`, given instead of ids or besides them.
         attention_mask: int64 `[B, n or m]`; None if nothing is masked.
+        position_ids: int64 `[B, n or m]`, where the caller says them.
         encoder_input_ids: int64 `[B, S]`, what the encoder penalties apply to; None where there are no ids.
         row_kwargs: keywords for the model in every step, whose tensors have a row per sequence.
         shared_kwargs: keywords for the model in every step, whose tensors stay as they are.
@@ -29,6 +30,7 @@ class Prompt:
     input_ids: Tensor
     inputs_embeds: Tensor | None = None
     attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
     encoder_input_ids: Tensor | None = None
     row_kwargs: dict[str, Any] = field(default_factory=dict)
     shared_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -48,8 +50,25 @@ def decoder_prompt(
         ValueError: as the two functions below do.
     """
     ids, embeds = take_prompt(inputs, config, model_kwargs, device)
-    mask = attention_mask_for(ids if embeds is None else embeds, model_kwargs.pop("attention_mask", None), config)
-    return Prompt(ids, embeds, mask, ids if embeds is None else None, row_kwargs=model_kwargs)
+    prompt = ids if embeds is None else embeds
+    mask = attention_mask_for(prompt, model_kwargs.pop("attention_mask", None), config)
+    positions = model_kwargs.pop("position_ids", None)
+    if positions is not None:
+        positions = _checked_positions(positions, prompt.shape[0], prompt.shape[1])
+    return Prompt(ids, embeds, mask, positions, ids if embeds is None else None, row_kwargs=model_kwargs)
+
+
+def _checked_positions(positions: Any, batch_size: int, length: int) -> Tensor:
+    """The given positions int64 `[B, m]`, which may have one row for all."""
+    if not is_index_matrix(positions) or positions.shape[0] not in (1, batch_size) or positions.shape[1] != length:
+        got = (
+            f"{positions.dtype} {list(positions.shape)}" if isinstance(positions, Tensor) else type(positions).__name__
+        )
+        raise ValueError(
+            f"generate: position_ids must be an integer tensor [{batch_size}, {length}], one for every position of the "
+            f"prompt, got {got}"
+        )
+    return positions.long().expand(batch_size, -1)
 
 
 def take_prompt(
@@ -128,6 +147,21 @@ def visible_or_none(ids: Tensor | None, given: Tensor | None, config: Generation
             return None
         visible = ids != pad
     return None if bool(visible.all()) else visible.long()
+
+
+def warn_of_unread_prompt(config: GenerationConfig, prompt: Prompt, is_encoder_decoder: bool) -> None:
+    """Warns of rules that look at the prompt's tokens, where it was given as embeddings and has none."""
+    neutral = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+    if not is_encoder_decoder:
+        neutral |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    if prompt.encoder_input_ids is not None and not prompt.num_embeds:
+        return
+    blind = {name: value for name in neutral if (value := getattr(config, name)) not in (None, neutral[name])}
+    if blind:
+        listed = ", ".join(f"{name}={value!r}" for name, value in blind.items())
+        warnings.warn(
+            f"generate: {listed}: what was given as embeddings has no token ids, and does not count", stacklevel=4
+        )
 
 
 def set_lengths(

@@ -14,9 +14,9 @@ from moekernels.generation.config import GenerationConfig
 _PROMPT = frozenset(("input_ids", "inputs_embeds", "attention_mask", "past_key_values"))
 _DECODER_PROMPT = frozenset(("encoder_outputs", "decoder_input_ids", "decoder_attention_mask"))
 # Keywords of a model that change with every step, and are not the caller's to set.
-_OF_THE_LOOP = frozenset(
-    ("cache_position", "position_ids", "decoder_position_ids", "decoder_inputs_embeds", "labels", "return_dict", "self")
-)
+_OF_THE_LOOP = frozenset(("cache_position", "decoder_position_ids", "decoder_inputs_embeds", "return_dict", "self"))
+# What a batch for training may hold beside the prompt, and what some tokenizers return: of no use here.
+_WITHOUT_USE = ("labels", "num_items_in_batch", "shift_labels", "token_type_ids")
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -28,7 +28,8 @@ def resolve_generation_config(
     Raises:
         ValueError: a keyword is neither's, or a parameter is unusable.
     """
-    own = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
+    own = _ours(getattr(model, "generation_config", None)) or GenerationConfig.from_model_config(model.config)
+    given = _ours(given)
     if given is None:
         config = copy.deepcopy(own)
     elif use_model_defaults or (use_model_defaults is None and _since_4_50(own.transformers_version)):
@@ -39,13 +40,24 @@ def resolve_generation_config(
             if getattr(config, name) is None:
                 setattr(config, name, getattr(own, name))
     model_kwargs = config.update(**kwargs)
-    # Some tokenizers return it, but a decoder has no use for it.
-    model_kwargs.pop("token_type_ids", None)
+    if isinstance(config.eos_token_id, int) and config.eos_token_id < 0:
+        config.eos_token_id = None  # the usual way to say that nothing ends a sequence
+    for name in _WITHOUT_USE:
+        model_kwargs.pop(name, None)
     names, _ = keywords(type(model).forward)
     prompt = _PROMPT | _DECODER_PROMPT if getattr(model.config, "is_encoder_decoder", False) else _PROMPT
     if unknown := sorted(set(model_kwargs) - prompt - (names - _OF_THE_LOOP)):
         raise ValueError(f"generate: neither generation parameters nor keywords of the model: {', '.join(unknown)}")
     return config, {name: value for name, value in model_kwargs.items() if value is not None}
+
+
+def _ours(config: Any) -> GenerationConfig | None:
+    """A config of transformers as one of ours, which has the same names; others as they are."""
+    if config is None or isinstance(config, GenerationConfig):
+        return config
+    if not hasattr(config, "to_dict"):
+        raise TypeError(f"generate: generation_config must be a GenerationConfig, got {type(config).__name__}")
+    return GenerationConfig.from_dict(config.to_dict())
 
 
 @cache

@@ -21,6 +21,8 @@ class DecodeState:
     Args:
         input_ids: int64 `[B, n]`, the prompt.
         attention_mask: `[B, m]`, 0 where the model must not look; None if it may look everywhere.
+        position_ids: int64 `[B, m]`, those of the prompt, from the last of which others count on; by default they
+            count what is not masked.
         inputs_embeds: `[B, m, H]`, given instead of the prompt's ids or besides them; used in the first step.
         make_cache: makes an empty key-value cache; None to run without one.
         cache: a cache to go on from.
@@ -31,6 +33,7 @@ class DecodeState:
         length: tokens per row so far, prompt included.
         cached: positions per row that the cache holds.
         target: positions per row that the next call of the model brings the cache to.
+        given_position_ids: positions of the prompt, where the caller said them.
         logits_to_keep: how many of the last positions the next call is asked the logits of.
         cache: the key-value cache, or None.
     """
@@ -40,6 +43,7 @@ class DecodeState:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         make_cache: Callable[[], Any] | None = None,
         cache: Any = None,
@@ -66,11 +70,11 @@ class DecodeState:
         positions = self.offset + capacity
         self._cache_position = torch.arange(positions, device=input_ids.device)
         self._mask: Tensor | None = None
-        self._position_ids = self._cache_position.expand(input_ids.shape[0], -1)
         if attention_mask is not None:
             self._mask = attention_mask.new_ones(input_ids.shape[0], positions)
             self._mask[:, : self.target] = attention_mask
-            self._position_ids = position_ids_from_mask(self._mask)
+        self.given_position_ids = position_ids
+        self._position_ids = self._positions()
 
     @property
     def input_ids(self) -> Tensor:
@@ -193,11 +197,19 @@ class DecodeState:
         rows, capacity = self._tokens.shape
         self._tokens = torch.cat([self._tokens, torch.zeros_like(self._tokens)], dim=1)
         self._cache_position = torch.arange(self.offset + 2 * capacity, device=self._tokens.device)
-        if self._mask is None:
-            self._position_ids = self._cache_position.expand(rows, -1)
-        else:
+        if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(rows, capacity)], dim=1)
-            self._position_ids = position_ids_from_mask(self._mask)
+        self._position_ids = self._positions()
+
+    def _positions(self) -> Tensor:
+        """The positions `[B, capacity]` of all tokens there is room for."""
+        given = self.given_position_ids
+        if given is not None:
+            further = torch.arange(1, len(self._cache_position) - given.shape[1] + 1, device=given.device)
+            return torch.cat([given, given[:, -1:] + further], dim=1)
+        if self._mask is not None:
+            return position_ids_from_mask(self._mask)
+        return self._cache_position.expand(self._tokens.shape[0], -1)
 
 
 def position_ids_from_mask(attention_mask: Tensor) -> Tensor:

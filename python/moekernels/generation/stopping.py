@@ -82,7 +82,13 @@ class StopStringCriteria(StoppingCriteria):
 
     def _found(self, ids: list[int]) -> bool:
         text, before = self.tokenizer.decode(ids), self.tokenizer.decode(ids[:-1])
-        return any(text.count(string) > before.count(string) for string in self.stop_strings)
+        # What is new ends after what both have in common; part of it may have been there before, as of "\n\n".
+        common = len(before)
+        if not text.startswith(before):
+            common = next(
+                (i for i, pair in enumerate(zip(text, before, strict=False)) if pair[0] != pair[1]), len(text)
+            )
+        return any(text.find(string, max(common - len(string) + 1, 0)) >= 0 for string in self.stop_strings)
 
     def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: Any) -> Tensor:
         tails = input_ids[:, -self._window :].tolist()

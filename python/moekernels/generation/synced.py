@@ -42,7 +42,8 @@ class SyncedStep:
 
 
 def is_synced(synced_gpus: bool | None, model: Any) -> bool:
-    """What `synced_gpus` means for a model: None is True for one that FSDP spreads over several processes.
+    """What `synced_gpus` means for a model: None is True for one that FSDP spreads over several processes, or whose
+    tokens visit experts of other processes.
 
     Raises:
         ValueError: it is True, but there is no process group.
@@ -52,7 +53,13 @@ def is_synced(synced_gpus: bool | None, model: Any) -> bool:
         raise ValueError("generate: synced_gpus=True needs torch.distributed.init_process_group")
     if synced_gpus is False or not available or dist.get_world_size() == 1:
         return False
-    return bool(synced_gpus) or _uses_fsdp(model)
+    return bool(synced_gpus) or _uses_fsdp(model) or _sends_tokens(model)
+
+
+def _sends_tokens(model: Any) -> bool:
+    if not isinstance(model, torch.nn.Module):
+        return False
+    return any(getattr(getattr(m, "dispatcher", None), "splits_batch", False) for m in model.modules())
 
 
 def _uses_fsdp(model: Any) -> bool:

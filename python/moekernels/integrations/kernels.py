@@ -20,6 +20,7 @@ import json
 import os
 from pathlib import Path
 
+from moekernels._files import write_file
 from moekernels._version import __version__
 
 LAYER_NAME = "MoekernelsExperts"
@@ -82,5 +83,5 @@ def write_repository(directory: str | os.PathLike[str]) -> Path:
         raise FileExistsError(f"write_repository: {root} holds other files, {others[0]} among them")
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_file(path, text)
     return root

@@ -1,5 +1,6 @@
 """The models, and the classes that find them by name."""
 
+from moekernels._devices import infer_device
 from moekernels.models.auto import (
     AutoConfig,
     AutoModel,
@@ -24,8 +25,7 @@ from moekernels.models.phimoe import (
     PhimoeForSequenceClassification,
     PhimoeModel,
 )
-from moekernels.models.placement import infer_device
-from moekernels.models.quantization import BitsAndBytesConfig
+from moekernels.models.quantization import BitsAndBytesConfig, QuantizationConfig
 from moekernels.models.switch_transformers import (
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
@@ -59,6 +59,7 @@ __all__ = [
     "PhimoeModel",
     "PreTrainedModel",
     "PretrainedConfig",
+    "QuantizationConfig",
     "SwitchTransformersConfig",
     "SwitchTransformersEncoderModel",
     "SwitchTransformersForConditionalGeneration",

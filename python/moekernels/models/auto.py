@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from moekernels.checkpoint import CheckpointError, read_json, take_hub_options
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.configuration import PretrainedConfig, config_path
+from moekernels.models.gguf import gguf_config, open_gguf
 from moekernels.models.m2m_100 import M2M100Config, M2M100ForConditionalGeneration, M2M100Model
 from moekernels.models.nllb_moe import NllbMoeConfig, NllbMoeForConditionalGeneration, NllbMoeModel
 from moekernels.models.olmoe import OlmoeConfig, OlmoeForCausalLM, OlmoeModel
@@ -58,6 +59,15 @@ def _architecture(model_type: Any) -> Architecture | None:
     return by_spelling.get(str(model_type).replace("-", "_"))
 
 
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model that a configuration is of: the one it names, or else the one that generates."""
+    found = ARCHITECTURES[type(config).model_type]
+    classes = [made for made in found[1:] if isinstance(made, type)]
+    named = {made.__name__: made for made in classes}
+    chosen = next((named[name] for name in config.architectures or () if name in named), None)
+    return chosen or found.causal_lm or found.seq2seq_lm or found.base
+
+
 def _known() -> str:
     return ", ".join(repr(name) for name in ARCHITECTURES)
 
@@ -69,9 +79,15 @@ class AutoConfig:
     def from_pretrained(directory: str | os.PathLike[str], **kwargs: Any) -> PretrainedConfig:
         """Read ``config.json``; see :meth:`PretrainedConfig.from_pretrained`.
 
+        With `gguf_file`, the name of a file in `directory`, see :func:`moekernels.models.gguf.gguf_config`.
+
         Raises:
             CheckpointError: there is none, it cannot be used, or the architecture is not known.
         """
+        gguf_file = kwargs.pop("gguf_file", None)
+        if gguf_file is not None:
+            reader = open_gguf(directory, gguf_file, take_hub_options(kwargs))
+            return gguf_config(reader, ARCHITECTURES[reader.architecture].config)
         path = config_path(directory, **take_hub_options(dict(kwargs)))
         model_type = read_json(path).get("model_type")
         found = _architecture(model_type)
@@ -124,7 +140,8 @@ class _AutoModel:
             source = directory if config is None else config
             if source is None:
                 raise ValueError(f"{cls.__name__}.from_pretrained: without a checkpoint there must be a config")
-            config = AutoConfig.from_pretrained(source, **take_hub_options(dict(kwargs)))
+            file = {"gguf_file": kwargs["gguf_file"]} if kwargs.get("gguf_file") and config is None else {}
+            config = AutoConfig.from_pretrained(source, **file, **take_hub_options(dict(kwargs)))
         return cls._class_for(config).from_pretrained(directory, config=config, **kwargs)
 
 

@@ -1,56 +1,73 @@
-"""What all models share: creation, loading and saving, placement, the choice of attention."""
+"""What all models share: creation, loading, placement, the choice of attention."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moekernels._devices import Device
 from moekernels.checkpoint import (
     KEY_MAPS,
-    OBSOLETE_WEIGHTS,
     CheckpointError,
     HubOptions,
-    KeyMap,
-    checkpoint_tensors,
+    Packing,
+    Reader,
+    check_sizes,
     load_checkpoint,
-    replace_files,
     resolve,
     resolve_weights,
     take_hub_options,
-    write_weights,
 )
 from moekernels.checkpoint.hub import GENERATION_CONFIG_FILES
+from moekernels.checkpoint.quantized import check_method
+from moekernels.expert_memory import (
+    ExpertMemory,
+    find_experts,
+    is_streamed,
+    parse_expert_memory,
+    stream_experts,
+)
 from moekernels.generation import GenerationConfig, GenerationMixin
 from moekernels.models.configuration import PretrainedConfig, parse_dtype
 from moekernels.models.embeddings import TokenEmbeddingsMixin
+from moekernels.models.gguf import gguf_config, open_gguf
 from moekernels.models.gradient_checkpointing import GradientCheckpointingMixin
 from moekernels.models.loading import (
     WITHOUT_EFFECT,
+    held_experts,
     initialise,
+    on_every_rank,
     open_weights,
     overridden,
     stored_dtype,
     warn_of_new_weights,
 )
 from moekernels.models.outputs import ModelOutput
-from moekernels.models.parameters import ParametersMixin
-from moekernels.models.placement import Device, DeviceMap, Unit, follow, plan_placement, units
-from moekernels.models.quantization import BitsAndBytesConfig, requested_bits, warn_of_whole_weights
+from moekernels.models.placement import DeviceMap, Placement, Unit, follow, plan_placement, units
+from moekernels.models.quantization import AnyConfig, requested, stored_compute_dtype
+from moekernels.models.quantized import packing_of, stored_size
+from moekernels.models.saving import GENERATION_CONFIG, SavingMixin
 from moekernels.nn import GroupedExperts, RMSNorm, TopKRouter
 from moekernels.nn.attention import FLASH_ATTENTION, require_flash_attention
+from moekernels.nn.batch import LOCAL, Batch
+from moekernels.quantization import Format
 
-_GENERATION_CONFIG = "generation_config.json"
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+#: What a decoder may begin with, which the embedding has to have.
+_FIRST_TOKENS = ("decoder_start_token_id", "bos_token_id")
 
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointingMixin):
+class PreTrainedModel(TokenEmbeddingsMixin, SavingMixin, GradientCheckpointingMixin):
     """The base of all models.
 
     A subclass sets the class attributes, builds its modules in ``__init__`` and ends that with :meth:`post_init`.
@@ -62,6 +79,11 @@ class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointi
     attention_implementations: ClassVar[tuple[str, ...]] = ("sdpa", "eager", FLASH_ATTENTION)
     #: Parts of the names of parameters that a checkpoint may lack: heads that training starts from scratch.
     new_heads: ClassVar[tuple[str, ...]] = ()
+    #: What auxiliary losses are counted over.
+    batch: Batch = LOCAL
+    #: For a model card: see :meth:`add_model_tags`.
+    model_tags: Sequence[str] = ()
+    _given_device_map: dict[str, Any] | None = None
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
@@ -145,6 +167,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointi
             return cls(config)
 
     @classmethod
+    @on_every_rank
     def from_pretrained(
         cls: type[_Model],
         directory: str | os.PathLike[str] | None,
@@ -162,16 +185,19 @@ class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointi
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         generation_config: GenerationConfig | None = None,
-        quantization_config: BitsAndBytesConfig | dict[str, Any] | None = None,
+        quantization_config: AnyConfig | dict[str, Any] | None = None,
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
+        gguf_file: str | None = None,
+        mesh: DeviceMesh | None = None,
+        expert_memory: ExpertMemory | None = None,
         progress: bool | None = None,
         **kwargs: Any,
     ) -> _Model:
         """Load a model in evaluation mode from a checkpoint directory, or by its name on the Hugging Face Hub.
 
-        The weights are read shard by shard from memory-mapped files, each straight to its final place. Nothing of a
-        checkpoint is executed.
+        The weights are read shard by shard from memory-mapped files, each straight to its final place, and quantised on
+        the way if they are to be. Nothing of a checkpoint is executed.
 
         Args:
             directory: holds ``config.json`` and safetensors or PyTorch weights, sharded or not; or the name of a
@@ -191,7 +217,19 @@ class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointi
                 that is an error.
             output_loading_info: also return a dictionary of the names that were missing, left out or mismatched.
             generation_config: used instead of ``generation_config.json``.
-            quantization_config, load_in_8bit, load_in_4bit: accepted, but weights are not quantised; a warning says so.
+            quantization_config: how to quantise weights: a :class:`BitsAndBytesConfig`, a :class:`QuantizationConfig`,
+                or the fields of one in a dictionary, such as ``{"format": "int4", "group_size": 32}``. The weights of
+                Linears and experts are quantised; embeddings, routers and norms never, and the head only if its
+                `skip_modules` leaves it out. A checkpoint that is quantised already is loaded as it is.
+            load_in_8bit, load_in_4bit: short for a :class:`BitsAndBytesConfig` with that field.
+            gguf_file: the name of a GGUF file of OLMoE or PhiMoE in `directory`, whose weights stay packed; without a
+                ``config.json`` beside it its metadata is the configuration. Needs ``moekernels[gguf]``.
+            mesh: a mesh of one dimension whose ranks hold the experts together: each reads its own, and everything
+                else, see :func:`moekernels.distributed.expert_parallel`, of which `dispatch`, `sums` and
+                `rows_per_rank` are options here too.
+            expert_memory: bytes that experts may take in memory, as a number, a string such as "8GiB", or "auto", what
+                the machine has free. They stay in the files and are read when tokens are routed to them;
+                `model.expert_cache.stats()` says how that goes. For inference, with everything on one device.
             progress: show a progress bar; None does so on a terminal.
             **kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download` and `subfolder` for
                 :func:`moekernels.checkpoint.resolve`; fields of the configuration to override; and arguments of
@@ -204,42 +242,111 @@ class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointi
         """
         hub = take_hub_options(kwargs)
         fields = {name: value for name, value in kwargs.items() if name not in WITHOUT_EFFECT}
+        gguf = None if gguf_file is None else open_gguf(directory, gguf_file, hub)
+        if config is None and gguf is not None:
+            config = gguf_config(gguf, cls.config_class)
         config = overridden(cls._config_from(directory if config is None else config, hub), fields)
         asked = parse_dtype(dtype if torch_dtype is None else torch_dtype) or config.dtype
-        bits = requested_bits(config, quantization_config, load_in_8bit, load_in_4bit)
+        wanted = requested(config, quantization_config, load_in_8bit, load_in_4bit)
+        stored_quantization = getattr(config, "quantization_config", None)
+        if stored_quantization:
+            check_method(stored_quantization, config.name_or_path or "the checkpoint")
         if device is not None and device_map is not None:
             raise ValueError("from_pretrained: pass device or device_map, not both")
-        # Whatever can be wrong without the weights is said before they are fetched.
-        model = cls._build(config, attn_implementation, "meta")
-        parts = model._units(asked or torch.float32)
-        placement = plan_placement(parts, device if device_map is None else device_map, max_memory)
+        key_map = KEY_MAPS[cls.config_class.model_type] if gguf is None else gguf.key_map
+        if mesh is not None:
+            if device_map is not None:
+                raise ValueError("from_pretrained: pass mesh or device_map, not both")
+            if expert_memory is not None:
+                raise ValueError("from_pretrained: pass mesh or expert_memory, not both")
+            if wanted is not None or stored_quantization or gguf is not None:
+                raise ValueError("from_pretrained: mesh is for weights that are not quantised")
+            device = mesh.device_type if device is None else device
+        if expert_memory is not None:
+            parse_expert_memory(expert_memory)
+            if wanted is not None or gguf is not None:
+                raise ValueError(
+                    "from_pretrained: experts are not quantised as they are read (expert_memory); quantise the "
+                    "checkpoint first, with moekernels quantize"
+                )
 
-        local = None if directory is None else _local(directory, use_safetensors, variant, state_dict, hub)
-        reader = open_weights(local, state_dict, use_safetensors, variant)
+        def opened() -> tuple[Path | None, Reader]:
+            if gguf is not None:
+                check_sizes(config, gguf, key_map, ignore_mismatched_sizes)
+                return gguf.directory.parent, gguf
+            local = None if directory is None else _local(directory, use_safetensors, variant, state_dict, hub)
+            reader = open_weights(local, state_dict, use_safetensors, variant, stored_quantization)
+            check_sizes(config, reader, key_map, ignore_mismatched_sizes)
+            return local, reader
+
+        # What is here is looked at before a model is built; what is not, fetched when nothing else can be wrong.
+        is_here = state_dict is not None or (directory is not None and Path(directory).exists())
+        weights = opened() if is_here else None
+        model = cls._build(config, attn_implementation, "meta")
+        if gguf is None:
+            key_map = model.key_map  # a part of a model leaves out what the rest of it has
+
+        def placed() -> tuple[Packing, Placement]:
+            found = None if wanted is None else wanted.quantization()
+            packing = packing_of(model, model.key_map, found, stored_compute_dtype(stored_quantization))
+            parts = model._units(asked or torch.float32, packing.format)
+            return packing, plan_placement(parts, device if device_map is None else device_map, max_memory)
+
+        packing, placement = placed()
+        local, reader = weights or opened()
+        if model._fit({key_map.canonical(name) for name in reader.tensors}):
+            packing, placement = placed()
         final = asked or stored_dtype(reader)
-        warn_of_whole_weights(bits, final)
+        experts = None if expert_memory is None else find_experts(model, reader, model.key_map, placement.is_split)
         report = load_checkpoint(
             model,
             reader,
-            model.key_map,
+            key_map,
             dtype=final,
             device=placement.device_of,
             keep_float32=model._keeps_float32,
             may_be_absent=lambda name: any(part in name for part in cls.new_heads),
+            left_out=(lambda name: False) if expert_memory is None else is_streamed(model),
             ignore_mismatched=ignore_mismatched_sizes,
+            packing=packing,
+            held=held_experts(model, mesh),
             progress=progress,
         )
         initialise(model, [*report.absent, *(name for name, *_ in report.mismatched)], model._init_weights)
         warn_of_new_weights(cls.__name__, report.absent, report.mismatched)
         if placement.is_split:
             follow(model, _CONTAINERS, placement)
+        if experts is not None and expert_memory is not None:
+            model.expert_cache = stream_experts(
+                model,
+                experts,
+                report.left_out,
+                expert_memory,
+                dtype_of=lambda name: torch.float32 if model._keeps_float32(name) else final,
+                compute_dtype=packing.compute_dtype,
+                device=placement.device_of(""),
+            )
         model.config.dtype = final
+        if wanted is not None:
+            model.config.quantization_config = wanted.to_dict()
         if isinstance(model, GenerationMixin):
-            model.generation_config = generation_config or _stored_generation_config(local) or model.generation_config
+            stored = _stored_generation_config(local, model.config)
+            model.generation_config = generation_config or stored or model.generation_config
         model.eval()
         if output_loading_info:
             return model, report.as_loading_info()  # type: ignore[return-value]
         return model
+
+    def _fit(self, names: Collection[str]) -> bool:
+        """Changes the modules of a model without memory to those that a checkpoint has weights for.
+
+        Args:
+            names: of the checkpoint's tensors, without the base model's prefix.
+
+        Returns:
+            Whether there was anything to change.
+        """
+        return False
 
     @classmethod
     def _config_from(
@@ -251,80 +358,35 @@ class PreTrainedModel(TokenEmbeddingsMixin, ParametersMixin, GradientCheckpointi
             return source
         return cls.config_class.from_pretrained(source, **hub)
 
-    # Saving.
-
-    def save_pretrained(
-        self,
-        directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        *,
-        max_shard_size: int | str = "5GB",
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write configuration and weights, as safetensors in the layout of the hub, which transformers reads.
-
-        All files take their place together once they are on disk; until then a checkpoint that is already there stays.
-
-        Args:
-            directory: created if need be; other files in it stay.
-            is_main_process: False writes nothing; of many processes that hold the same model, one is to write.
-            state_dict: weights to write instead of the model's own, under the names the model has for them (such as
-                those gathered from many processes).
-            max_shard_size: bytes, or a string such as "5GB".
-            safe_serialization: True. Pickles are read, but not written.
-
-        Raises:
-            ValueError: `safe_serialization` is False, or `state_dict` lacks a weight of the model.
-        """
-        if not safe_serialization:
-            raise ValueError(
-                "save_pretrained: safe_serialization must be True, as weights are only written as safetensors"
-            )
-        own = [name for name, _ in self.named_parameters()]
-        weights = dict(self.named_parameters()) if state_dict is None else state_dict
-        missing = [name for name in own if name not in weights]
-        if missing:
-            raise ValueError(f"save_pretrained: state_dict lacks {', '.join(missing[:8])}")
-        if not is_main_process:
-            return
-        self.config.architectures = [type(self).__name__]
-        self.config.dtype = self.dtype
-        tensors = checkpoint_tensors({name: weights[name] for name in own}, self.key_map)
-        with replace_files(directory, OBSOLETE_WEIGHTS) as stage:
-            write_weights(stage, tensors, max_shard_size)
-            if self.generation_config is not None:
-                self.generation_config.save_pretrained(stage)
-            self.config.save_pretrained(stage)
-
-    @property
-    def key_map(self) -> KeyMap:
-        """How checkpoints name the weights of this architecture."""
-        return KEY_MAPS[type(self.config).model_type]
-
     # Where the weights are.
 
-    def _units(self, dtype: torch.dtype) -> list[Unit]:
-        """The parts that lie on one device each, with their size in a dtype."""
+    def _units(self, dtype: torch.dtype, format: Callable[[str], Format | None] = lambda name: None) -> list[Unit]:
+        """The parts that lie on one device each, with their size in a dtype, or in the format that a name gets."""
 
         def size(name: str, parameter: Tensor) -> int:
-            return parameter.numel() * (torch.float32 if self._keeps_float32(name) else dtype).itemsize
+            return stored_size(parameter, format(name), torch.float32 if self._keeps_float32(name) else dtype)
 
         return units(self, _CONTAINERS, size)
 
     @property
-    def hf_device_map(self) -> dict[str, torch.device]:
-        """The parts of the model and where they are; those without weights are where their inputs are."""
+    def hf_device_map(self) -> dict[str, Any]:
+        """The parts of the model and where they are; those without weights are where their inputs are. What accelerate
+        has set, if it places the weights."""
+        if self._given_device_map is not None:
+            return self._given_device_map
         modules = {unit.names[0]: self.get_submodule(unit.names[0]) for unit in self._units(self.dtype)}
         weights = {name: next(module.parameters(), None) for name, module in modules.items()}
         return {name: weight.device for name, weight in weights.items() if weight is not None}
 
+    @hf_device_map.setter
+    def hf_device_map(self, device_map: dict[str, Any]) -> None:
+        self._given_device_map = device_map
+
     # About the model.
 
-    @property
-    def name_or_path(self) -> str:
-        """Where the model was loaded from, as it was called then."""
-        return self.config.name_or_path
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """Remember tags for a model card, in `model_tags`; TRL's trainers call it."""
+        self.model_tags = list(dict.fromkeys([*self.model_tags, *([tags] if isinstance(tags, str) else tags)]))
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -380,10 +442,15 @@ def _local(
     return resolve_weights(directory, use_safetensors, variant, **hub)
 
 
-def _stored_generation_config(directory: Path | None) -> GenerationConfig | None:
-    if directory is None or not (directory / _GENERATION_CONFIG).is_file():
+def _stored_generation_config(directory: Path | None, config: Any) -> GenerationConfig | None:
+    if directory is None or not (directory / GENERATION_CONFIG).is_file():
         return None
-    try:
-        return GenerationConfig.from_pretrained(directory)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    found = GenerationConfig.from_pretrained(directory)
+    for name in _FIRST_TOKENS:
+        value = getattr(found, name)
+        if isinstance(value, int | float) and not 0 <= value < config.vocab_size:
+            raise CheckpointError(
+                f"{directory / GENERATION_CONFIG}: {name} must be a token id below vocab_size = {config.vocab_size}, "
+                f"got {value!r}"
+            )
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
+from moekernels._files import write_file
 from moekernels.checkpoint import CheckpointError, HubOptions, read_json, replace_files, resolve, take_hub_options
 from moekernels.checkpoint.hub import CONFIG_FILES
+from moekernels.models.fields import Check, Field, documentation, signature
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,15 +44,18 @@ _COMMON: dict[str, Any] = {
     "transformers_version": None,
     "use_cache": True,
 }
+# More than any model has.
+_MAX_LABELS, _MAX_WEIGHTS = 2**20, 2**40
 _NOT_WRITTEN = ("name_or_path", "_name_or_path", "_attn_implementation")
 
 
 class PretrainedConfig:
     """A model's hyperparameters, read from and written to ``config.json``.
 
-    Every keyword is an attribute; keywords the class does not know are kept and written back. `num_labels` fills
-    `id2label` and `label2id`. The dtype goes by both of its names, ``dtype`` and ``torch_dtype``, and the rotary
-    parameters by ``rope_theta`` with ``rope_scaling`` or by ``rope_parameters``.
+    A subclass lists its fields in its body (:mod:`moekernels.models.fields`). Every keyword is an attribute; keywords
+    the class does not know are kept and written back. `num_labels` fills `id2label` and `label2id`. The dtype goes by
+    both of its names, ``dtype`` and ``torch_dtype``, and the rotary parameters by ``rope_theta`` with ``rope_scaling``
+    or by ``rope_parameters``.
 
     Raises:
         ValueError: a field has a value that no model could be built from; the message names it.
@@ -58,6 +64,20 @@ class PretrainedConfig:
     model_type: ClassVar[str] = ""
     #: Other names of fields: alias -> field.
     attribute_map: ClassVar[dict[str, str]] = {}
+    _fields: ClassVar[dict[str, Field]] = {}
+    _annotations: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = {name: value for name, value in cls.__dict__.items() if isinstance(value, Field)}
+        for name in own:
+            delattr(cls, name)
+        # One that is listed again takes its new place.
+        cls._fields = {**{name: field for name, field in cls._fields.items() if name not in own}, **own}
+        cls._annotations = {**cls._annotations, **inspect.get_annotations(cls)}
+        if "__init__" not in cls.__dict__:
+            cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+            cls.__doc__ = documentation(cls.__doc__ or "", cls._fields)
 
     def __init__(self, **kwargs: Any) -> None:
         dtype = kwargs.pop("dtype", None)
@@ -71,12 +91,20 @@ class PretrainedConfig:
         for name, default in _COMMON.items():
             if name not in self.__dict__:
                 setattr(self, name, kwargs.pop(name, default))
-        for name, value in kwargs.items():
+        # The dictionary comes before what may be an entry of it.
+        for name, value in sorted(kwargs.items(), key=lambda item: item[0] != "rope_parameters"):
+            if name.startswith("__") or callable(getattr(type(self), name, None)):
+                raise ValueError(f"{type(self).__name__}: {name!r} cannot be a field, it is a method")
             setattr(self, name, value)
         self.validate()
 
+    def _complete(self, others: dict[str, Any]) -> None:
+        """Sets fields that follow from others, before the keywords `others`, which are no fields, are set."""
+
     def validate(self) -> None:
         """Raise ValueError for a value that no model could be built from."""
+        for name, field in type(self)._fields.items():
+            self._check(name, *field.checks)
 
     # Names a field also goes by.
 
@@ -108,6 +136,8 @@ class PretrainedConfig:
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_LABELS:
+            raise ValueError(f"{type(self).__name__}: num_labels must be a number up to {_MAX_LABELS}, got {value!r}")
         self.id2label = {index: f"LABEL_{index}" for index in range(value)}
         self.label2id = {label: index for index, label in self.id2label.items()}
 
@@ -151,13 +181,13 @@ class PretrainedConfig:
             raise CheckpointError(f"{path}: model_type must be {cls.model_type!r} for {cls.__name__}, got {found!r}")
         try:
             return cls.from_dict(values, **{"name_or_path": os.fspath(directory), **kwargs})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
     @classmethod
     def from_json_file(cls: type[_Config], json_file: str | os.PathLike[str]) -> _Config:
-        """The configuration in a JSON file."""
-        return cls.from_dict(read_json(Path(json_file)))
+        """The configuration in a JSON file. Raises as :meth:`from_pretrained` does."""
+        return cls.from_pretrained(json_file)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``config.json`` into `directory`, which is created if need be."""
@@ -166,7 +196,7 @@ class PretrainedConfig:
 
     def to_json_file(self, json_file: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write :meth:`to_json_string` to a file."""
-        Path(json_file).write_text(self.to_json_string(use_diff), encoding="utf-8")
+        write_file(json_file, self.to_json_string(use_diff))
 
     def update(self, fields: dict[str, Any]) -> None:
         """Set several fields.
@@ -196,10 +226,9 @@ class PretrainedConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """:meth:`to_dict` without the common fields that have their default."""
         values = self.to_dict()
-        own = inspect.signature(type(self).__init__).parameters
         for name, default in {**_COMMON, "torch_dtype": None}.items():
             # A class may have its own default.
-            if values[name] == default and name not in own:
+            if values[name] == default and name not in type(self)._fields:
                 del values[name]
         if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
             del values["id2label"], values["label2id"]
@@ -236,32 +265,40 @@ class PretrainedConfig:
 
     # Checks for subclasses.
 
-    def _check(self, name: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
+    def _check(self, name: str, *checks: Check) -> None:
         value = getattr(self, name)
-        if not is_valid(value):
-            raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
+        for check in checks:
+            expected = check(value, self)
+            if expected is not None:
+                raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
 
-    def _check_one_of(self, name: str, *choices: str) -> None:
-        self._check(name, f"one of {', '.join(choices)}", lambda v: v in choices)
+    def _check_weights(self, *names: str) -> None:
+        """The sizes of one tensor; checked one by one before."""
+        sizes = {name: getattr(self, name) for name in names}
+        if math.prod(sizes.values()) > _MAX_WEIGHTS:
+            listed = " * ".join(f"{name} ({size})" for name, size in sizes.items())
+            raise ValueError(f"{type(self).__name__}: {listed} must be at most {_MAX_WEIGHTS}, the weights of a tensor")
 
-    def _check_counts(self, *names: str) -> None:
-        for name in names:
-            self._check(name, "a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0)
 
-    def _check_numbers(self, *names: str, low: float = 0.0, high: float = float("inf")) -> None:
-        for name in names:
-            self._check(
-                name, f"a number from {low} to {high}", lambda v: isinstance(v, int | float) and low <= v <= high
-            )
+def _constructor(cls: type[PretrainedConfig]) -> Callable[..., None]:
+    """The ``__init__`` that takes the fields of a class."""
+    fields, expected = cls._fields, signature(cls._fields, cls._annotations)
 
-    def _check_token_ids(self, *names: str) -> None:
-        size = self.vocab_size
-        for name in names:
-            self._check(
-                name,
-                f"a token id below vocab_size = {size}, or None",
-                lambda v: v is None or (isinstance(v, int) and -size <= v < size),
-            )
+    def __init__(self: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        given = expected.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        others = given.arguments["kwargs"]
+        for name in fields:
+            setattr(self, name, given.arguments[name])
+        for name, field in fields.items():
+            if field.like is not None and getattr(self, name) is None:
+                setattr(self, name, getattr(self, field.like))
+        self._complete(others)
+        PretrainedConfig.__init__(self, **others)
+
+    __init__.__signature__ = expected  # type: ignore[attr-defined]
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    return __init__
 
 
 def config_path(directory: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Path:

@@ -11,27 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from moekernels.generation import GenerationMixin
+from moekernels.models.arguments import with_arguments_of
 from moekernels.models.base import PreTrainedModel
-from moekernels.models.losses import causal_lm_loss, load_balancing_loss
+from moekernels.models.context import LayerContext, Recorder
+from moekernels.models.losses import causal_lm_loss, load_balancing_loss, share_of_batch
 from moekernels.models.options import (
     attention_implementation,
     exactly_one,
     kept_for_logits,
     new_positions,
     optional_outputs,
+    refuse_unknown,
     resolve_cache,
 )
 from moekernels.models.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from moekernels.nn import Cache, DynamicCache, RotaryEmbedding, causal_mask
 from moekernels.nn.attention import FLASH_ATTENTION
+from moekernels.nn.linear import project
 
 
 class SparseDecoder(PreTrainedModel):
     """A decoder without a head: tokens to hidden states.
 
-    A subclass makes the four modules. A layer is called with the hidden states ``[B, S, H]``, cosines and sines, mask,
-    name of the attention function, cache and cache positions, and returns hidden states, attention probabilities or
-    None, and router logits ``[B * S, E]``.
+    A subclass makes the four modules. A layer maps hidden states ``[B, S, H]`` and a :class:`LayerContext` to a
+    :class:`LayerOutput`.
     """
 
     embed_tokens: nn.Embedding
@@ -81,7 +84,9 @@ class SparseDecoder(PreTrainedModel):
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` is given, `past_key_values` is no cache, or
                 `attention_mask` does not fit.
+            TypeError: there is no such keyword (`token_type_ids` is passed over).
         """
+        refuse_unknown(self, kwargs)
         config = self.config
         wanted = optional_outputs(config, output_attentions, output_hidden_states, output_router_logits)
         batch_size, num_tokens = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds).shape[:2]
@@ -105,30 +110,17 @@ class SparseDecoder(PreTrainedModel):
             explicit=implementation == "eager",
             deferred=implementation == FLASH_ATTENTION,
         )
-        rotary = self._rotary(position_ids, cache_position, hidden.dtype)
-
-        hidden_states: tuple[Tensor, ...] = ()
-        attentions: tuple[Tensor, ...] = ()
-        router_logits: tuple[Tensor, ...] = ()
-        for layer in self.layers:
-            if wanted.hidden_states:
-                hidden_states += (hidden,)
-            hidden, probs, logits = self._call_layer(layer, hidden, rotary, mask, implementation, cache, cache_position)
-            if wanted.attentions:
-                attentions += (probs,)
-            if wanted.router_logits:
-                router_logits += (logits,)
-        hidden = self.norm(hidden)
-        if wanted.hidden_states:
-            hidden_states += (hidden,)
-
-        output = MoeModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=hidden_states if wanted.hidden_states else None,
-            attentions=attentions if wanted.attentions else None,
-            router_logits=router_logits if wanted.router_logits else None,
+        context = LayerContext(
+            implementation,
+            mask,
+            rotary=self._rotary(position_ids, cache_position, hidden.dtype),
+            cache=cache,
+            cache_position=cache_position,
         )
+        record = Recorder(wanted)
+        for layer in self._checkpointed(self.layers):
+            hidden = record(hidden, layer(hidden, context))
+        output = MoeModelOutputWithPast(past_key_values=cache, **record.fields(self.norm(hidden)))
         return self._returned(output, return_dict)
 
 
@@ -141,22 +133,18 @@ class SparseDecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
     model: SparseDecoder
     lm_head: nn.Linear
 
+    @with_arguments_of(SparseDecoder.forward, labels="use_cache")
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        **inputs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model. What is not listed here is as in :meth:`SparseDecoder.forward`.
 
@@ -164,36 +152,28 @@ class SparseDecoderForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignor
             labels: ``[B, S]``, the tokens themselves (they are shifted here), -100 where nothing is to be learnt.
             output_router_logits: also return the load-balancing loss, and add it to the loss.
             logits_to_keep: compute logits for that many last positions, or for the positions in a tensor; 0 is all.
-            **kwargs: `num_items_in_batch` and `shift_labels` of :func:`causal_lm_loss`; others have no effect.
+            num_items_in_batch: labels in all parts of a batch whose gradients are accumulated: the loss is divided by
+                it, and the load-balancing loss counts for the share of the labels that are here.
+            shift_labels: ``[B, S]``, labels that are already one ahead, instead of `labels`.
         """
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            output_router_logits=output_router_logits,
-            return_dict=True,
-            cache_position=cache_position,
+            attention_mask=attention_mask, output_router_logits=output_router_logits, return_dict=True, **inputs
         )
-        logits = self.lm_head(kept_for_logits(outputs.last_hidden_state, logits_to_keep))
+        logits = project(self.lm_head, kept_for_logits(outputs.last_hidden_state, logits_to_keep))
 
         loss = aux_loss = None
-        shift_labels = kwargs.get("shift_labels")
         if labels is not None or shift_labels is not None:
-            loss = causal_lm_loss(
-                logits, labels, num_items_in_batch=kwargs.get("num_items_in_batch"), shift_labels=shift_labels
-            )
+            loss = causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels)
         if output_router_logits:
-            aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, attention_mask)
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, config.num_experts_per_tok, attention_mask, self.batch
+            )
             if loss is not None:
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+                share = share_of_batch(labels if shift_labels is None else shift_labels, num_items_in_batch)
+                loss = loss + config.router_aux_loss_coef * share * aux_loss.to(loss.device)
 
         output = MoeCausalLMOutputWithPast(
             loss=loss,

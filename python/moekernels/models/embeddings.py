@@ -24,6 +24,10 @@ class TokenEmbeddingsMixin(nn.Module):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.base_model.embed_tokens = value
 
+    def _embeddings(self) -> list[nn.Embedding]:
+        """The embeddings of tokens, the input embedding first: several where encoder and decoder have their own."""
+        return [self.get_input_embeddings()]
+
     @property
     def base_model(self) -> Any:
         """The model without its head."""
@@ -84,10 +88,11 @@ class TokenEmbeddingsMixin(nn.Module):
         if size == old.num_embeddings:
             return old
         fill = _fill_with_mean if mean_resizing else self._fill_with_noise
-        padding_idx = old.padding_idx if old.padding_idx is not None and old.padding_idx < size else None
-        new = nn.Embedding(size, old.embedding_dim, padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-        new.weight = _resized(old.weight, size, fill)
-        self.set_input_embeddings(new)
+        for embeddings in self._embeddings():
+            embeddings.weight = _resized(embeddings.weight, size, fill)
+            embeddings.num_embeddings = size
+            if embeddings.padding_idx is not None and embeddings.padding_idx >= size:
+                embeddings.padding_idx = None
         head = self.get_output_embeddings()
         if head is not None and not self.config.tie_word_embeddings:
             head.weight = _resized(head.weight, size, fill)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class GradientCheckpointingMixin(nn.Module):
-    """The switch. A model's `forward` calls its layers by `_call_layer`."""
+    """The switch. A model's `forward` takes its layers from `_checkpointed`."""
 
     supports_gradient_checkpointing: ClassVar[bool] = True
 
@@ -49,8 +49,9 @@ class GradientCheckpointingMixin(nn.Module):
         """Whether a pass recomputes its layers: the switch is on, and the model trains."""
         return self.gradient_checkpointing and self.training
 
-    def _call_layer(self, layer: nn.Module, *inputs: Any) -> Any:
-        return self._checkpoint_call(layer, *inputs) if self._is_checkpointed else layer(*inputs)
+    def _checkpointed(self, layers: nn.ModuleList) -> Iterable[Callable[..., Any]]:
+        """The layers as a pass calls them."""
+        return [partial(self._checkpoint_call, layer) for layer in layers] if self._is_checkpointed else layers
 
 
 def _with_all_tensors(layer: nn.Module, *inputs: Any, **options: Any) -> Any:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from moekernels.checkpoint import CheckpointReader, StateDictReader
+from moekernels.checkpoint import CheckpointReader, Reader, StateDictReader
+from moekernels.checkpoint.quantized import QuantizedReader, check_whole
 from moekernels.models.configuration import PretrainedConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 #: Keywords that change nothing here: no code of a checkpoint is ever run, and no weight is ever in memory twice.
 WITHOUT_EFFECT = frozenset(
@@ -51,16 +60,64 @@ def open_weights(
     state_dict: Mapping[str, Tensor] | None,
     use_safetensors: bool | None,
     variant: str | None,
-) -> CheckpointReader | StateDictReader:
-    """The weights in a directory, or those given instead."""
+    quantization_config: Mapping[str, Any] | None,
+) -> Reader:
+    """The weights in a directory, or those given instead; quantised ones are put together as a configuration says."""
+    reader: Reader
     if state_dict is not None:
-        return StateDictReader(state_dict)
-    if directory is None:
+        reader = StateDictReader(state_dict)
+        if any(info.format is not None for info in reader.tensors.values()):
+            return reader  # of a model in memory
+    elif directory is None:
         raise ValueError("from_pretrained: neither a checkpoint nor a state_dict is given")
-    return CheckpointReader(directory, use_safetensors, variant)
+    else:
+        reader = CheckpointReader(directory, use_safetensors, variant)
+    if quantization_config:
+        return QuantizedReader(reader, quantization_config)
+    check_whole(reader)
+    return reader
 
 
-def stored_dtype(reader: CheckpointReader | StateDictReader) -> torch.dtype:
+def on_every_rank(load: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A `from_pretrained` whose `mesh`, if there is one, divides the experts: all ranks load, or none does."""
+
+    @functools.wraps(load)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        mesh: Any = kwargs.get("mesh")
+        names = ("dispatch", "sums", "rows_per_rank")
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if mesh is None:
+            if options:
+                raise ValueError(f"from_pretrained: {', '.join(options)} without a mesh")
+            return load(*args, **kwargs)
+        from moekernels.distributed import expert_parallel, together
+
+        with together("from_pretrained", mesh.get_group()):
+            result: Any = load(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        expert_parallel(model, mesh, are_local=True, **options)
+        return result
+
+    return wrapped
+
+
+def held_by_ranks(model: nn.Module) -> bool:
+    """Whether processes hold parameters of the model together, as DTensors."""
+    # Without its module being there, none was made; importing it takes a second.
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(isinstance(p, tensors.DTensor) for p in model.parameters())
+
+
+def held_experts(model: nn.Module, mesh: DeviceMesh | None) -> dict[str, range]:
+    """The experts that this rank is to read, by the names of their stacks; nothing without a mesh."""
+    if mesh is None:
+        return {}
+    from moekernels.distributed import held_parameters
+
+    return held_parameters(model, mesh)
+
+
+def stored_dtype(reader: Reader) -> torch.dtype:
     """The dtype of the first floating-point weight."""
     for info in reader.tensors.values():
         if info.dtype is not None and info.dtype.is_floating_point:

@@ -5,11 +5,13 @@ Letters: B batch, S new tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekernels.nn import Cache
 
@@ -36,6 +38,24 @@ def optional_outputs(
         config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         config.output_router_logits if output_router_logits is None else output_router_logits,
     )
+
+
+#: What tokenizers return and no model here looks at; decoders of transformers take it likewise.
+_WITHOUT_EFFECT = frozenset(("token_type_ids",))
+
+
+def refuse_unknown(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Holds what is left of the keywords of a `forward` to what may be passed over: a mistyped mask is no mask.
+
+    Raises:
+        TypeError: a keyword is none of the model's.
+    """
+    for name in kwargs:
+        if name not in _WITHOUT_EFFECT:
+            known = [known for known in inspect.signature(type(model).forward).parameters if known != "self"]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}{hint}")
 
 
 def exactly_one(*, neither: str = "neither", **tensors: Tensor | None) -> Tensor:

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from moekernels.generation.state import DecodeState
+from moekernels.models.arguments import with_arguments_of
 from moekernels.models.base import PreTrainedModel
 from moekernels.models.configuration import PretrainedConfig
+from moekernels.models.context import LayerContext, LayerOutput
 from moekernels.models.decoder import SparseDecoder, SparseDecoderForCausalLM
+from moekernels.models.fields import activation, count, layers, must_be, number, setting, token
 from moekernels.models.losses import classification_loss, classification_problem
 from moekernels.models.outputs import SequenceClassifierOutputWithPast
 from moekernels.nn import (
     ATTENTION_FUNCTIONS,
-    AttentionMask,
-    Cache,
-    Linear,
     RotaryEmbedding,
     SparseMLP,
     apply_rotary,
 )
 from moekernels.nn.activations import op_activation
+from moekernels.nn.linear import project
 from moekernels.nn.rope import check_rope_scaling, rope_type
 
 _TOP_K = 2  # sparsemixer chooses two experts
@@ -35,106 +36,58 @@ _TOP_K = 2  # sparsemixer chooses two experts
 class PhimoeConfig(PretrainedConfig):
     """The configuration of PhiMoE; the defaults are close to Phi-3.5-MoE-instruct.
 
-    Args:
-        vocab_size: number of tokens.
-        hidden_size: H, the width of a token.
-        intermediate_size: inner width of one expert.
-        num_hidden_layers: number of layers.
-        num_attention_heads: heads of the queries.
-        num_key_value_heads: heads of keys and values; None for as many as queries have.
-        hidden_act: activation of the experts' gate.
-        max_position_embeddings: the longest sequence the model is made for.
-        initializer_range: standard deviation of new weights.
-        rms_norm_eps: added to the variance in the layer norms.
-        use_cache: return keys and values for decoding unless told otherwise.
-        pad_token_id, bos_token_id, eos_token_id: special tokens.
-        tie_word_embeddings: share the embedding with the head.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: None, or a dictionary of "type" (or "rope_type") "longrope" with `short_factor` and `long_factor`
-            (one number per pair of a head's dimensions), `short_mscale`, `long_mscale` and
-            `original_max_position_embeddings`, the length past which a batch takes the long ones.
-        sliding_window: how many tokens, itself included, a token attends to; None for all before it.
-        attention_dropout: dropout of attention probabilities in training.
-        num_experts_per_tok: experts that a token visits: 2.
-        num_local_experts: E.
-        output_router_logits: return the router's logits, and the load-balancing loss, unless told otherwise.
-        router_aux_loss_coef: weight of that loss in the total.
-        router_jitter_noise: half the relative width of what counts as a near-tie in the router, also in evaluation.
-        input_jitter_noise: in training the sparse layer's input is multiplied by random numbers this close to one.
-        attention_bias: give the attention's projections a bias.
-        lm_head_bias: give the head a bias.
-        original_max_position_embeddings: the entry of `rope_scaling`, where a file has it beside it.
-        **kwargs: the fields of :class:`PretrainedConfig`; others are kept.
+    `original_max_position_embeddings`, which some files have beside `rope_scaling`, is an entry of that.
     """
 
     model_type = "phimoe"
     attribute_map: ClassVar[dict[str, str]] = {"num_experts": "num_local_experts"}
 
-    def __init__(
-        self,
-        vocab_size: int = 32064,
-        hidden_size: int = 4096,
-        intermediate_size: int = 6400,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = 8,
-        hidden_act: str = "silu",
-        max_position_embeddings: int = 131072,
-        initializer_range: float = 0.02,
-        rms_norm_eps: float = 1e-5,
-        use_cache: bool = True,
-        pad_token_id: int | None = None,
-        bos_token_id: int | None = 1,
-        eos_token_id: int | list[int] | None = 2,
-        tie_word_embeddings: bool = False,
-        rope_theta: float = 1e6,
-        rope_scaling: dict[str, Any] | None = None,
-        sliding_window: int | None = None,
-        attention_dropout: float = 0.0,
-        num_experts_per_tok: int = 2,
-        num_local_experts: int = 16,
-        output_router_logits: bool = False,
-        router_aux_loss_coef: float = 0.001,
-        router_jitter_noise: float = 0.01,
-        input_jitter_noise: float = 0.0,
-        attention_bias: bool = False,
-        lm_head_bias: bool = False,
-        original_max_position_embeddings: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        self.rms_norm_eps = rms_norm_eps
-        self.use_cache = use_cache
-        self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
-        self.sliding_window = sliding_window
-        self.attention_dropout = attention_dropout
-        self.num_experts_per_tok = num_experts_per_tok
-        self.num_local_experts = num_local_experts
-        self.output_router_logits = output_router_logits
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_jitter_noise = router_jitter_noise
-        self.input_jitter_noise = input_jitter_noise
-        self.attention_bias = attention_bias
-        self.lm_head_bias = lm_head_bias
-        if original_max_position_embeddings is not None:
-            # Last, since `rope_parameters` may bring the dictionary it belongs to.
-            kwargs["original_max_position_embeddings"] = original_max_position_embeddings
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+    vocab_size: int = count(32064, "number of tokens")
+    hidden_size: int = count(4096, "H, the width of a token")
+    intermediate_size: int = count(6400, "inner width of one expert")
+    num_hidden_layers: int = layers(32, "number of layers")
+    num_attention_heads: int = count(32, "heads of the queries")
+    num_key_value_heads: int = count(
+        8, "heads of keys and values; None for as many as queries have", like="num_attention_heads"
+    )
+    hidden_act: str = activation("silu", "activation of the experts' gate")
+    max_position_embeddings: int = count(131072, "the longest sequence the model is made for")
+    initializer_range: float = number(0.02, "standard deviation of new weights")
+    rms_norm_eps: float = number(1e-5, "added to the variance in the layer norms")
+    use_cache: bool = setting(True, "return keys and values for decoding unless told otherwise")
+    pad_token_id: int | None = token(None, "the token that fills up shorter sequences")
+    bos_token_id: int | None = setting(1, "the token that sequences begin with")
+    eos_token_id: int | list[int] | None = setting(2, "the token, or tokens, that sequences end with")
+    tie_word_embeddings: bool = setting(False, "share the embedding with the head")
+    rope_theta: float = number(1e6, "base of the rotary frequencies")
+    rope_scaling: dict[str, Any] | None = setting(
+        None,
+        'None, or a dictionary of "type" (or "rope_type") "longrope" with `short_factor` and `long_factor` (one number '
+        "per pair of a head's dimensions), `short_mscale`, `long_mscale` and `original_max_position_embeddings`, the "
+        "length past which a batch takes the long ones",
+    )
+    sliding_window: int | None = count(
+        None, "how many tokens, itself included, a token attends to; None for all before it", optional=True
+    )
+    attention_dropout: float = number(0.0, "dropout of attention probabilities in training", high=1.0)
+    num_experts_per_tok: int = count(
+        _TOP_K,
+        f"experts that a token visits: {_TOP_K}",
+        must_be(f"{_TOP_K}, which is what sparsemixer chooses", lambda value: value == _TOP_K),
+    )
+    num_local_experts: int = count(16, "E", must_be(f"at least {_TOP_K}", lambda value: value >= _TOP_K))
+    output_router_logits: bool = setting(
+        False, "return the router's logits, and the load-balancing loss, unless told otherwise"
+    )
+    router_aux_loss_coef: float = number(0.001, "weight of that loss in the total")
+    router_jitter_noise: float = number(
+        0.01, "half the relative width of what counts as a near-tie in the router, also in evaluation"
+    )
+    input_jitter_noise: float = number(
+        0.0, "in training the sparse layer's input is multiplied by random numbers this close to one", high=1.0
+    )
+    attention_bias: bool = setting(False, "give the attention's projections a bias")
+    lm_head_bias: bool = setting(False, "give the head a bias")
 
     @property
     def original_max_position_embeddings(self) -> int | None:
@@ -143,40 +96,19 @@ class PhimoeConfig(PretrainedConfig):
         return scaling.get("original_max_position_embeddings") if isinstance(scaling, Mapping) else None
 
     @original_max_position_embeddings.setter
-    def original_max_position_embeddings(self, value: int) -> None:
-        if isinstance(self.rope_scaling, Mapping):
+    def original_max_position_embeddings(self, value: int | None) -> None:
+        if value is not None and isinstance(self.rope_scaling, Mapping):
             self.rope_scaling = {**self.rope_scaling, "original_max_position_embeddings": value}
 
     def validate(self) -> None:
-        self._check_counts(
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "num_experts_per_tok",
-            "num_local_experts",
-        )
+        super().validate()
         heads = self.num_attention_heads
-        self._check("hidden_size", f"an even multiple of {heads} heads", lambda v: v % (2 * heads) == 0)
-        self._check("num_key_value_heads", f"a divisor of {heads} heads", lambda v: heads % v == 0)
-        self._check("num_experts_per_tok", f"{_TOP_K}, which is what sparsemixer chooses", lambda v: v == _TOP_K)
-        self._check("num_local_experts", f"at least {_TOP_K}", lambda v: v >= _TOP_K)
-        self._check_numbers("attention_dropout", "input_jitter_noise", high=1.0)
-        self._check_numbers(
-            "initializer_range", "rms_norm_eps", "router_aux_loss_coef", "router_jitter_noise", "rope_theta"
-        )
-        self._check_token_ids("pad_token_id")
-        op_activation(self.hidden_act)
-        if self.sliding_window is not None:
-            self._check_counts("sliding_window")
-        self._check_rope_scaling()
-
-    def _check_rope_scaling(self) -> None:
+        self._check("hidden_size", must_be(f"an even multiple of {heads} heads", lambda v: v % (2 * heads) == 0))
+        self._check("num_key_value_heads", must_be(f"a divisor of {heads} heads", lambda v: heads % v == 0))
+        self._check_weights("vocab_size", "hidden_size")
+        self._check_weights("num_local_experts", "intermediate_size", "hidden_size")
         scaling = self.rope_scaling
-        check_rope_scaling(scaling, self.hidden_size // self.num_attention_heads)
+        check_rope_scaling(scaling, self.hidden_size // heads)
         kind = rope_type(scaling)
         if scaling is None or kind == "default":
             return
@@ -198,32 +130,24 @@ class PhimoeAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
         kv_size = self.head_dim * config.num_key_value_heads
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: AttentionMask,
-        implementation: str,
-        cache: Cache | None,
-        cache_position: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
         """``hidden [B, S, H]`` -> output ``[B, S, H]``, and probabilities ``[B, heads, S, keys]`` if eager."""
         kv_shape = (*hidden.shape[:-1], self.config.num_key_value_heads, self.head_dim)
         query_shape = (*hidden.shape[:-1], self.config.num_attention_heads, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden).view(query_shape), *rotary).transpose(1, 2)
-        key = apply_rotary(self.k_proj(hidden).view(kv_shape), *rotary).transpose(1, 2)
-        value = self.v_proj(hidden).view(kv_shape).transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer, cache_position)
+        query = apply_rotary(project(self.q_proj, hidden).view(query_shape), *context.rotary).transpose(1, 2)
+        key = apply_rotary(project(self.k_proj, hidden).view(kv_shape), *context.rotary).transpose(1, 2)
+        value = project(self.v_proj, hidden).view(kv_shape).transpose(1, 2)
+        if context.cache is not None:
+            key, value = context.cache.update(key, value, self.layer, context.cache_position)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attend = ATTENTION_FUNCTIONS[implementation]
-        out, probs = attend(query, key, value, mask, scale=self.scale, dropout=dropout)
-        return self.o_proj(out), probs
+        attend = ATTENTION_FUNCTIONS[context.implementation]
+        out, probs = attend(query, key, value, context.mask, scale=self.scale, dropout=dropout)
+        return project(self.o_proj, out), probs
 
 
 class PhimoeDecoderLayer(nn.Module):
@@ -240,14 +164,14 @@ class PhimoeDecoderLayer(nn.Module):
             config.num_experts_per_tok,
             activation=op_activation(config.hidden_act),
             scoring="sparsemixer",
-            epsilon=config.router_jitter_noise,
+            eps=config.router_jitter_noise,
         )
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, *attention_inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, hidden: Tensor, context: LayerContext) -> LayerOutput:
         """``hidden [B, S, H]`` -> output ``[B, S, H]``, attention probabilities, router logits ``[B * S, E]``."""
-        attended, probs = self.self_attn(self.input_layernorm(hidden), *attention_inputs)
+        attended, probs = self.self_attn(self.input_layernorm(hidden), context)
         hidden = hidden + attended
         normed = self.post_attention_layernorm(hidden)
         if self.training and self.input_jitter_noise:
@@ -256,7 +180,7 @@ class PhimoeDecoderLayer(nn.Module):
                 1.0 - self.input_jitter_noise, 1.0 + self.input_jitter_noise
             )
         mixed, router_logits = self.block_sparse_moe(normed)
-        return hidden + mixed, probs, router_logits
+        return LayerOutput(hidden + mixed, probs, router_logits)
 
 
 class PhimoeModel(SparseDecoder):
@@ -295,7 +219,7 @@ class PhimoeForCausalLM(SparseDecoderForCausalLM):
     def __init__(self, config: PhimoeConfig) -> None:
         super().__init__(config)
         self.model = PhimoeModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     def prepare_inputs_for_generation(self, state: DecodeState) -> dict[str, Any]:
@@ -316,20 +240,19 @@ class PhimoeForSequenceClassification(PreTrainedModel):
     def __init__(self, config: PhimoeConfig) -> None:
         super().__init__(config)
         self.model = PhimoeModel(config)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @with_arguments_of(SparseDecoder.forward, labels="use_cache")
     def forward(
         self,
+        *,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        num_items_in_batch: int | Tensor | None = None,
+        **inputs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Run the model. What is not listed here is as in :meth:`SparseDecoder.forward`.
 
@@ -340,6 +263,8 @@ class PhimoeForSequenceClassification(PreTrainedModel):
             labels: classes int64 ``[B]`` (cross entropy); or floats ``[B, num_labels]``, 1 at every class that holds
                 (binary cross entropy); or, with one label, numbers ``[B]`` (squared error). `config.problem_type`, set
                 by the first labels, says which.
+            num_items_in_batch: labels in all parts of a batch whose gradients are accumulated; the loss is divided by
+                it.
 
         Raises:
             ValueError: several sequences are given and the configuration has no pad token, or labels do not fit.
@@ -353,22 +278,13 @@ class PhimoeForSequenceClassification(PreTrainedModel):
                 f"{type(self).__name__}: {batch_size} sequences need config.pad_token_id to find their last tokens, "
                 "got None"
             )
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        logits = self.score(self._last_tokens(outputs.last_hidden_state, input_ids))
+        outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, return_dict=True, **inputs)
+        logits = project(self.score, self._last_tokens(outputs.last_hidden_state, input_ids))
         loss = None
         if labels is not None:
             if config.problem_type is None:
                 config.problem_type = classification_problem(config.num_labels, labels)
-            loss = classification_loss(logits, labels, config.problem_type)
+            loss = classification_loss(logits, labels, config.problem_type, num_items_in_batch=num_items_in_batch)
         output = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

@@ -14,21 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moekernels._devices import Device, existing_device
 from moekernels.checkpoint import parse_size
 from moekernels.models.outputs import ModelOutput
 
-Device = torch.device | str | int
 DeviceMap = Device | Mapping[str, Device]
 
 #: Values of `device_map` that leave the choice to us.
 STRATEGIES = ("auto", "balanced", "sequential")
 #: The share of a GPU's free memory that weights may take; the rest is for activations and caches.
 _WEIGHTS_SHARE = 0.9
-
-
-def infer_device() -> str:
-    """The kind of device models run best on: "cuda" where PyTorch has it, otherwise "xpu", otherwise "cpu"."""
-    return next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "cpu")
 
 
 class Unit(NamedTuple):
@@ -118,21 +113,6 @@ def plan_placement(
     if not isinstance(device_map, Mapping):
         device_map = {"": "cpu" if device_map is None else device_map}
     return Placement(_from_map(parts, {name: existing_device(device) for name, device in device_map.items()}))
-
-
-def existing_device(device: Device) -> torch.device:
-    """A device of this machine; a number is that of a GPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    try:
-        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"not a device: {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no such device: {str(found)!r}; this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 def spread(sizes: Sequence[int], rooms: Sequence[int], *, even: bool) -> list[int]:

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from moekernels.ops.linear import ACTIVATION_FUNCTIONS
-
 _OP_ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -19,6 +13,7 @@ _OP_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
+    "relu2": "relu2",
     "linear": "none",
 }
 
@@ -33,12 +28,3 @@ def op_activation(name: str) -> str:
         return _OP_ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(_OP_ACTIVATIONS)}") from None
-
-
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The same activation as a function, for layers without experts.
-
-    Raises:
-        ValueError: there is no such activation.
-    """
-    return ACTIVATION_FUNCTIONS[op_activation(name)]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekernels import ops
 from moekernels._settings import current_cpu_isa
 from moekernels.nn.cache import Cache
 from moekernels.ops._call import runs_on_cpu_kernels
+from moekernels.ops.attention import attention_by_kernel
 
 
 class AttentionMask(NamedTuple):
@@ -168,10 +168,10 @@ def _sharing_keys(attend: AttentionFunction) -> AttentionFunction:
     def call(
         query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if query.shape[0] == key.shape[0]:
+            return attend(query, key, value, mask, **options)
         num_rows, num_heads, num_queries, head_dim = query.shape
         batch_size, _, num_keys, _ = key.shape
-        if num_rows == batch_size:
-            return attend(query, key, value, mask, **options)
         if num_rows % batch_size or mask.is_causal:
             kind = "causally " if mask.is_causal else ""
             raise ValueError(f"attention: {num_rows} rows of queries cannot {kind}share {batch_size} rows of keys")
@@ -227,15 +227,17 @@ def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by fused kernels: PyTorch's, or :func:`moekernels.ops.attention`. Returns no probabilities."""
+    bias = mask.bias
     # The numbers come last: a tracer would make them conditions of the graph.
     if (
         not dropout
         and not mask.is_causal
-        and runs_on_cpu_kernels(query, key, value, *(() if mask.bias is None else (mask.bias,)))
+        and (runs_on_cpu_kernels(query, key, value) if bias is None else runs_on_cpu_kernels(query, key, value, bias))
+        and key.shape[0]
         and query.shape[0] % key.shape[0] == 0
         and (query.shape[2] * query.shape[0] <= _FEW_QUERIES * key.shape[0] or _is_fast_by_tiles(query, key))
     ):
-        return ops.attention(query, key, value, scale=scale, bias=mask.bias), None
+        return attention_by_kernel(query, key, value, scale, bias), None
     return _torch_attention(query, key, value, mask, scale=scale, dropout=dropout)
 
 

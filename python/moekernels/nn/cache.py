@@ -66,7 +66,7 @@ class _GrowingTensor:
 
     @property
     def used(self) -> Tensor:
-        return self._data if self.length == self._data.shape[2] else self._data[:, :, : self.length]
+        return self._data if self.length == self._data.shape[2] else self._data.narrow(2, 0, self.length)
 
     def append(self, new: Tensor) -> None:
         past, length = self.length, self.length + new.shape[2]
@@ -76,7 +76,7 @@ class _GrowingTensor:
         else:
             if not self._writable or length > self._data.shape[2]:
                 self._grow(length)
-            self._data[:, :, past:length] = new
+            self._data.narrow(2, past, length - past).copy_(new)
         self.length = length
 
     @property
@@ -319,6 +319,8 @@ class StaticCache(Cache):
             raise ValueError(
                 f"StaticCache: holds {keys.dtype} keys of shape {list(keys.shape)}, got {key.dtype} {list(key.shape)}"
             )
+        if layer == 0 and type(cache_position) is Tensor and cache_position.is_cpu:  # fake tensors have no values
+            self._check_room(cache_position)
         if cache_position is None:
             # The layers of one step follow one another, and only the last one moves the position on.
             cache_position = self.next_positions(key.shape[2], key.device)
@@ -327,6 +329,13 @@ class StaticCache(Cache):
         if layer == len(self._keys) - 1:
             self.length.copy_(cache_position[-1] + 1)
         return keys, values
+
+    def _check_room(self, cache_position: Tensor) -> None:
+        if not torch.compiler.is_compiling() and len(cache_position) and int(cache_position[-1]) >= self.max_cache_len:
+            raise ValueError(
+                f"StaticCache: has room for {self.max_cache_len} positions, got one for position "
+                f"{int(cache_position[-1])}"
+            )
 
     def get_seq_length(self) -> int:
         """Tokens stored so far. Waits for the device: a decoding loop keeps its own count or `next_positions`."""

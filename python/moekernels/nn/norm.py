@@ -31,7 +31,9 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """``[..., hidden_size]`` -> the same shape, in the dtype of the weight."""
         weight = self.weight
-        return ops.rms_norm(hidden.to(weight.dtype), weight, epsilon=self.eps)
+        if hidden.dtype != weight.dtype:
+            hidden = hidden.to(weight.dtype)
+        return ops.rms_norm(hidden, weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

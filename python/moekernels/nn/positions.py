@@ -17,14 +17,14 @@ class SinusoidalPositions(nn.Module):
     Nothing of it is in a checkpoint. A graph that is traced computes the rows it needs.
 
     Args:
-        num_positions: rows to start with.
+        num_positions: rows to start with; no more than 8192 are made before a sequence needs them.
         hidden_size: width.
         padding_idx: the position of padding.
     """
 
     def __init__(self, num_positions: int, hidden_size: int, padding_idx: int) -> None:
         super().__init__()
-        self.num_positions = num_positions
+        self.num_positions = min(num_positions, 8192)
         self.hidden_size = hidden_size
         self.padding_idx = padding_idx
         # Made when it is first asked for: a model may be built without memory.
@@ -38,8 +38,9 @@ class SinusoidalPositions(nn.Module):
         table = self._table
         fits = table is not None and table.shape[0] >= num_positions and table.dtype == dtype
         if table is None or not fits or table.device != positions.device:
-            self.num_positions = max(self.num_positions, num_positions)
-            rows = self._vectors(torch.arange(self.num_positions, dtype=torch.int64, device="cpu"))
+            # Read once: another thread may be about to need fewer.
+            size = self.num_positions = max(self.num_positions, num_positions)
+            rows = self._vectors(torch.arange(size, dtype=torch.int64, device="cpu"))
             table = self._table = rows.to(positions.device, dtype)
         return table[positions]
 

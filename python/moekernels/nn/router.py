@@ -9,19 +9,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekernels import ops
+from moekernels._settings import autocast_dtype
+from moekernels.nn._checks import check, check_counts, check_one_of, check_share
+
+#: The rules that choose a number of experts of their own.
+_TOP_2 = ("top2_gate", "sparsemixer")
 
 
-class Routing(NamedTuple):
+class RouterOutput(NamedTuple):
     """What a router decides. T tokens, E experts, K choices per token.
 
     Attributes:
         logits: ``[T, E]``, in the dtype of the router's weight, or in that of autocast.
-        expert_weights: ``[T, K]`` float32.
+        routing_weights: ``[T, K]`` float32.
         expert_ids: ``[T, K]`` int32, -1 where a token is not routed.
     """
 
     logits: Tensor
-    expert_weights: Tensor
+    routing_weights: Tensor
     expert_ids: Tensor
 
 
@@ -34,7 +39,10 @@ class TopKRouter(nn.Module):
         top_k: experts per token.
         scoring: the scoring rule of :func:`moekernels.ops.route`.
         renormalize: divide the chosen weights by their sum.
-        epsilon: half the width of a near-tie in the "sparsemixer" rule.
+        eps: half the width of a near-tie in the "sparsemixer" rule.
+
+    Raises:
+        ValueError: a size is not positive, there is no such rule, or it does not choose `top_k` experts.
     """
 
     def __init__(
@@ -45,31 +53,55 @@ class TopKRouter(nn.Module):
         *,
         scoring: str = "softmax",
         renormalize: bool = False,
-        epsilon: float = 0.01,
+        eps: float = 0.01,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"TopKRouter: top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
+        check_counts(self, hidden_size=hidden_size, num_experts=num_experts)
+        check_one_of(self, "scoring", scoring, ops.SCORINGS)
+        fits = isinstance(top_k, int) and 1 <= top_k <= num_experts
+        check(self, "top_k", top_k, fits, f"between 1 and num_experts ({num_experts})")
+        if scoring in _TOP_2:
+            check(self, "top_k", top_k, top_k == 2, f"2, which is what {scoring} chooses")
+        check_share(self, "eps", eps, float("inf"))
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
         self.top_k = top_k
         self.scoring = scoring
         self.renormalize = renormalize
-        self.epsilon = epsilon
+        self.eps = eps
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
         nn.init.normal_(self.weight, std=std)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Routing:
-        """``hidden [T, H]``, optional ``mask [T]`` (tokens with 0 are not routed) -> :class:`Routing`."""
-        logits = F.linear(hidden, self.weight)
-        expert_weights, expert_ids = ops.route(
-            logits, self.top_k, scoring=self.scoring, renormalize=self.renormalize, epsilon=self.epsilon, mask=mask
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> RouterOutput:
+        """``hidden [..., H]`` of T tokens, optional ``mask [T]`` bool: tokens with False are not routed.
+
+        Raises:
+            ValueError: `hidden` has another width.
+        """
+        logits = self._logits(hidden)
+        routing_weights, expert_ids = ops.route(
+            logits, self.top_k, scoring=self.scoring, renormalize=self.renormalize, eps=self.eps, mask=mask
         )
-        return Routing(logits, expert_weights, expert_ids)
+        return RouterOutput(logits, routing_weights, expert_ids)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[T, E]``."""
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"{type(self).__name__}: hidden must be [..., {self.hidden_size}], got {list(hidden.shape)}"
+            )
+        weight = self.weight
+        if hidden.dtype != weight.dtype and autocast_dtype(hidden.device) is None:
+            hidden = hidden.to(weight.dtype)
+        return F.linear(hidden if hidden.dim() == 2 else hidden.reshape(-1, self.hidden_size), weight)
 
     def extra_repr(self) -> str:
-        num_experts, hidden_size = self.weight.shape
-        return f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}, scoring={self.scoring!r}"
+        return (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"scoring={self.scoring!r}"
+        )

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moekernels import ops
-from moekernels.nn.router import Routing, TopKRouter
+from moekernels.nn._checks import check
+from moekernels.nn.router import RouterOutput, TopKRouter
 from moekernels.ops.reference import near_ties
 
 # The share of draws other than the most probable expert that count in full, and what the others count: Heun's
@@ -26,26 +26,39 @@ class SparsemixerRouter(TopKRouter):
     coin of one in four says otherwise. The gradient is that of the weight before this factor.
 
     PyTorch's generator is asked for the same numbers in the same order as by transformers, so a seed routes alike.
+
+    Args:
+        hidden_size, num_experts, top_k, **options: those of :class:`TopKRouter`; `top_k` is 2, `scoring` "sparsemixer".
     """
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Routing:
-        """``hidden [T, H]``, optional ``mask [T]`` (tokens with 0 are not routed) -> :class:`Routing`."""
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int = 2, *, scoring: str = "sparsemixer", **options: Any
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, scoring=scoring, **options)
+        check(self, "scoring", scoring, scoring == "sparsemixer", "'sparsemixer'")
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> RouterOutput:
+        """``hidden [..., H]`` of T tokens, optional ``mask [T]`` bool: tokens with False are not routed.
+
+        Raises:
+            ValueError: `hidden` has another width.
+        """
         if not self.training:
             return super().forward(hidden, mask)
-        logits = F.linear(hidden, self.weight)
+        logits = self._logits(hidden)
         noise, is_full = _draw(logits)
-        weights, expert_ids = ops.route(
+        routing_weights, expert_ids = ops.route(
             logits,
             self.top_k,
             scoring=self.scoring,
             renormalize=self.renormalize,
-            epsilon=self.epsilon,
+            eps=self.eps,
             noise=noise,
             mask=mask,
         )
-        is_full = is_full | _is_most_probable(logits, expert_ids, self.epsilon)
+        is_full = is_full | _is_most_probable(logits, expert_ids, self.eps)
         factor = torch.where(is_full, 1.0, _PARTIAL).to(logits.dtype)
-        return Routing(logits, _Scaled.apply(weights, factor), expert_ids)
+        return RouterOutput(logits, _Scaled.apply(routing_weights, factor), expert_ids)
 
 
 @torch.no_grad()
@@ -61,12 +74,12 @@ def _draw(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _is_most_probable(scores: Tensor, expert_ids: Tensor, epsilon: float) -> Tensor:
+def _is_most_probable(scores: Tensor, expert_ids: Tensor, eps: float) -> Tensor:
     """bool ``[T, 2]``: whether each expert has the largest rounded probability, the lowest index first on ties."""
     candidates = scores
     found = []
     for chosen in expert_ids.long().clamp(min=0).split(1, dim=-1):
-        probs = torch.softmax(near_ties(scores, candidates, epsilon), dim=-1)
+        probs = torch.softmax(near_ties(scores, candidates, eps), dim=-1)
         found.append(probs.argmax(dim=-1, keepdim=True) == chosen)
         candidates = candidates.scatter(-1, chosen, float("-inf"))
     return torch.cat(found, dim=-1)
@@ -75,9 +88,15 @@ def _is_most_probable(scores: Tensor, expert_ids: Tensor, epsilon: float) -> Ten
 class _Scaled(torch.autograd.Function):
     """``weights * factor``, rounded to the dtype of the factor; the gradient is that of `weights` alone."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, factor: Tensor) -> Tensor:
+    def forward(weights: Tensor, factor: Tensor) -> Tensor:
         return (weights.to(factor.dtype) * factor).to(weights.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

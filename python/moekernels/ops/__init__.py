@@ -11,16 +11,18 @@ Letters: T tokens, E experts, K choices per token, N = T * K rows, H hidden size
 """
 
 from moekernels.ops import _register  # noqa: F401
-from moekernels.ops._types import Plan
-from moekernels.ops.activation import ACTIVATIONS, activation
+from moekernels.ops._types import Plan, Routing
+from moekernels.ops.activation import ACTIVATIONS, Swiglu, activation
 from moekernels.ops.attention import attention
 from moekernels.ops.grouped_gemm import grouped_gemm
 from moekernels.ops.grouped_weight_grad import grouped_weight_grad
 from moekernels.ops.linear import linear
 from moekernels.ops.permute import permute, unpermute
 from moekernels.ops.plan import plan
+from moekernels.ops.quantize import dequantize, quantize
 from moekernels.ops.rms_norm import rms_norm
 from moekernels.ops.route import SCORINGS, route
+from moekernels.ops.route_by_score import route_by_score
 from moekernels.ops.router_stats import RouterStats, router_stats
 from moekernels.ops.sparse_mlp import sparse_mlp
 
@@ -29,15 +31,20 @@ __all__ = [
     "SCORINGS",
     "Plan",
     "RouterStats",
+    "Routing",
+    "Swiglu",
     "activation",
     "attention",
+    "dequantize",
     "grouped_gemm",
     "grouped_weight_grad",
     "linear",
     "permute",
     "plan",
+    "quantize",
     "rms_norm",
     "route",
+    "route_by_score",
     "router_stats",
     "sparse_mlp",
     "unpermute",

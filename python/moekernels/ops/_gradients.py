@@ -6,21 +6,37 @@ fixed order: no two runs differ. Of gradients themselves there are no gradients;
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_ops = torch.ops.moekernels
+from moekernels.ops._call import Operators
+from moekernels.ops._expert_weights import BIAS, WEIGHT, ExpertGrads, expert_grads, stacked
+from moekernels.ops._transforms import loop, register
+
+_ops = Operators()
 
 
 def _register(op: str, setup_context: Any, backward: Any) -> None:
-    torch.library.register_autograd(f"moekernels::{op}", backward, setup_context=setup_context)
+    def trimmed_backward(ctx: Any, *grads: Tensor | None) -> Any:
+        result = backward(ctx, *grads)
+        return result[: len(ctx.needs_input_grad)] if isinstance(result, tuple) else result
+
+    torch.library.register_autograd(f"moekernels::{op}", trimmed_backward, setup_context=setup_context)
+    register(getattr(torch.ops.moekernels, op).default, setup_context, backward)
 
 
-def _needs_grad(ctx: Any, num_inputs: int) -> list[bool]:
+def _needs_grad(ctx: Any, num_inputs: int) -> list[Any]:
     """`ctx.needs_input_grad`, also of the last inputs, which the dispatcher leaves out where they are defaults."""
     return [*ctx.needs_input_grad, *[False] * num_inputs][:num_inputs]
+
+
+def _split(tensors: list[Tensor], counts: tuple[int, ...]) -> list[list[Tensor]]:
+    """Lists of so many tensors, from one after the other."""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [tensors[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 # --- router -----------------------------------------------------------------------------------------------------------
@@ -134,18 +150,35 @@ def _activation_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...
 
 def _setup_grouped_gemm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weight, expert_offsets, bias, ctx.activation, ctx.gated, row_scale, token_of_row, *ctx.switches = inputs
-    ctx.save_for_backward(rows, weight, expert_offsets, bias, row_scale, token_of_row)
+    ctx.num_weights = len(weight)
+    ctx.save_for_backward(rows, expert_offsets, row_scale, token_of_row, *weight, *bias)
 
 
-def _grouped_gemm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    rows, weight, expert_offsets, bias, row_scale, token_of_row = ctx.saved_tensors
-    allow_tf32, batch_invariant, transposed = ctx.switches
+def _grouped_gemm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    rows, expert_offsets, row_scale, token_of_row, *experts = ctx.saved_tensors
+    weight, bias = experts[: ctx.num_weights], experts[ctx.num_weights :]
+    allow_tf32, batch_invariant, transposed, zero_unvisited = ctx.switches
     needs_rows, needs_weight, _, needs_bias, _, _, needs_scale = _needs_grad(ctx, 7)
-    grad_rows = grad_weight = grad_bias = grad_scale = None
+    num_experts = expert_offsets.shape[0] - 1
+    weight_grads = ExpertGrads(weight, WEIGHT, needs_weight, num_experts)
+    bias_grads = ExpertGrads(bias, BIAS, needs_bias or [], num_experts)
+    grad_rows = grad_scale = None
 
     if ctx.activation != "none" or ctx.gated or row_scale is not None:
         # What the epilogue was given is computed once more.
-        linear = _ops.grouped_gemm(rows, weight, expert_offsets, bias, "none", False, None, token_of_row, *ctx.switches)
+        linear = _ops.grouped_gemm(
+            rows,
+            weight,
+            expert_offsets,
+            bias,
+            "none",
+            False,
+            None,
+            token_of_row,
+            allow_tf32,
+            batch_invariant,
+            transposed,
+        )
         grad_linear, _, grad_scale = _ops.activation_grad(
             grad_out, linear, ctx.activation, ctx.gated, row_scale, expert_offsets, False, needs_scale
         )
@@ -154,22 +187,27 @@ def _grouped_gemm_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, .
 
     if needs_rows:
         grad_rows = _ops.grouped_gemm(
-            grad_linear, weight, expert_offsets, None, "none", False, None, None,
+            grad_linear, weight, expert_offsets, [], "none", False, None, None,
             allow_tf32, batch_invariant, not transposed,
         )  # fmt: skip
         if token_of_row is not None:
             grad_rows = _sum_copies(grad_rows, token_of_row, rows.shape[0])
-    if needs_weight and transposed:
-        grad_weight, _ = _ops.grouped_weight_grad(
-            rows, grad_linear, expert_offsets, token_of_row, None, None, False, allow_tf32
+    options = {"allow_tf32": allow_tf32, "zero_unvisited": zero_unvisited}
+    if transposed:
+        # The gradients of weight and bias sum different rows.
+        no_weight, no_bias = ExpertGrads([], WEIGHT, [], num_experts), ExpertGrads([], BIAS, [], num_experts)
+        grad_weight, _ = expert_grads(
+            rows, grad_linear, expert_offsets, weight_grads, no_bias, grad_token_of_row=token_of_row, **options
         )
-    elif needs_weight or needs_bias:
-        grad_weight, grad_bias = _ops.grouped_weight_grad(
-            grad_linear, rows, expert_offsets, None, token_of_row, None, needs_bias, allow_tf32
+        no_rows = rows.new_empty(grad_linear.shape[0], 0)
+        _, grad_bias = expert_grads(grad_linear, no_rows, expert_offsets, no_weight, bias_grads, **options)
+    else:
+        grad_weight, grad_bias = expert_grads(
+            grad_linear, rows, expert_offsets, weight_grads, bias_grads, token_of_row=token_of_row, **options
         )
     return (
-        grad_rows, grad_weight if needs_weight else None, None, grad_bias if needs_bias else None, None, None,
-        grad_scale if needs_scale else None, None, None, None, None,
+        grad_rows, grad_weight, None, grad_bias, None, None, grad_scale if needs_scale else None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -178,35 +216,44 @@ _register("grouped_gemm", _setup_grouped_gemm, _grouped_gemm_backward)
 
 
 def _setup_sparse_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, down_bias, ctx.activation, ctx.gated, ctx.allow_tf32, ctx.batch_invariant = inputs
-    ctx.save_for_backward(*tensors, down_bias, output[1])
+    *tensors, up_weight, down_weight, up_bias, down_bias, ctx.activation, ctx.gated = inputs[:-3]
+    ctx.switches = inputs[-3:]
+    ctx.counts = (len(up_weight), len(down_weight), len(up_bias), len(down_bias))
+    ctx.save_for_backward(*tensors, output[1], *up_weight, *down_weight, *up_bias, *down_bias)
     ctx.set_materialize_grads(False)
 
 
-def _sparse_mlp_backward(
-    ctx: Any, grad_out: Tensor | None, grad_linear_out: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _sparse_mlp_backward(ctx: Any, grad_out: Tensor | None, grad_linear_out: Tensor | None) -> tuple[Any, ...]:
     """From the output back through the weighted sum, the down-projection, the activation and the up-projection.
 
-    Letters: a is a row's inner activation, w its expert weight, so out[t] = sum of w * (down_weight[e] @ a + bias).
+    Letters: a is a row's inner activation, w its routing weight, so out[t] = sum of w * (down_weight[e] @ a + bias).
     """
-    (
-        hidden, expert_weights, expert_offsets, token_of_row, row_of_slot, up_weight, down_weight, down_bias, linear
-    ) = ctx.saved_tensors  # fmt: skip
+    hidden, routing_weights, expert_offsets, token_of_row, row_of_slot, linear, *experts = ctx.saved_tensors
+    up_weight, down_weight, up_bias, down_bias = _split(experts, ctx.counts)
+    allow_tf32, batch_invariant, zero_unvisited = ctx.switches
     needs_hidden, needs_weights, _, _, _, needs_up, needs_down, needs_up_bias, needs_down_bias = _needs_grad(ctx, 9)
-    grad_hidden = grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = None
+    num_experts = expert_offsets.shape[0] - 1
+    of_up, of_down = (
+        ExpertGrads(weight, WEIGHT, needed, num_experts)
+        for weight, needed in ((up_weight, needs_up), (down_weight, needs_down))
+    )
+    of_up_bias, of_down_bias = (
+        ExpertGrads(bias, BIAS, needed or [], num_experts)
+        for bias, needed in ((up_bias, needs_up_bias), (down_bias, needs_down_bias))
+    )
+    options = {"allow_tf32": allow_tf32, "zero_unvisited": zero_unvisited}
+    grad_hidden = grad_weights = None
 
-    def gemm(rows: Tensor, weight: Tensor, tokens: Tensor | None) -> Tensor:
+    def gemm(rows: Tensor, weight: list[Tensor], tokens: Tensor | None) -> Tensor:
         """The rows times the weight itself, where the forward pass multiplied with its transpose."""
         return _ops.grouped_gemm(
-            rows, weight, expert_offsets, None, "none", False, None, tokens, ctx.allow_tf32, ctx.batch_invariant, True
+            rows, weight, expert_offsets, [], "none", False, None, tokens, allow_tf32, batch_invariant, True
         )
 
     if grad_out is None:
         grad_out = torch.zeros_like(hidden)
-    ones = expert_weights.new_ones(expert_weights.shape[0], 1)
-    row_weights = _ops.unpermute_grad(ones, None, row_of_slot, token_of_row, expert_weights, True)[0].view(-1)
-    needs_down_projection = needs_down or needs_down_bias
+    ones = routing_weights.new_ones(routing_weights.shape[0], 1)
+    row_weights = _ops.unpermute_grad(ones, None, row_of_slot, token_of_row, routing_weights, True)[0].view(-1)
     # The gradient of a, but for the factor w, which activation_grad puts to it.
     grad_linear, weighted_inner, grad_row_weights = _ops.activation_grad(
         gemm(grad_out, down_weight, token_of_row),
@@ -215,35 +262,34 @@ def _sparse_mlp_backward(
         ctx.gated,
         row_weights,
         expert_offsets,
-        needs_down_projection,
+        bool(of_down or of_down_bias),
         needs_weights,
     )
-    if needs_down_projection:
-        grad_down, grad_down_bias = _ops.grouped_weight_grad(
-            grad_out, weighted_inner, expert_offsets, token_of_row, None, row_weights, needs_down_bias, ctx.allow_tf32
-        )
-    del weighted_inner
-    if needs_weights:
-        if down_bias is not None:
-            of_bias = _ops.grouped_gemm(
-                grad_out.float(), down_bias.float().unsqueeze(1), expert_offsets, None, "none", False, None,
-                token_of_row, False, ctx.batch_invariant, False,
-            )  # fmt: skip
-            grad_row_weights = grad_row_weights + of_bias.view(-1)
-        grad_weights = _ops.permute(grad_row_weights.unsqueeze(1), row_of_slot.reshape(-1)).view_as(expert_weights)
     if grad_linear_out is not None:
         grad_linear = grad_linear + grad_linear_out
-    if needs_up or needs_up_bias:
-        grad_up, grad_up_bias = _ops.grouped_weight_grad(
-            grad_linear, hidden, expert_offsets, None, token_of_row, None, needs_up_bias, ctx.allow_tf32
-        )
     if needs_hidden:
         grad_hidden = _ops.unpermute(gemm(grad_linear, up_weight, None), row_of_slot, None)
+    # The large gradients of the weights come last, each when as little as can be is there besides.
+    grad_up, grad_up_bias = expert_grads(
+        grad_linear, hidden, expert_offsets, of_up, of_up_bias, token_of_row=token_of_row, **options
+    )
+    del grad_linear
+    grad_down, grad_down_bias = expert_grads(
+        grad_out, weighted_inner, expert_offsets, of_down, of_down_bias,
+        grad_token_of_row=token_of_row, bias_scale=row_weights, **options,
+    )  # fmt: skip
+    del weighted_inner
+    if needs_weights:
+        if down_bias:
+            bias = stacked(down_bias, BIAS, num_experts).float().unsqueeze(1)
+            of_bias = _ops.grouped_gemm(
+                grad_out.float(), [bias], expert_offsets, [], "none", False, None, token_of_row, False, batch_invariant
+            )
+            grad_row_weights = grad_row_weights + of_bias.view(-1)
+        grad_weights = _ops.permute(grad_row_weights.unsqueeze(1), row_of_slot.reshape(-1)).view_as(routing_weights)
     return (
-        grad_hidden, grad_weights, None, None, None,
-        grad_up if needs_up else None, grad_down if needs_down else None,
-        grad_up_bias if needs_up_bias else None, grad_down_bias if needs_down_bias else None,
-        None, None, None, None,
+        grad_hidden, grad_weights, None, None, None, grad_up, grad_down, grad_up_bias, grad_down_bias,
+        None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -265,3 +311,12 @@ def _refuse_second_derivative(op: str) -> None:
 
 for _op in ("route_grad", "router_stats_grad", "unpermute_grad", "activation_grad", "grouped_weight_grad"):
     _refuse_second_derivative(_op)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+for _op in (
+    "route", "plan", "permute", "grouped_gemm", "unpermute", "sparse_mlp", "sparse_mlp_train", "activation",
+    "router_stats", "route_grad", "router_stats_grad", "unpermute_grad", "activation_grad", "grouped_weight_grad",
+):  # fmt: skip
+    torch.library.register_vmap(f"moekernels::{_op}", partial(loop, getattr(torch.ops.moekernels, _op).default))

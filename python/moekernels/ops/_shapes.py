@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from moekernels.ops._expert_weights import matrix_shape
 
-@torch.library.register_fake("moekernels::route")
+_Shape = TypeVar("_Shape", bound=Callable[..., Any])
+
+
+def _fake(op: str) -> Callable[[_Shape], _Shape]:
+    """Registers a shape function, which also is what torch calls for a mixture of meta and real tensors.
+
+    That one must not get away with memory that nobody writes.
+    """
+    names = [argument.name for argument in getattr(torch.ops.moekernels, op).default._schema.arguments]
+
+    def register(shape: _Shape) -> _Shape:
+        def checked(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+            for name, value in [*zip(names[1:], args, strict=False), *kwargs.items()]:
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(tensor, Tensor) and tensor.device != first.device:
+                        raise ValueError(
+                            f"moekernels::{op.removesuffix('_train')}: {name} must be on {first.device} "
+                            f"like {names[0]}, got {tensor.device}"
+                        )
+            return shape(first, *args, **kwargs)
+
+        torch.library.register_fake(f"moekernels::{op}", checked)
+        return shape
+
+    return register
+
+
+@_fake("route")
 def _route(logits: Tensor, top_k: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.register_fake("moekernels::plan")
+@_fake("choose")
+def _choose(scores: Tensor, bias: Tensor | None, mask: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], top_k)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int32)
+
+
+@_fake("plan")
 def _plan(expert_ids: Tensor, num_experts: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, top_k = expert_ids.shape
     return (
@@ -24,17 +59,17 @@ def _plan(expert_ids: Tensor, num_experts: int, *args: Any, **kwargs: Any) -> tu
     )
 
 
-@torch.library.register_fake("moekernels::permute")
+@_fake("permute")
 def _permute(hidden: Tensor, token_of_row: Tensor, row_of_slot: Tensor | None = None) -> Tensor:
     return hidden.new_empty(token_of_row.shape[0], hidden.shape[1])
 
 
-@torch.library.register_fake("moekernels::grouped_gemm")
+@_fake("grouped_gemm")
 def _grouped_gemm(
     rows: Tensor,
-    weight: Tensor,
+    weight: list[Tensor],
     expert_offsets: Tensor,
-    bias: Tensor | None = None,
+    bias: list[Tensor],
     activation: str = "none",
     gated: bool = False,
     row_scale: Tensor | None = None,
@@ -42,12 +77,14 @@ def _grouped_gemm(
     allow_tf32: bool = False,
     batch_invariant: bool = False,
     transposed: bool = False,
+    zero_unvisited: bool = False,
 ) -> Tensor:
     num_rows = rows.shape[0] if token_of_row is None else token_of_row.shape[0]
-    return rows.new_empty(num_rows, weight.shape[2 if transposed else 1] // (2 if gated else 1))
+    out_features = matrix_shape(weight, expert_offsets.shape[0] - 1)[1 if transposed else 0]
+    return rows.new_empty(num_rows, out_features // (2 if gated else 1))
 
 
-@torch.library.register_fake("moekernels::grouped_weight_grad")
+@_fake("grouped_weight_grad")
 def _grouped_weight_grad(
     grad_rows: Tensor,
     rows: Tensor,
@@ -63,18 +100,18 @@ def _grouped_weight_grad(
     return grad_weight, grad_rows.new_empty((num_experts, out_features) if need_bias else 0)
 
 
-@torch.library.register_fake("moekernels::unpermute")
-def _unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+@_fake("unpermute")
+def _unpermute(rows: Tensor, row_of_slot: Tensor, routing_weights: Tensor | None = None) -> Tensor:
     return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
 
 
-@torch.library.register_fake("moekernels::unpermute_grad")
+@_fake("unpermute_grad")
 def _unpermute_grad(
     grad_out: Tensor,
     rows: Tensor | None,
     row_of_slot: Tensor,
     token_of_row: Tensor,
-    weights: Tensor | None = None,
+    routing_weights: Tensor | None = None,
     with_grad_rows: bool = True,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, top_k = row_of_slot.shape
@@ -82,31 +119,33 @@ def _unpermute_grad(
     return grad_rows, grad_out.new_empty(0 if rows is None else num_tokens, top_k, dtype=torch.float32)
 
 
-@torch.library.register_fake("moekernels::sparse_mlp")
+@_fake("sparse_mlp")
 def _sparse_mlp(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
-@torch.library.register_fake("moekernels::sparse_mlp_train")
+@_fake("sparse_mlp_train")
 def _sparse_mlp_train(
     hidden: Tensor,
-    expert_weights: Tensor,
+    routing_weights: Tensor,
     expert_offsets: Tensor,
     token_of_row: Tensor,
     row_of_slot: Tensor,
-    up_weight: Tensor,
+    up_weight: list[Tensor],
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), hidden.new_empty(token_of_row.shape[0], up_weight.shape[1])
+    return hidden.new_empty(hidden.shape), hidden.new_empty(
+        token_of_row.shape[0], matrix_shape(up_weight, expert_offsets.shape[0] - 1)[0]
+    )
 
 
-@torch.library.register_fake("moekernels::activation")
+@_fake("activation")
 def _activation(linear: Tensor, activation: str, gated: bool) -> Tensor:
     return linear.new_empty(linear.shape[0], linear.shape[1] // (2 if gated else 1))
 
 
-@torch.library.register_fake("moekernels::linear")
+@_fake("linear")
 def _linear(
     input: Tensor,
     weight: Tensor,
@@ -117,18 +156,41 @@ def _linear(
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("moekernels::rms_norm")
-def _rms_norm(input: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+@_fake("quantized_gemm")
+def _quantized_gemm(
+    rows: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    tables: list[Tensor],
+    order: str,
+    group: int,
+    unit: float,
+    out_features: int,
+    expert_offsets: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    gated: bool = False,
+    row_scale: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+    batch_invariant: bool = False,
+    int8_rows: bool = False,
+) -> Tensor:
+    num_rows = (rows if token_of_row is None else token_of_row).shape[0]
+    return rows.new_empty(num_rows, out_features // 2 if gated else out_features)
+
+
+@_fake("rms_norm")
+def _rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     return input.new_empty(input.shape)
 
 
-@torch.library.register_fake("moekernels::attention")
+@_fake("attention")
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     batch_size, num_heads, num_queries, head_dim = query.shape
     return query.new_empty(batch_size, num_queries, num_heads * head_dim)
 
 
-@torch.library.register_fake("moekernels::activation_grad")
+@_fake("activation_grad")
 def _activation_grad(
     grad_out: Tensor,
     linear: Tensor,
@@ -147,12 +209,12 @@ def _activation_grad(
     )
 
 
-@torch.library.register_fake("moekernels::route_grad")
+@_fake("route_grad")
 def _route_grad(grad_weights: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("moekernels::router_stats")
+@_fake("router_stats")
 def _router_stats(
     logits: Tensor, num_groups: int, top_k: int, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +225,7 @@ def _router_stats(
     return floats(num_groups, num_experts), floats(num_groups, num_experts), floats(num_groups)
 
 
-@torch.library.register_fake("moekernels::router_stats_grad")
+@_fake("router_stats_grad")
 def _router_stats_grad(
     grad_prob_sums: Tensor, grad_z_sums: Tensor, logits: Tensor, mask: Tensor | None = None
 ) -> Tensor:

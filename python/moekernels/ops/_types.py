@@ -7,6 +7,18 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Routing(NamedTuple):
+    """Which experts each token goes to, and with what weight, in the order of choice.
+
+    Attributes:
+        weights: ``[T, K]`` float32.
+        expert_ids: ``[T, K]`` int32, -1 where a token is not routed.
+    """
+
+    weights: Tensor
+    expert_ids: Tensor
+
+
 class Plan(NamedTuple):
     """Which row holds which token's copy, and where each expert's rows begin. All int32, on the device of the ids.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekernels.ops import reference
-from moekernels.ops._call import call, runs_on_cpu_kernels
+from moekernels.ops._call import run, runs_on_cpu_kernels, same_device
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -31,5 +31,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: 
     """
     others = (key, value) if bias is None else (key, value, bias)
     if runs_on_cpu_kernels(query, *others):
-        return call(torch.ops.moekernels.attention.default, query, key, value, scale, bias)
+        return attention_by_kernel(query, key, value, scale, bias)
+    same_device("attention", "query", query=query, key=key, value=value, bias=bias)
     return reference.attention(query, key, value, scale=scale, bias=bias)
+
+
+def attention_by_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """The same, once :func:`runs_on_cpu_kernels` has been asked."""
+    return run(torch.ops.moekernels.attention.default, query, key, value, scale, bias)

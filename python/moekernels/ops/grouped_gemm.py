@@ -1,24 +1,41 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moekernels._settings import is_batch_invariant
-from moekernels.ops._call import autocast, call, wants_gradient
+from moekernels._settings import allows_tf32, is_batch_invariant
+from moekernels.ops._call import autocast, call, check_plain, wants_gradient
+from moekernels.ops._expert_weights import ExpertTensors, tensor_list
+from moekernels.ops._float64 import in_float64, is_float64
+from moekernels.ops._quantized import (
+    ExpertMatrices,
+    bias_of_experts,
+    compute_dtype,
+    dequantized,
+    expert_bounds,
+    is_quantized,
+    stream,
+    streams,
+)
+from moekernels.ops.activation import Swiglu
 from moekernels.ops.activation import activation as activate
+from moekernels.ops.permute import permute
 
 
 def grouped_gemm(
     rows: Tensor,
-    weight: Tensor,
+    weight: ExpertTensors,
     expert_offsets: Tensor,
     *,
-    bias: Tensor | None = None,
-    activation: str = "none",
+    bias: ExpertTensors | None = None,
+    activation: str | Swiglu = "none",
     gated: bool = False,
     row_scale: Tensor | None = None,
     token_of_row: Tensor | None = None,
     transposed: bool = False,
+    zero_unvisited: bool = False,
 ) -> Tensor:
     """Multiply each expert's rows by that expert's weight.
 
@@ -29,22 +46,30 @@ def grouped_gemm(
     For a gradient the rows and the weight are kept, and before an activation or a gate also y; with a `row_scale` y is
     computed again instead.
 
-    With ``transposed``: ``out[i] = row_scale[i] * (rows[i] @ weight[e])``, which is the gradient of the rows when
-    ``rows`` is the gradient of the output.
+    With ``transposed``: ``out[i] = row_scale[i] * (rows[i] @ weight[e] + bias[e])``, for weights that are stored so. It
+    is also, without a bias, the gradient of the rows when ``rows`` is the gradient of the output.
 
     Args:
         rows: ``[N, in_features]``, float32, bfloat16 or float16, sorted by expert; or, with ``token_of_row``,
             ``[T, in_features]`` in token order.
         weight: ``[E, out_features, in_features]``, same dtype. Gated: the gate's rows first, then the value's.
-            Transposed: ``[E, in_features, out_features]``.
+            Transposed: ``[E, in_features, out_features]``. Or a sequence of ``E * P`` matrices, expert slowest, the
+            rows of an expert's P parts following one another (gated: P is 1 or even). They may lie anywhere with any
+            strides, and nothing is copied but a matrix whose rows are not dense. A stack or the matrices may be
+            quantised, whatever their dtype; then there is a gradient of all else.
         expert_offsets: ``[E + 1]`` int32: expert e owns the rows ``expert_offsets[e] .. expert_offsets[e + 1]``. Output
             rows past the last offset are zero.
-        bias: ``[E, out_features]``, same dtype.
-        activation: one of :data:`ACTIVATIONS`; ``"gelu"`` is the exact one, ``"gelu_tanh"`` the approximation.
+        bias: ``[E, out_features]``, same dtype; or, unless transposed, as many vectors as there are matrices.
+        activation: one of :data:`ACTIVATIONS`; ``"gelu"`` is the exact one, ``"gelu_tanh"`` the approximation. Or,
+            gated, a :class:`Swiglu`.
         gated: see above; halves the output width.
         row_scale: ``[N]`` float32.
         token_of_row: ``[N]`` int32: row i is ``rows[token_of_row[i]]``, gathered by the kernel.
-        transposed: see above; goes with no bias, no activation and no gate.
+        transposed: see above; an activation or a gate then takes a pass of its own, as an interleaved one always does,
+            and goes with no `row_scale`.
+        zero_unvisited: whether the matrices and vectors of an expert without rows get a gradient of zeros. By default
+            they get none on the CPU, as where a model leaves the expert out, and zeros where only the device knows the
+            number of rows, in compiled code, and of a stack.
 
     Returns:
         ``[N, out_features]``, or ``[N, out_features / 2]`` when gated, in the dtype of ``rows``.
@@ -53,10 +78,60 @@ def grouped_gemm(
         ValueError: for wrong shapes, dtypes or devices, an unknown activation, or (on the CPU, where they can be read
             without waiting) offsets that fall or exceed the number of rows.
     """
-    rows, weight, bias = autocast(rows, weight, bias)
-    switches = (torch.backends.cuda.matmul.allow_tf32, is_batch_invariant(), transposed)
+    if is_quantized(weight):
+        if isinstance(activation, str) and not transposed and streams(weight, rows, row_scale, *tensor_list(bias)):
+            stack = bias_of_experts(bias, expert_offsets.shape[0] - 1)
+            return stream(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row)
+        return _dequantizing(
+            rows, weight, expert_offsets, bias, row_scale, token_of_row,
+            activation=activation, gated=gated, transposed=transposed, zero_unvisited=zero_unvisited,
+        )  # fmt: skip
+    weights, biases = tensor_list(weight), tensor_list(bias)
+    check_plain("grouped_gemm", weight=weights, bias=biases)
+    rows, weights, biases = autocast(rows, weights, biases)
+    if is_float64(rows):
+        return in_float64(
+            grouped_gemm, rows, weight, expert_offsets, bias=bias, activation=activation, gated=gated,
+            row_scale=row_scale, token_of_row=token_of_row, transposed=transposed,
+        )  # fmt: skip
+    name = str(activation)
+    switches = (allows_tf32(), is_batch_invariant(), transposed, zero_unvisited)
     op = torch.ops.moekernels.grouped_gemm.default
-    if (activation != "none" or gated) and row_scale is None and wants_gradient(rows, weight, bias):
-        linear = call(op, rows, weight, expert_offsets, bias, "none", False, None, token_of_row, *switches)
+    if (name != "none" or gated) and row_scale is None and wants_gradient(rows, *weights, *biases):
+        linear = call(op, rows, weights, expert_offsets, biases, "none", False, None, token_of_row, *switches)
         return activate(linear, activation, gated=gated)
-    return call(op, rows, weight, expert_offsets, bias, activation, gated, row_scale, token_of_row, *switches)
+    return call(op, rows, weights, expert_offsets, biases, name, gated, row_scale, token_of_row, *switches)
+
+
+def _dequantizing(
+    rows: Tensor,
+    weight: ExpertTensors,
+    expert_offsets: Tensor,
+    bias: ExpertTensors | None,
+    row_scale: Tensor | None,
+    token_of_row: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """The same with a quantised weight: of experts that have rows, one after the other."""
+    if token_of_row is not None:
+        rows = permute(rows, token_of_row)
+    num_experts = expert_offsets.shape[0] - 1
+    matrices = ExpertMatrices("grouped_gemm", "weight", weight, num_experts)
+    biases = bias_of_experts(bias, num_experts)
+    pieces, end = [], 0
+    for expert, (begin, end) in enumerate(expert_bounds("grouped_gemm", expert_offsets, rows.shape[0])):
+        if begin == end:
+            continue
+        with dequantized(matrices[expert], compute_dtype(rows)) as plain:
+            piece = grouped_gemm(
+                rows[begin:end],
+                plain.unsqueeze(0),
+                expert_offsets.new_tensor([0, end - begin]),
+                bias=None if biases is None else biases[expert : expert + 1],
+                row_scale=None if row_scale is None else row_scale[begin:end],
+                **options,
+            )
+        pieces.append(piece)
+    height, width = (sum(matrix.shape[-2] for matrix in matrices[0]), matrices[0][0].shape[-1])
+    out_features = width if options["transposed"] else height // 2 if options["gated"] else height
+    return torch.cat([*pieces, rows.new_zeros(rows.shape[0] - end, out_features, dtype=compute_dtype(rows))])

@@ -3,7 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekernels._settings import allows_tf32
 from moekernels.ops._call import call
+from moekernels.ops._float64 import in_float64, is_float64
 
 
 def grouped_weight_grad(
@@ -43,6 +45,11 @@ def grouped_weight_grad(
         ValueError: for wrong shapes, dtypes or devices, or (on the CPU, where they can be read without waiting) offsets
             that fall or exceed the number of rows.
     """
+    if is_float64(grad_rows):
+        return in_float64(
+            grouped_weight_grad, grad_rows, rows, expert_offsets, grad_token_of_row=grad_token_of_row,
+            token_of_row=token_of_row, bias_scale=bias_scale, need_bias=need_bias,
+        )  # fmt: skip
     return call(
         torch.ops.moekernels.grouped_weight_grad.default,
         grad_rows,
@@ -52,5 +59,5 @@ def grouped_weight_grad(
         token_of_row,
         bias_scale,
         need_bias,
-        torch.backends.cuda.matmul.allow_tf32,
+        allows_tf32(),
     )

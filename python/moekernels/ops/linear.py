@@ -1,22 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moekernels._settings import current_cpu_isa, is_batch_invariant
-from moekernels.ops._call import call, runs_on_cpu_kernels, wants_gradient
+from moekernels.ops._call import run, runs_on_cpu_kernels, same_device, wants_gradient
+from moekernels.ops._quantized import compute_dtype, dequantized, is_quantized_matrix, one_expert, stream, streams
+from moekernels.ops.activation import ACTIVATION_FUNCTIONS
+from moekernels.quantization.weight import functions
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
+_linear = torch.ops.moekernels.linear.default
 
 # Up to here the time goes into reading the weight, at which this package's kernels are better; measured with torch
 # 2.13, 768 to 4096 wide: on Zen 4 1.1 to 2.9 times as fast.
@@ -40,7 +34,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
     Args:
         input: ``[..., in_features]``.
-        weight: ``[out_features, in_features]``, same dtype.
+        weight: ``[out_features, in_features]``, same dtype; or quantised, then with a gradient of `input` alone.
         bias: ``[out_features]``, same dtype.
         activation: one of :data:`ACTIVATIONS`; ``"gelu"`` is the exact one, ``"gelu_tanh"`` the approximation.
 
@@ -51,13 +45,25 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         ValueError: for wrong shapes, dtypes or devices (where torch multiplies, its own errors), or an unknown
             activation.
     """
-    if runs_on_cpu_kernels(input, weight) and not wants_gradient(bias) and input.dim() > 0:
+    if runs_on_cpu_kernels(input, weight) and (bias is None or not wants_gradient(bias)) and input.dim() > 0:
         num_rows = input.numel() // max(input.shape[-1], 1)
         batch_invariant = is_batch_invariant()
-        if 0 < num_rows <= _most_rows(input.dtype) or batch_invariant:
-            return call(torch.ops.moekernels.linear.default, input, weight, bias, activation, batch_invariant)
+        if 0 < num_rows <= _MOST_ROWS or batch_invariant or 0 < num_rows <= _most_rows(input.dtype):
+            return run(_linear, input, weight, bias, activation, batch_invariant)
+    if is_quantized_matrix(weight):
+        if streams(weight, input, bias) and input.dim() > 0:
+            rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+            bias = None if bias is None else bias.unsqueeze(0)
+            out = stream(rows, weight, one_expert(rows.shape[0]), bias, activation)
+            return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
+        with dequantized([weight], compute_dtype(input)) as plain:
+            return linear(input, plain, bias, activation=activation)
+    same_device("linear", "input", input=input, weight=weight, bias=bias)
     if activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(
             f"moekernels::linear: activation must be one of {', '.join(ACTIVATION_FUNCTIONS)}; got '{activation}'"
         )
     return ACTIVATION_FUNCTIONS[activation](F.linear(input, weight, bias))
+
+
+functions[F.linear] = linear

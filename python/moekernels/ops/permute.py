@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekernels.ops._call import call
+from moekernels.ops._float64 import in_float64, is_float64
 
 
 def permute(hidden: Tensor, token_of_row: Tensor, row_of_slot: Tensor | None = None) -> Tensor:
@@ -21,11 +22,13 @@ def permute(hidden: Tensor, token_of_row: Tensor, row_of_slot: Tensor | None = N
     Raises:
         ValueError: for wrong shapes, dtypes or devices.
     """
+    if is_float64(hidden):
+        return in_float64(permute, hidden, token_of_row, row_of_slot)
     return call(torch.ops.moekernels.permute.default, hidden, token_of_row, row_of_slot)
 
 
-def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum each token's rows: ``out[t] = sum_k weights[t, k] * rows[row_of_slot[t, k]]``.
+def unpermute(rows: Tensor, row_of_slot: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+    """Sum each token's rows: ``out[t] = sum_k routing_weights[t, k] * rows[row_of_slot[t, k]]``.
 
     The sum runs over the choices in order, in float32, and is rounded once.
 
@@ -33,7 +36,7 @@ def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) 
         rows: ``[N, H]``, float32, bfloat16 or float16.
         row_of_slot: ``[T, K]`` int32, as :func:`plan` returns it; a slot of -1 adds nothing. For the gradient no row
             may belong to two tokens.
-        weights: ``[T, K]`` float32; None: all ones.
+        routing_weights: ``[T, K]`` float32; None: all ones.
 
     Returns:
         ``[T, H]`` in the dtype of ``rows``; zero for a token without rows.
@@ -41,4 +44,6 @@ def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) 
     Raises:
         ValueError: for wrong shapes, dtypes or devices.
     """
-    return call(torch.ops.moekernels.unpermute.default, rows, row_of_slot, weights)
+    if is_float64(rows):
+        return in_float64(unpermute, rows, row_of_slot, routing_weights)
+    return call(torch.ops.moekernels.unpermute.default, rows, row_of_slot, routing_weights)

@@ -15,19 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekernels.ops._types import Plan
-
-_ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+from moekernels.ops._expert_weights import BIAS, WEIGHT, ExpertTensors, stacked, tensor_list
+from moekernels.ops._types import Plan, Routing
+from moekernels.ops.activation import ACTIVATION_FUNCTIONS, Swiglu
 
 
-def _activate(x: Tensor, activation: str, gated: bool) -> Tensor:
-    act = _ACTIVATIONS[activation]
+def _activate(x: Tensor, activation: str | Swiglu, gated: bool) -> Tensor:
+    if isinstance(activation, Swiglu):
+        return activation(x)
+    act = ACTIVATION_FUNCTIONS[activation]
     if not gated:
         return act(x)
     gate, value = x.chunk(2, dim=-1)
@@ -51,16 +47,16 @@ def route(
     scoring: str = "softmax",
     renormalize: bool = False,
     probs_dtype: torch.dtype | None = None,
-    epsilon: float = 0.01,
+    eps: float = 0.01,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Routing:
     if scoring == "softmax":
         weights, expert_ids = _softmax_top_k(logits, top_k, probs_dtype)
     elif scoring == "top2_gate":
         weights, expert_ids = _top2_gate(logits, probs_dtype, noise)
     elif scoring == "sparsemixer":
-        weights, expert_ids = _sparsemixer(logits, epsilon, noise)
+        weights, expert_ids = _sparsemixer(logits, eps, noise)
     else:
         raise ValueError(f"unknown scoring {scoring!r}")
     weights = _accumulator(weights)
@@ -71,7 +67,7 @@ def route(
         routed = mask.bool().unsqueeze(-1)
         weights = weights.masked_fill(~routed, 0.0)
         expert_ids = expert_ids.masked_fill(~routed, -1)
-    return weights, expert_ids.int()
+    return Routing(weights, expert_ids.int())
 
 
 def _softmax_top_k(logits: Tensor, top_k: int, probs_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -102,18 +98,18 @@ def _top2_gate(logits: Tensor, probs_dtype: torch.dtype | None, noise: Tensor | 
     return probs.gather(-1, expert_ids), expert_ids
 
 
-def near_ties(scores: Tensor, candidates: Tensor, epsilon: float) -> Tensor:
-    """The candidates, with -inf for those more than ``2 * epsilon``, relative to their score, below the largest."""
+def near_ties(scores: Tensor, candidates: Tensor, eps: float) -> Tensor:
+    """The candidates, with -inf for those more than ``2 * eps``, relative to their score, below the largest."""
     maximum = candidates.amax(dim=-1, keepdim=True)
     factor = torch.maximum(scores.abs(), maximum)
-    return candidates.masked_fill((maximum - scores) / factor > 2 * epsilon, float("-inf"))
+    return candidates.masked_fill((maximum - scores) / factor > 2 * eps, float("-inf"))
 
 
-def _sparsemixer(scores: Tensor, epsilon: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sparsemixer(scores: Tensor, eps: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """PhiMoE's routing (arXiv 2409.12136), in the dtype of the scores throughout."""
 
     def pick(candidates: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        near = near_ties(scores, candidates, epsilon)
+        near = near_ties(scores, candidates, eps)
         noisy = candidates if noise is None else (_accumulator(near) + noise).to(scores.dtype)
         expert_id = _largest(noisy, 1)
         return torch.softmax(near, dim=-1).gather(-1, expert_id), expert_id
@@ -132,14 +128,14 @@ def route_grad(
     scoring: str = "softmax",
     renormalize: bool = False,
     probs_dtype: torch.dtype | None = None,
-    epsilon: float = 0.01,
+    eps: float = 0.01,
 ) -> Tensor:
     """For the choice made; what was rounded counts as rounded, but rounding passes gradients on unchanged."""
     chosen = expert_ids >= 0
     ids = expert_ids.long().clamp(min=0)
     if scoring == "sparsemixer":
         others = logits.scatter(-1, ids[:, :1], float("-inf"))
-        kept = [near_ties(logits, candidates, epsilon) for candidates in (logits, others)]
+        kept = [near_ties(logits, candidates, eps) for candidates in (logits, others)]
         probs = torch.softmax(_accumulator(torch.stack(kept, dim=1)), dim=-1)
         probs_dtype = logits.dtype
     else:
@@ -239,11 +235,11 @@ def permute(hidden: Tensor, token_of_row: Tensor, row_of_slot: Tensor | None = N
 
 def grouped_gemm(
     rows: Tensor,
-    weight: Tensor,
+    weight: ExpertTensors,
     expert_offsets: Tensor,
     *,
-    bias: Tensor | None = None,
-    activation: str = "none",
+    bias: ExpertTensors | None = None,
+    activation: str | Swiglu = "none",
     gated: bool = False,
     row_scale: Tensor | None = None,
     token_of_row: Tensor | None = None,
@@ -251,9 +247,12 @@ def grouped_gemm(
 ) -> Tensor:
     if token_of_row is not None:
         rows = permute(rows, token_of_row)
+    offsets = expert_offsets.tolist()
+    num_experts = len(offsets) - 1
+    weight = stacked(tensor_list(weight), WEIGHT, num_experts)
+    bias = None if bias is None else stacked(tensor_list(bias), BIAS, num_experts)
     if transposed:
         weight = weight.transpose(1, 2)
-    offsets = expert_offsets.tolist()
     outputs = []
     for e in range(weight.shape[0]):
         y = _accumulator(rows[offsets[e] : offsets[e + 1]]) @ _accumulator(weight[e]).T
@@ -270,6 +269,19 @@ def grouped_gemm(
             out,
         )
     return out.to(rows.dtype)
+
+
+def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as integers of -127 ... 127 and what they are multiples of: ``[..., K]`` in their dtype and ``[..., 1]``.
+
+    The largest magnitude of a row becomes 127; half-way is rounded to the even one. It is what rows are multiplied as
+    with weights whose format has ``activations="int8"``.
+    """
+    wide = _accumulator(rows)
+    largest = wide.abs().amax(dim=-1, keepdim=True)
+    # Not 127 / largest, which torch rounds twice.
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
+    return (wide * inverse).round().nan_to_num(0.0).to(rows.dtype), largest / 127
 
 
 def grouped_weight_grad(
@@ -293,20 +305,20 @@ def grouped_weight_grad(
     return grad_weight, torch.stack([scaled[e].sum(dim=0) for e in of_expert]).to(rows.dtype)
 
 
-def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+def unpermute(rows: Tensor, row_of_slot: Tensor, routing_weights: Tensor | None = None) -> Tensor:
     num_tokens, top_k = row_of_slot.shape
     out = _accumulator(rows).new_zeros(num_tokens, rows.shape[1])
     for k in range(top_k):
         taken = permute(_accumulator(rows), row_of_slot[:, k])
-        if weights is not None:
+        if routing_weights is not None:
             kept = (row_of_slot[:, k] >= 0).unsqueeze(-1)
-            taken = torch.where(kept, taken * weights[:, k, None].to(taken.dtype), taken)
+            taken = torch.where(kept, taken * routing_weights[:, k, None].to(taken.dtype), taken)
         out = out + taken
     return out.to(rows.dtype)
 
 
 def unpermute_grad(
-    grad_out: Tensor, rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None
+    grad_out: Tensor, rows: Tensor, row_of_slot: Tensor, routing_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     grad = _accumulator(grad_out)
     grad_rows = grad.new_zeros(rows.shape)
@@ -314,13 +326,13 @@ def unpermute_grad(
     for k in range(row_of_slot.shape[1]):
         slots = row_of_slot[:, k]
         kept = (slots >= 0).nonzero().squeeze(-1)
-        weight = grad.new_ones(len(kept)) if weights is None else weights[kept, k].to(grad.dtype)
+        weight = grad.new_ones(len(kept)) if routing_weights is None else routing_weights[kept, k].to(grad.dtype)
         grad_rows[slots[kept].long()] += weight.unsqueeze(-1) * grad[kept]
         grad_weights[:, k] = (permute(_accumulator(rows), slots) * grad).sum(dim=-1)
     return grad_rows.to(rows.dtype), grad_weights
 
 
-def activation(linear: Tensor, activation: str, *, gated: bool = False) -> Tensor:
+def activation(linear: Tensor, activation: str | Swiglu, *, gated: bool = False) -> Tensor:
     return _activate(_accumulator(linear), activation, gated).to(linear.dtype)
 
 
@@ -329,9 +341,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     return _activate(F.linear(_accumulator(input), _accumulator(weight), biases), activation, False).to(input.dtype)
 
 
-def rms_norm(input: Tensor, weight: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+def rms_norm(input: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     wide = _accumulator(input)
-    scale = (wide.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt()
+    scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     return (_accumulator(weight) * (wide * scale)).to(input.dtype)
 
 
@@ -351,7 +363,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, bias: 
 def activation_grad(
     grad_out: Tensor,
     linear: Tensor,
-    activation: str,
+    activation: str | Swiglu,
     *,
     gated: bool = False,
     row_scale: Tensor | None = None,
@@ -376,14 +388,14 @@ def activation_grad(
 
 def sparse_mlp(
     hidden: Tensor,
-    expert_weights: Tensor,
+    routing_weights: Tensor,
     plan: Plan,
-    up_weight: Tensor,
-    down_weight: Tensor,
+    up_weight: ExpertTensors,
+    down_weight: ExpertTensors,
     *,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
+    up_bias: ExpertTensors | None = None,
+    down_bias: ExpertTensors | None = None,
+    activation: str | Swiglu = "silu",
     gated: bool = True,
 ) -> Tensor:
     inner = grouped_gemm(
@@ -396,4 +408,4 @@ def sparse_mlp(
         token_of_row=plan.token_of_row,
     )
     rows = grouped_gemm(inner, down_weight, plan.expert_offsets, bias=down_bias)
-    return unpermute(rows, plan.row_of_slot, expert_weights)
+    return unpermute(rows, plan.row_of_slot, routing_weights)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moekernels.ops._call import call
+from moekernels.ops._float64 import in_float64, is_float64
 
 
 class RouterStats(NamedTuple):
@@ -37,4 +38,6 @@ def router_stats(logits: Tensor, top_k: int, *, num_groups: int = 1, mask: Tenso
     Raises:
         ValueError: for wrong shapes, dtypes or devices, ``top_k`` out of range, or groups that are not equal.
     """
+    if is_float64(logits):
+        return RouterStats(*in_float64(router_stats, logits, top_k, num_groups=num_groups, mask=mask))
     return RouterStats(*call(torch.ops.moekernels.router_stats.default, logits, num_groups, top_k, mask))

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moekernels._devices import resolve_device
 from moekernels.pipelines.batching import BATCHES_PER_WINDOW, batches_by_length, stack, windows
-from moekernels.pipelines.device import resolve_device
 
 
 class Pipeline:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from moekernels._devices import default_device, resolve_device
 from moekernels.models import AutoConfig, PretrainedConfig
 from moekernels.pipelines.base import Pipeline
-from moekernels.pipelines.device import default_device, resolve_device
 from moekernels.pipelines.text2text import (
     SummarizationPipeline,
     Text2TextGenerationPipeline,
@@ -80,7 +80,8 @@ def pipeline(
         raise ValueError(f"pipeline: framework must be 'pt', got {framework!r}")
     if device is not None and device_map is not None:
         raise ValueError("pipeline: pass device or device_map, not both")
-    hub = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
+    given: dict[str, Any] = {"revision": revision, "token": token}
+    hub = {name: value for name, value in given.items() if value is not None}
 
     source = model if isinstance(model, (str, os.PathLike)) else None
     if tokenizer is None:

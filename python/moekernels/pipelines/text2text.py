@@ -19,7 +19,7 @@ class _Options:
     tensors: bool = False
     clean_up_tokenization_spaces: bool = False
     truncation: bool | str | None = None
-    src_lang: str | None = None  # of translation alone
+    languages: dict[str, str] = field(default_factory=dict)  # of translation alone
     generation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,8 +68,11 @@ class Text2TextGenerationPipeline(GenerationPipeline):
     def _encode(self, item: Any, options: _Options) -> dict[str, list[int]]:
         if not isinstance(item, str):
             raise TypeError(f"{self.task}: an input must be text, got {type(item).__name__}")
-        inputs = self.tokenizer(self.prefix + item, truncation=options.truncation)
+        inputs = self._tokenized(self.prefix + item, options)
         return {"input_ids": inputs["input_ids"], "attention_mask": [1] * len(inputs["input_ids"])}
+
+    def _tokenized(self, text: str, options: _Options) -> Any:
+        return self.tokenizer(text, truncation=options.truncation)
 
     def _decode(self, item: Any, encoded: dict[str, list[int]], output: Tensor, options: _Options) -> Any:
         if options.tensors:
@@ -110,11 +113,14 @@ class TranslationPipeline(Text2TextGenerationPipeline):
         target = tgt_lang or target
         if target is None:
             raise ValueError(f"{self.task}: which language to translate to? Pass tgt_lang")
-        options.src_lang = src_lang or source
+        options.languages = {"src_lang": src_lang or source, "tgt_lang": target}
         options.generation.setdefault("forced_bos_token_id", self.tokenizer.get_lang_id(target))
         return options
 
-    def _encode(self, item: Any, options: _Options) -> dict[str, list[int]]:
-        if options.src_lang is not None:
-            self.tokenizer.src_lang = options.src_lang
-        return super()._encode(item, options)
+    def _tokenized(self, text: str, options: _Options) -> Any:
+        if not options.languages:
+            return super()._tokenized(text, options)
+        # Not by setting the tokenizer's language: that would be the next call's too, and another thread's.
+        return self.tokenizer._build_translation_inputs(
+            text, return_tensors=None, truncation=options.truncation, **options.languages
+        )

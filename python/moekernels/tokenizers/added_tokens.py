@@ -18,27 +18,30 @@ class AddedTokens:
 
     def update(self, tokens: Mapping[int, AddedToken]) -> None:
         """Adds tokens by id; they replace what has their id, or their text."""
+        # Other threads may be reading the tables that there are.
+        by_id, ids = dict(self.by_id), dict(self.ids)
         for index, token in tokens.items():
-            replaced = self.by_id.get(index)
+            replaced = by_id.get(index)
             if replaced is not None:
-                self.ids.pop(replaced.content, None)
-            previous = self.ids.get(token.content, index)
+                ids.pop(replaced.content, None)
+            previous = ids.get(token.content, index)
             if previous != index:
-                del self.by_id[previous]
-            self.by_id[index] = token
-            self.ids[token.content] = index
-        self._pattern = None
+                del by_id[previous]
+            by_id[index] = token
+            ids[token.content] = index
+        self.by_id, self.ids, self._pattern = by_id, ids, None
 
     def split(self, text: str) -> list[str]:
         """`text` cut around the tokens in it, without the white space and the words that the tokens claim."""
-        if not self.ids:
+        by_id, ids, pattern = self.by_id, self.ids, self._pattern
+        if not ids:
             return [text] if text else []
-        if self._pattern is None:
-            self._pattern = re.compile(f"({_alternatives([content for content in self.ids if content])})")
-        parts = [part for part in self._pattern.split(text) if part]
+        if pattern is None:
+            pattern = self._pattern = re.compile(f"({_alternatives([content for content in ids if content])})")
+        parts = [part for part in pattern.split(text) if part]
         for position, part in enumerate(parts):
-            if part in self.ids:
-                self._claim(parts, position, self.by_id[self.ids[part]])
+            if part in ids:
+                self._claim(parts, position, by_id[ids[part]])
         return [part for part in parts if part]
 
     @staticmethod

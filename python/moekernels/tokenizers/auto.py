@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moekernels.checkpoint import TOKENIZER_FILES, resolve, take_hub_options
+from moekernels.checkpoint import TOKENIZER_FILES, read_json, resolve, take_hub_options
+from moekernels.checkpoint.gguf import GgufReader
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.bos_eos import GPTNeoXTokenizerFast, LlamaTokenizerFast
 from moekernels.tokenizers.fast import PreTrainedTokenizerFast
 from moekernels.tokenizers.files import read_settings
+from moekernels.tokenizers.gguf import tokenizer_from_gguf
 from moekernels.tokenizers.llama import LlamaTokenizer
 from moekernels.tokenizers.m2m_100 import M2M100Tokenizer
 from moekernels.tokenizers.nllb import NllbTokenizer, NllbTokenizerFast
@@ -62,7 +63,7 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(
-        directory: str | os.PathLike[str], use_fast: bool = True, **kwargs: Any
+        directory: str | os.PathLike[str], use_fast: bool = True, gguf_file: str | None = None, **kwargs: Any
     ) -> PreTrainedTokenizerBase:
         """Reads the tokenizer of a checkpoint; keywords override its settings.
 
@@ -72,11 +73,15 @@ class AutoTokenizer:
         Args:
             directory: a checkpoint directory, or the name of a repository on the Hugging Face Hub.
             use_fast: prefer `tokenizer.json` where there is a sentencepiece model too.
+            gguf_file: the name of a GGUF file in `directory`, whose metadata describe the tokenizer.
             **kwargs: settings, and those of :func:`moekernels.checkpoint.resolve`, such as `revision`.
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or no tokenizer in it.
         """
+        if gguf_file is not None:
+            path = resolve(directory, (gguf_file,), **take_hub_options(kwargs)) / gguf_file
+            return tokenizer_from_gguf(path, GgufReader(path).metadata, **kwargs)
         path = resolve(directory, TOKENIZER_FILES, **take_hub_options(kwargs))
         name = kwargs.pop("tokenizer_class", None) or read_settings(path).get("tokenizer_class") or ""
         kind = _BY_CLASS.get(name.removesuffix("Fast"))
@@ -97,4 +102,4 @@ class AutoTokenizer:
 def _model_type(path: Path) -> str:
     if not (path / "config.json").is_file():
         return ""
-    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") or ""
+    return str(read_json(path / "config.json").get("model_type") or "")

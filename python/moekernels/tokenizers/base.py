@@ -1,17 +1,18 @@
-"""What all tokenizers share: settings, argument handling, padding, decoding, chat templates, files."""
+"""What all tokenizers share: settings, argument handling, padding, files."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from moekernels.checkpoint import TOKENIZER_FILES, resolve, take_hub_options
+from moekernels.checkpoint import TOKENIZER_FILES, CheckpointError, replace_files, resolve, take_hub_options
 from moekernels.tokenizers.chat import ChatTemplates
-from moekernels.tokenizers.encoding import BatchEncoding
+from moekernels.tokenizers.decoding import Decoding
+from moekernels.tokenizers.encoding import BatchEncoding, as_list, padded
 from moekernels.tokenizers.files import (
     CHAT_TEMPLATE_NAME,
     CONFIG_NAME,
@@ -25,8 +26,10 @@ from moekernels.tokenizers.options import (
     check_side,
     check_texts,
     resolve_lengths,
+    unreadable,
 )
 from moekernels.tokenizers.special_tokens import ADDITIONAL, NAMES, SpecialTokens
+from moekernels.tokenizers.targets import TargetMode
 
 # What "no limit" looks like in files, and what can still be a limit.
 NO_MAX_LENGTH = int(1e30)
@@ -35,14 +38,9 @@ _LONGEST_LIMIT = int(1e20)
 _PLACES = ("tokenizer_class", "tokenizer_file", "vocab_file", "spm_file", "special_tokens_map_file")
 
 _Self = TypeVar("_Self", bound="PreTrainedTokenizerBase")
-# English spacing that word-level tokenizers introduce, and its repair, in this order.
-_CLEAN_UP = (
-    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
-    (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
-)  # fmt: skip
 
 
-class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
+class PreTrainedTokenizerBase(SpecialTokens, TargetMode, ChatTemplates, Decoding):
     """Base of all tokenizers. One defines how to encode and decode, its table of tokens, how to load and to save it.
 
     Args:
@@ -102,9 +100,6 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
         """Encodes texts, or pairs of them, to lists with one entry per row, and their offsets where it knows them."""
         raise NotImplementedError
 
-    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        raise NotImplementedError
-
     def get_vocab(self) -> dict[str, int]:
         """Token to id, added tokens included."""
         raise NotImplementedError
@@ -112,6 +107,18 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
     def __len__(self) -> int:
         """Number of tokens, added ones included."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        shown = {
+            name: getattr(self, name)
+            for name in ("name_or_path", "vocab_size", "model_max_length", "is_fast", "padding_side", "truncation_side")
+        }
+        shown |= {
+            "special_tokens": self.special_tokens_map,
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "added_tokens_decoder": self.added_tokens_decoder,
+        }
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def vocab_size(self) -> int:
@@ -121,11 +128,11 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
     def _save(self, directory: Path) -> list[Path]:
         raise NotImplementedError
 
-    def _switch_to_input_mode(self) -> None:
-        """Prepares for encoding source texts."""
-
-    def _switch_to_target_mode(self) -> None:
-        """Prepares for encoding target texts, where those look different."""
+    def _in_language(self, options: EncodeOptions, lang: str | None, is_target: bool = False) -> EncodeOptions:
+        """The options for source or target texts of a language; None is the tokenizer's."""
+        if lang is not None:
+            raise ValueError(f"{type(self).__name__} knows no languages, got {lang!r}")
+        return options
 
     # Encoding.
 
@@ -151,6 +158,9 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
         return_offsets_mapping: bool = False,
         return_length: bool = False,
         split_special_tokens: bool | None = None,
+        verbose: bool = True,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
     ) -> BatchEncoding:
         """Encodes a text or a batch of texts.
 
@@ -169,6 +179,8 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
             return_overflowing_tokens: return what truncation cut off: as more rows, or, by tokenizers that are not
                 fast, as `overflowing_tokens` with their number as `num_truncated_tokens`.
             return_special_tokens_mask, return_offsets_mapping, return_length: further entries.
+            verbose: warn of texts that are too long for the model.
+            src_lang, tgt_lang: the languages of `text` and `text_target` in this call, instead of the tokenizer's.
 
         Returns:
             The entries: one list per text, or a tensor int64 `[B, length]`. A single text gives bare lists.
@@ -179,10 +191,63 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
         """
         if text is None and text_target is None:
             raise ValueError("a tokenizer needs text or text_target")
+        options = self._options(
+            add_special_tokens,
+            padding,
+            truncation,
+            max_length,
+            stride,
+            is_split_into_words,
+            pad_to_multiple_of,
+            padding_side,
+            return_token_type_ids,
+            return_attention_mask,
+            return_overflowing_tokens,
+            return_special_tokens_mask,
+            return_offsets_mapping,
+            return_length,
+            split_special_tokens,
+            verbose,
+        )
+        encoding = None
+        if text is not None:
+            is_target = self._is_in_target_mode()
+            lang = tgt_lang if is_target else src_lang
+            encoding = self._encode(text, text_pair, self._in_language(options, lang, is_target), return_tensors)
+        if text_target is not None:
+            target = self._encode(
+                text_target, text_pair_target, self._in_language(options, tgt_lang, is_target=True), return_tensors
+            )
+            if encoding is None:
+                return target
+            encoding["labels"] = target["input_ids"]
+        assert encoding is not None
+        return encoding
+
+    def _options(
+        self,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        split_special_tokens: bool | None = None,
+        verbose: bool = True,
+    ) -> EncodeOptions:
+        """The keywords of a call, checked."""
         resolved_padding, resolved_truncation, max_length = self._strategies(
             padding, truncation, max_length, pad_to_multiple_of
         )
-        options = EncodeOptions(
+        return EncodeOptions(
             add_special_tokens=add_special_tokens,
             padding=resolved_padding,
             truncation=resolved_truncation,
@@ -198,22 +263,8 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
             special_tokens_mask=return_special_tokens_mask,
             offsets_mapping=return_offsets_mapping,
             length=return_length,
+            verbose=verbose,
         )
-        encoding = None
-        if text is not None:
-            self._switch_to_input_mode()
-            encoding = self._encode(text, text_pair, options, return_tensors)
-        if text_target is not None:
-            self._switch_to_target_mode()
-            try:
-                target = self._encode(text_target, text_pair_target, options, return_tensors)
-            finally:
-                self._switch_to_input_mode()
-            if encoding is None:
-                return target
-            encoding["labels"] = target["input_ids"]
-        assert encoding is not None
-        return encoding
 
     def _encode(self, text: Any, pair: Any, options: EncodeOptions, return_tensors: str | None) -> BatchEncoding:
         check_texts("text", text)
@@ -231,7 +282,10 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
             raise ValueError(f"text_pair must have one entry for each of the {len(text)} of text, got {got}")
         else:
             texts = list(zip(text, pair, strict=True))
-        entries, encodings = self._encode_batch(texts, options)
+        try:
+            entries, encodings = self._encode_batch(texts, options)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise unreadable(texts) or error from None
         for ids in entries["input_ids"]:
             self._warn_if_too_long(len(ids), options)
         # What overflows is more rows in fast tokenizers, and an entry of its own in others.
@@ -286,7 +340,7 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
         return pad, cut, max_length
 
     def _warn_if_too_long(self, length: int, options: EncodeOptions) -> None:
-        if options.max_length is None and length > self.model_max_length:
+        if options.verbose and options.max_length is None and length > self.model_max_length:
             warnings.warn(
                 f"a text has {length} tokens, more than the {self.model_max_length} the model can take",
                 stacklevel=4,
@@ -311,7 +365,7 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
         """
         if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
             encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in encoded_inputs[0]}
-        entries = {name: _as_list(value) for name, value in encoded_inputs.items()}
+        entries = {name: as_list(value) for name, value in encoded_inputs.items()}
         ids_name = self.model_input_names[0]
         if ids_name not in entries:
             raise ValueError(f"pad needs {ids_name}, got {', '.join(entries) or 'nothing'}")
@@ -334,47 +388,10 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
             }
             for name, filler in fillers.items():
                 if name in rows:
-                    rows[name] = [_padded(row, target, filler, side) for row in rows[name]]
+                    rows[name] = [padded(row, target, filler, side) for row in rows[name]]
         if single:
             rows = {name: value[0] for name, value in rows.items()}
         return BatchEncoding(rows, tensor_type=return_tensors)
-
-    # Decoding.
-
-    def decode(
-        self,
-        token_ids: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-    ) -> str:
-        """The text of one id, or of a list or one-dimensional tensor of them."""
-        ids = _as_list(token_ids)
-        text = self._decode([ids] if isinstance(ids, int) else ids, skip_special_tokens)
-        clean = (
-            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
-        )
-        return self.clean_up_tokenization(text) if clean else text
-
-    def batch_decode(
-        self,
-        sequences: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-    ) -> list[str]:
-        """The texts of several rows of ids."""
-        return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces) for ids in sequences]
-
-    @staticmethod
-    def clean_up_tokenization(text: str) -> str:
-        """Removes spaces before English punctuation and contractions."""
-        for untidy, tidy in _CLEAN_UP:
-            text = text.replace(untidy, tidy)
-        return text
-
-    def get_special_tokens_mask(self, token_ids_0: Any) -> list[int]:
-        """1 for special tokens, 0 for others."""
-        special = set(self.all_special_ids)
-        return [int(token_id in special) for token_id in _as_list(token_ids_0)]
 
     @property
     def vocab(self) -> dict[str, int]:
@@ -388,11 +405,20 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or no tokenizer in it.
+            CheckpointError: a file is not what it should be; the message names it.
         """
         path = resolve(directory, TOKENIZER_FILES, **take_hub_options(kwargs))
         # Nothing that comes with a checkpoint is ever run.
         kwargs.pop("trust_remote_code", None)
-        return cls._load(path, {**read_settings(path), **kwargs})
+        settings = read_settings(path)
+        try:
+            return cls._load(path, {**settings, **kwargs})
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            if kwargs or str(path) in str(error):  # the fault may be the caller's
+                raise
+            raise CheckpointError(
+                f"{path}: {CONFIG_NAME}, or a file beside it, has a value that {cls.__name__} cannot use: {error}"
+            ) from error
 
     @classmethod
     def _load(cls: type[_Self], directory: Path, settings: dict[str, Any]) -> _Self:
@@ -404,10 +430,17 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
         files: dict[str, Any] = {argument: directory / name for argument, name in cls.vocab_files_names.items()}
         return cls(**{**kept, **files, "name_or_path": str(directory)})
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes the tokenizer's files and returns their paths."""
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        """Writes the tokenizer's files and returns their paths; `legacy_format` changes nothing.
+
+        They take their place together once all are on disk; until then those that are there stay. A `filename_prefix`
+        is put before their names, with a hyphen; to load them again, take it off.
+        """
         settings: dict[str, Any] = {
             **self.init_kwargs,
             **self.special_tokens_map,
@@ -420,35 +453,25 @@ class PreTrainedTokenizerBase(SpecialTokens, ChatTemplates):
                 settings[name] = getattr(self, name)
         if self.split_special_tokens:
             settings["split_special_tokens"] = True
-        written = []
+        texts: dict[str, str] = {}
         if isinstance(self.chat_template, dict):
             settings["chat_template"] = [{"name": n, "template": t} for n, t in self.chat_template.items()]
         elif self.chat_template is not None:
-            (path / CHAT_TEMPLATE_NAME).write_text(self.chat_template, encoding="utf-8")
-            written.append(path / CHAT_TEMPLATE_NAME)
+            texts[CHAT_TEMPLATE_NAME] = self.chat_template
         settings.update(self._saved_settings())
         for name, content in ((CONFIG_NAME, settings), (SPECIAL_TOKENS_MAP_NAME, self.special_tokens_map)):
-            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-            (path / name).write_text(text, encoding="utf-8")
-            written.append(path / name)
-        return tuple(str(file) for file in [*written, *self._save(path)])
+            texts[name] = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        with replace_files(directory) as stage:
+            for name, text in texts.items():
+                (stage / name).write_text(text, encoding="utf-8")
+            names = [*texts, *(path.name for path in self._save(stage))]
+            if filename_prefix:
+                names = [(stage / name).rename(stage / f"{filename_prefix}-{name}").name for name in names]
+        return tuple(str(Path(directory) / name) for name in names)
 
     def _saved_settings(self) -> dict[str, Any]:
         """Further entries of `tokenizer_config.json`."""
         return {}
-
-
-def _padded(row: Iterable[Any], length: int, filler: Any, side: str) -> list[Any]:
-    row = list(row)
-    filling = [filler] * max(length - len(row), 0)
-    return row + filling if side == "right" else filling + row
-
-
-def _as_list(value: Any) -> Any:
-    """Tensors and arrays, also inside a list, as lists of integers."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return [_as_list(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _listed(value: Any) -> Any:

@@ -50,9 +50,10 @@ class _BosEosTokenizerFast(PreTrainedTokenizerFast):
                              *(f"{token}:{sequence}" for token, _ in eos)])  # fmt: skip
 
         single = around("$A", 0)
-        self._tokenizer.post_processor = TemplateProcessing(
-            single=single, pair=f"{single} {around('$B', 1)}", special_tokens=[*bos, *eos]
-        )
+        with self._backends.changing() as backend:
+            backend.post_processor = TemplateProcessing(
+                single=single, pair=f"{single} {around('$B', 1)}", special_tokens=[*bos, *eos]
+            )
 
     def _token_if(self, wanted: bool, role: str) -> list[tuple[str, int]]:
         if not wanted:

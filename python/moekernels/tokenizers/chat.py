@@ -124,13 +124,15 @@ class ChatTemplates:
 
 
 def _mask(encoding: BatchEncoding, row: int, spans: list[tuple[int, int]]) -> list[int]:
-    """1 for the tokens of a row that cover one of the spans of its text, 0 for others."""
-    ids = encoding["input_ids"]
-    mask = [0] * len(ids if isinstance(ids[0], int) else ids[row])
+    """1 for the tokens of a row that cover a character of one of the spans of its text, and those between; else 0."""
+    # Not by `char_to_token`: it knows the first token of a character alone, and none of what was truncated or dropped.
+    offsets = encoding[row].offsets
+    mask = [0] * len(offsets)
     for begin, end in spans:
-        first, last = encoding.char_to_token(row, begin), encoding.char_to_token(row, end - 1)
-        if first is None:
-            break  # the rest was truncated
-        last = len(mask) - 1 if last is None else last
-        mask[first : last + 1] = [1] * (last + 1 - first)
+        # A token of white space alone may have no more than the place where that ends.
+        covering = [
+            i for i, (first, past) in enumerate(offsets) if past > begin and (first < end or first == past == end)
+        ]
+        if covering:
+            mask[covering[0] : covering[-1] + 1] = [1] * (covering[-1] + 1 - covering[0])
     return mask

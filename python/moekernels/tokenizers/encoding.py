@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,3 +114,17 @@ class BatchEncoding(dict[str, Any]):
     def token_to_chars(self, row: int, token_index: int) -> tuple[int, int] | None:
         """First and one past the last character of a token."""
         return self._encoding(row).token_to_chars(token_index)
+
+
+def padded(row: Iterable[Any], length: int, filler: Any, side: str) -> list[Any]:
+    """A row with as many fillers on a side as it is short of a length."""
+    row = list(row)
+    filling = [filler] * max(length - len(row), 0)
+    return row + filling if side == "right" else filling + row
+
+
+def as_list(value: Any) -> Any:
+    """Tensors and arrays, also inside a list, as lists of integers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [as_list(item) for item in value] if isinstance(value, (list, tuple)) else value

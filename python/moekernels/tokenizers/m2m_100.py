@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tokenizers import AddedToken
 
+from moekernels.checkpoint import CheckpointError, read_json
 from moekernels.tokenizers.languages import M2M100, WMT21
 from moekernels.tokenizers.sentencepiece_base import SentencePieceTokenizer
 from moekernels.tokenizers.translation import TranslationTokenizer
 
+_LANGUAGE = re.compile(r"__(\w+?)__")
 LANGUAGE_CODES = {"m2m100": M2M100, "wmt21": WMT21}
 
 
 class M2M100Tokenizer(TranslationTokenizer, SentencePieceTokenizer):
     """sentencepiece cuts a text into pieces, and a table of its own numbers them; languages are tokens like `__fr__`.
 
-    A text becomes `[language] X [eos]`, as source and as target.
+    A text becomes `[language] X [eos]`, as source and as target. Adding a token `__xyz__` adds a language `xyz`.
 
     Args:
         vocab_file: path of `vocab.json`, pieces to ids.
@@ -93,6 +96,7 @@ class M2M100Tokenizer(TranslationTokenizer, SentencePieceTokenizer):
             additional_special_tokens=given + [token for token in self.lang_token_to_id if token not in listed],
             **kwargs,
         )
+        self._find_languages()
         self.set_languages(src_lang, tgt_lang)
 
     def _default_tokens(self) -> dict[int, AddedToken]:
@@ -108,9 +112,25 @@ class M2M100Tokenizer(TranslationTokenizer, SentencePieceTokenizer):
     def lang_code_to_id(self) -> dict[str, int]:
         return self._lang_code_to_id
 
+    def _find_languages(self) -> None:
+        """Makes languages of the added tokens that look like those of languages."""
+        for token, index in self.added_tokens_encoder.items():
+            match = _LANGUAGE.fullmatch(token)
+            if match is not None and match[1] not in self._lang_code_to_id:
+                self.lang_code_to_token[match[1]] = token
+                self.lang_token_to_id[token] = index
+                self.id_to_lang_token[index] = token
+                self._lang_code_to_id[match[1]] = index
+
+    def _add_tokens(self, tokens: list[AddedToken]) -> int:
+        count = super()._add_tokens(tokens)
+        self._find_languages()
+        return count
+
     def get_lang_token(self, lang: str) -> str:
         """The token of a language: `__fr__` for `fr`."""
-        return self.id_to_lang_token[self.get_lang_id(lang)]
+        self.get_lang_id(lang)
+        return self.lang_code_to_token[lang]
 
     def _piece_to_id(self, piece: str) -> int:
         return self.encoder.get(piece, self._unk_id)
@@ -160,10 +180,8 @@ class M2M100Tokenizer(TranslationTokenizer, SentencePieceTokenizer):
 def _read_vocab(path: str | Path) -> dict[str, int]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no table of pieces at {str(path)!r}")
-    try:
-        vocab = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(vocab, dict):
-        raise ValueError(f"{path} must hold an object, pieces to ids, got {type(vocab).__name__}")
+    vocab = read_json(Path(path))
+    for piece, index in vocab.items():
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise CheckpointError(f"{path}: the id of piece {piece!r} must be a number from 0 on, got {index!r}")
     return vocab

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from moekernels.tokenizers.fast import PreTrainedTokenizerFast
 from moekernels.tokenizers.languages import FLORES_200
+from moekernels.tokenizers.options import EncodeOptions
 from moekernels.tokenizers.sentencepiece_base import SPACE, SentencePieceTokenizer
+from moekernels.tokenizers.special_tokens import NAMES
 from moekernels.tokenizers.translation import TranslationTokenizer
 
 # The model begins with <s> <pad> </s> <unk>, its sentencepiece file with <unk> <s> </s>.
@@ -27,15 +29,35 @@ class _NllbTokenizer(TranslationTokenizer):
     default_src_lang = "eng_Latn"
     default_tgt_lang = "fra_Latn"
 
+    #: None until it is asked for, and again after tokens were added.
+    _lang_code_to_id: dict[str, int] | None = None
+
     @property
     def lang_code_to_id(self) -> dict[str, int]:
-        return self._lang_code_to_id
+        ids = self._lang_code_to_id
+        if ids is None:
+            # All that were ever added: `additional_special_tokens` may have been replaced by others.
+            added = self.added_tokens_encoder
+            ids = self._lang_code_to_id = {code: i for code, i in added.items() if _LANGUAGE.fullmatch(code)}
+        return ids
 
-    def _find_languages(self, legacy_behaviour: bool, src_lang: str | None, tgt_lang: str | None) -> None:
-        self.legacy_behaviour = legacy_behaviour
-        codes = [token for token in self.additional_special_tokens if _LANGUAGE.fullmatch(token)]
-        self._lang_code_to_id = {code: self.convert_tokens_to_ids(code) for code in codes}
-        self.set_languages(src_lang, tgt_lang)
+    def get_lang_id(self, lang: str) -> int:
+        """The id of a language's token, also of one that was added under a code of another form.
+
+        Raises:
+            ValueError: the code is unknown; the message names near ones.
+        """
+        if lang not in self.lang_code_to_id:
+            roles = [getattr(self, name) for name in NAMES]
+            added = self.added_tokens_encoder
+            if lang in added and lang not in roles:
+                return added[lang]
+        return super().get_lang_id(lang)
+
+    def _add_tokens(self, tokens: list[AddedToken]) -> int:
+        count = super()._add_tokens(tokens)
+        self._lang_code_to_id = None
+        return count
 
     def _saved_settings(self) -> dict[str, Any]:
         return {**super()._saved_settings(), "legacy_behaviour": self.legacy_behaviour}
@@ -52,7 +74,8 @@ class NllbTokenizer(_NllbTokenizer, SentencePieceTokenizer):
         src_lang: language of the texts, `"eng_Latn"` if None.
         tgt_lang: language of the target texts.
         sp_model_kwargs: for `sentencepiece.SentencePieceProcessor`, for instance to sample segmentations.
-        additional_special_tokens: the languages and further tokens; FLORES-200 where no language is among them.
+        additional_special_tokens: the languages and further tokens; those of FLORES-200 too where none of them is among
+            them.
         legacy_behaviour: put the language last, as the first release of the models did.
         **kwargs: as for :class:`PreTrainedTokenizerBase`.
 
@@ -93,7 +116,8 @@ class NllbTokenizer(_NllbTokenizer, SentencePieceTokenizer):
             additional_special_tokens=_with_languages(additional_special_tokens),
             **kwargs,
         )
-        self._find_languages(legacy_behaviour, src_lang, tgt_lang)
+        self.legacy_behaviour = legacy_behaviour
+        self.set_languages(src_lang, tgt_lang)
 
     def _default_tokens(self) -> dict[int, AddedToken]:
         first = [self.bos_token, self.pad_token, self.eos_token, self.unk_token]
@@ -141,22 +165,37 @@ class NllbTokenizerFast(_NllbTokenizer, PreTrainedTokenizerFast):
         **kwargs: Any,
     ) -> None:
         defaults = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"}
+        self._templates: dict[tuple[int | None, ...], TemplateProcessing] = {}
         super().__init__(
             **{**defaults, "unk_token": "<unk>", "pad_token": "<pad>", **kwargs},
             mask_token=_mask(mask_token),
             additional_special_tokens=_with_languages(additional_special_tokens),
         )
-        self._find_languages(legacy_behaviour, src_lang, tgt_lang)
+        self.legacy_behaviour = legacy_behaviour
+        self.set_languages(src_lang, tgt_lang)
 
-    def _set_special_tokens(self, lang: str) -> None:
-        super()._set_special_tokens(lang)
-        prefix, suffix = (self.convert_ids_to_tokens(ids) for ids in (self.prefix_tokens, self.suffix_tokens))
-        ids = self.prefix_tokens + self.suffix_tokens
-        self._tokenizer.post_processor = TemplateProcessing(
-            single=[*prefix, "$A", *suffix],
-            pair=[*prefix, "$A", "$B", *suffix],
-            special_tokens=list(zip(prefix + suffix, ids, strict=True)),
-        )
+    def set_src_lang_special_tokens(self, src_lang: str) -> None:
+        """Makes what stands around a text that of a source language."""
+        super().set_src_lang_special_tokens(src_lang)
+        with self._backends.changing() as backend:
+            backend.post_processor = self._template(self.prefix_tokens, self.suffix_tokens)
+
+    def _configure(self, backend: Tokenizer, options: EncodeOptions) -> None:
+        super()._configure(backend, options)
+        assert options.around is not None  # the options of every call say it
+        backend.post_processor = self._template(*options.around)
+
+    def _template(self, before: list[int], after: list[int]) -> TemplateProcessing:
+        """What puts ids before and after a text."""
+        key = (*before, None, *after)
+        if key not in self._templates:
+            prefix, suffix = self.convert_ids_to_tokens(before), self.convert_ids_to_tokens(after)
+            self._templates[key] = TemplateProcessing(
+                single=[*prefix, "$A", *suffix],
+                pair=[*prefix, "$A", "$B", *suffix],
+                special_tokens=list(zip(prefix + suffix, before + after, strict=True)),
+            )
+        return self._templates[key]
 
 
 def _mask(token: str | AddedToken) -> AddedToken:
@@ -166,4 +205,4 @@ def _mask(token: str | AddedToken) -> AddedToken:
 
 def _with_languages(tokens: Sequence[str | AddedToken] | None) -> list[str | AddedToken]:
     given = list(tokens or [])
-    return given if any(_LANGUAGE.fullmatch(str(token)) for token in given) else given + list(FLORES_200)
+    return given if any(str(token) in FLORES_200 for token in given) else given + list(FLORES_200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class EncodeOptions:
     special_tokens_mask: bool = False
     offsets_mapping: bool = False
     length: bool = False
+    verbose: bool = True
+    around: tuple[list[int], list[int]] | None = None  # the ids before and after a text of the call's language
 
 
 def resolve_lengths(
@@ -94,3 +97,18 @@ def check_texts(name: str, texts: Any) -> None:
         raise TypeError(
             f"{name} must be a string or a list of strings, got {type(first).__name__} in {type(texts).__name__}"
         )
+
+
+def unreadable(texts: Any) -> ValueError | TypeError | None:
+    """The error for what no tokenizer can read, no text or half a surrogate pair in one; None if there is none."""
+    if isinstance(texts, (list, tuple)):
+        return next((error for text in texts if (error := unreadable(text)) is not None), None)
+    if not isinstance(texts, str):
+        return TypeError(f"every text must be a string, got {type(texts).__name__}: {texts!r:.40}")
+    found = re.search("[\ud800-\udfff]", texts)
+    if found is None:
+        return None
+    return ValueError(
+        f"a text has a lone surrogate, {found[0]!a}, at {found.start()}, which is no character: what it was read from "
+        "is not UTF-8"
+    )

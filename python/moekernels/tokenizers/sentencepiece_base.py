@@ -9,16 +9,18 @@ from typing import Any
 import sentencepiece
 from tokenizers import AddedToken
 
+from moekernels.checkpoint import replace_files
 from moekernels.tokenizers.added_tokens import AddedTokens
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.files import added_tokens_settings, read_added_tokens
-from moekernels.tokenizers.options import DO_NOT_TRUNCATE, LONGEST_FIRST, EncodeOptions
+from moekernels.tokenizers.options import EncodeOptions
+from moekernels.tokenizers.rows import RowsOfIds
 
 # What sentencepiece puts in place of a space.
 SPACE = "\u2581"
 
 
-class SentencePieceTokenizer(PreTrainedTokenizerBase):
+class SentencePieceTokenizer(RowsOfIds, PreTrainedTokenizerBase):
     """Base of the tokenizers that read a sentencepiece model. Gives the ids transformers' slow tokenizers give.
 
     A tokenizer defines how pieces and ids belong together, what special tokens surround a text, and how tokens become
@@ -91,18 +93,6 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
         """The added tokens of the kind of model by id; the files may place them elsewhere."""
         return {}
 
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """Ids of one or two texts with the special tokens around them."""
-        raise NotImplementedError
-
-    def create_token_type_ids_from_sequences(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """Zeros, as many as the ids with special tokens: the model tells texts not apart by types."""
-        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
-
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""
         raise NotImplementedError
@@ -121,14 +111,6 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
         """Id to token, of those that are never split."""
         return dict(sorted(self._added.by_id.items()))
 
-    @property
-    def added_tokens_encoder(self) -> dict[str, int]:
-        """The same by text, in the order of ids."""
-        return {token.content: index for index, token in self.added_tokens_decoder.items()}
-
-    def get_added_vocab(self) -> dict[str, int]:
-        return self.added_tokens_encoder
-
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or of each in a list; that of the unknown token for others."""
         if not isinstance(tokens, str):
@@ -143,10 +125,6 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
             return self._id_to_piece(ids) if token is None else token.content
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
         return [self.convert_ids_to_tokens(int(index)) for index in ids if int(index) not in skipped]
-
-    def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many tokens `add_special_tokens` adds to a text, or to a pair."""
-        return len(self.build_inputs_with_special_tokens([], [] if pair else None))
 
     def _add_tokens(self, tokens: list[AddedToken]) -> int:
         new: dict[int, AddedToken] = {}
@@ -190,33 +168,7 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
     ) -> tuple[dict[str, list[Any]], list[Any] | None]:
         if options.offsets_mapping:
             raise ValueError("return_offsets_mapping needs a fast tokenizer: sentencepiece pieces have no offsets")
-        rows: dict[str, list[Any]] = {name: [] for name in self._entry_names(options)}
-        for text in texts:
-            first, second = self._text_and_pair(text, options)
-            for name, value in self._encode_row(first, second, options).items():
-                if name in rows:
-                    rows[name].append(value)
-        padded = self.pad(
-            rows,
-            padding=options.padding,
-            max_length=options.max_length,
-            pad_to_multiple_of=options.pad_to_multiple_of,
-            padding_side=options.padding_side,
-            return_attention_mask=options.attention_mask,
-        )
-        if options.length:
-            padded["length"] = [len(ids) for ids in padded["input_ids"]]
-        return dict(padded), None
-
-    @staticmethod
-    def _entry_names(options: EncodeOptions) -> list[str]:
-        optional = {
-            "token_type_ids": options.token_type_ids,
-            "special_tokens_mask": options.special_tokens_mask,
-            "overflowing_tokens": options.overflowing_tokens,
-            "num_truncated_tokens": options.overflowing_tokens,
-        }
-        return ["input_ids", *(name for name, wanted in optional.items() if wanted)]
+        return self._encode_rows([self._text_and_pair(text, options) for text in texts], options), None
 
     def _text_and_pair(self, text: Any, options: EncodeOptions) -> tuple[list[int], list[int] | None]:
         """The ids of a row's text, and of its pair if it has one, without special tokens."""
@@ -236,56 +188,6 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
             for token in self._tokens(part, options.split_special_tokens)
         ]
 
-    def _encode_row(self, ids: list[int], pair: list[int] | None, options: EncodeOptions) -> dict[str, Any]:
-        has_pair = pair is not None
-        total = len(ids) + len(pair or [])
-        if options.add_special_tokens:
-            total += self.num_special_tokens_to_add(has_pair)
-        overflowing: list[int] = []
-        excess = 0
-        if options.truncation != DO_NOT_TRUNCATE and options.max_length is not None and total > options.max_length:
-            excess = total - options.max_length
-            ids, pair, overflowing = self._truncated(ids, pair, excess, options)
-        if options.add_special_tokens:
-            row = self.build_inputs_with_special_tokens(ids, pair)
-            types = self.create_token_type_ids_from_sequences(ids, pair)
-            mask = self.get_special_tokens_mask(ids, pair)
-        else:
-            row = ids + (pair or [])
-            types, mask = [0] * len(row), [0] * len(row)
-        return {
-            "input_ids": row,
-            "token_type_ids": types,
-            "special_tokens_mask": mask,
-            "overflowing_tokens": overflowing,
-            "num_truncated_tokens": excess,
-        }
-
-    def _truncated(
-        self, ids: list[int], pair: list[int] | None, excess: int, options: EncodeOptions
-    ) -> tuple[list[int], list[int] | None, list[int]]:
-        """A text and its pair without `excess` tokens, and what was cut off where one of the two lost it all."""
-        strategy = options.truncation
-        if strategy == LONGEST_FIRST and pair is not None:
-            from_first, from_second = _shares(len(ids), len(pair), excess)
-            if from_first <= len(ids) and from_second <= len(pair):
-                return self._cut(ids, from_first), self._cut(pair, from_second), []
-        else:
-            shortened = pair if strategy == "only_second" else ids
-            if shortened is not None and excess <= len(shortened):
-                lost = min(len(shortened), excess + options.stride)
-                left = self.truncation_side == "left"
-                overflowing = shortened[:lost] if left else shortened[len(shortened) - lost :]
-                kept = self._cut(shortened, excess)
-                return (ids, kept, overflowing) if strategy == "only_second" else (kept, pair, overflowing)
-        raise ValueError(
-            f"cannot truncate to max_length={options.max_length} with truncation={strategy!r}: {excess} tokens are to "
-            f"go from a text of {len(ids)}" + ("" if pair is None else f" and a pair of {len(pair)}")
-        )
-
-    def _cut(self, ids: list[int], count: int) -> list[int]:
-        return ids[count:] if self.truncation_side == "left" else ids[: len(ids) - count]
-
     def get_special_tokens_mask(
         self, token_ids_0: Any, token_ids_1: Any = None, already_has_special_tokens: bool = False
     ) -> list[int]:
@@ -298,13 +200,11 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
         if not already_has_special_tokens:
             pair = None if token_ids_1 is None else [-1] * len(token_ids_1)
             return [int(index != -1) for index in self.build_inputs_with_special_tokens([-1] * len(token_ids_0), pair)]
-        if token_ids_1 is not None:
-            raise ValueError("ids that have their special tokens already are one sequence; got token_ids_1 too")
-        return super().get_special_tokens_mask(token_ids_0)
+        return super().get_special_tokens_mask(token_ids_0, token_ids_1)
 
     # Decoding.
 
-    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool, between: str) -> str:
         special = set(self.all_special_tokens)
         additional = set(self.additional_special_tokens)
         # Tokens that were added to the model's own vocabulary stand between spaces.
@@ -327,7 +227,7 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
             texts.append(token)
         if run:
             texts.append(self.convert_tokens_to_string(run))
-        return " ".join(texts)
+        return between.join(texts)
 
     # Files.
 
@@ -350,12 +250,11 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
         if not Path(save_directory).is_dir():
             raise NotADirectoryError(f"no such directory to save a vocabulary in: {str(save_directory)!r}")
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        written = []
-        for argument, name in self.vocab_files_names.items():
-            path = Path(save_directory) / f"{prefix}{name}"
-            path.write_bytes(self._vocabulary_file(argument))
-            written.append(str(path))
-        return tuple(written)
+        files = {f"{prefix}{name}": argument for argument, name in self.vocab_files_names.items()}
+        with replace_files(save_directory) as stage:
+            for name, argument in files.items():
+                (stage / name).write_bytes(self._vocabulary_file(argument))
+        return tuple(str(Path(save_directory) / name) for name in files)
 
     def _vocabulary_file(self, argument: str) -> bytes:
         """The contents of one of `vocab_files_names`."""
@@ -370,10 +269,3 @@ class SentencePieceTokenizer(PreTrainedTokenizerBase):
             **added_tokens_settings(self.added_tokens_decoder),
             "sp_model_kwargs": self.sp_model_kwargs,
         }
-
-
-def _shares(first: int, second: int, excess: int) -> tuple[int, int]:
-    """How many of `excess` tokens each of two texts loses: the longer one first, down to the other's length."""
-    uneven = min(abs(first - second), excess)
-    rest = excess - uneven
-    return (uneven + rest // 2, rest - rest // 2) if first > second else (rest // 2, uneven + rest - rest // 2)

@@ -7,6 +7,8 @@ from typing import Any, overload
 
 from tokenizers import AddedToken
 
+from moekernels.tokenizers.encoding import as_list
+
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDITIONAL = "additional_special_tokens"
 
@@ -78,7 +80,7 @@ class SpecialTokens:
         for name, token in tokens.items():
             setattr(self, name, token)
 
-    # The table that ids come from; a tokenizer defines both.
+    # The table that ids come from; a tokenizer defines all four.
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         raise NotImplementedError
@@ -86,8 +88,21 @@ class SpecialTokens:
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         raise NotImplementedError
 
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Id to token, of those that are never split."""
+        raise NotImplementedError
+
     def _add_tokens(self, tokens: list[AddedToken]) -> int:
         raise NotImplementedError
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The same by text, in the order of ids."""
+        return {token.content: index for index, token in sorted(self.added_tokens_decoder.items())}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return self.added_tokens_encoder
 
     @property
     def additional_special_tokens(self) -> list[str]:
@@ -114,6 +129,21 @@ class SpecialTokens:
         if self._additional:
             tokens[ADDITIONAL] = self.additional_special_tokens
         return tokens
+
+    @property
+    def special_tokens_map_extended(self) -> dict[str, Any]:
+        """The same, with how a token is matched where that was said."""
+        tokens: dict[str, Any] = {name: token for name, token in self._special_tokens.items() if token is not None}
+        return {**tokens, ADDITIONAL: list(self._additional)} if self._additional else tokens
+
+    def get_special_tokens_mask(
+        self, token_ids_0: Any, token_ids_1: Any = None, already_has_special_tokens: bool = True
+    ) -> list[int]:
+        """1 for special tokens, 0 for others, of ids that have the special tokens around them."""
+        if token_ids_1 is not None:
+            raise ValueError("ids that have their special tokens already are one sequence; got token_ids_1 too")
+        special = set(self.all_special_ids)
+        return [int(token_id in special) for token_id in as_list(token_ids_0)]
 
     @property
     def all_special_tokens_extended(self) -> list[str | AddedToken]:

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 from moekernels.tokenizers.base import PreTrainedTokenizerBase
 from moekernels.tokenizers.encoding import BatchEncoding
 from moekernels.tokenizers.languages import unknown_language
+from moekernels.tokenizers.options import EncodeOptions
 
 
 class TranslationTokenizer(PreTrainedTokenizerBase):
     """A tokenizer with a source and a target language.
 
-    `set_languages` is for the end of a constructor. `prefix_tokens` and `suffix_tokens` stand around every text; they
-    are those of the source language but while target texts are encoded.
+    `set_languages` is for the end of a constructor. `prefix_tokens` and `suffix_tokens` are what stands around a text
+    of the source language.
     """
 
     default_src_lang: ClassVar[str]
@@ -64,25 +65,27 @@ class TranslationTokenizer(PreTrainedTokenizerBase):
         self._tgt_lang = lang
 
     def set_src_lang_special_tokens(self, src_lang: str) -> None:
-        """Surrounds texts with the tokens of a source language."""
-        self._set_special_tokens(src_lang)
+        """Makes `prefix_tokens` and `suffix_tokens` those of a source language."""
+        self.prefix_tokens, self.suffix_tokens = self._around(src_lang)
 
     def set_tgt_lang_special_tokens(self, tgt_lang: str) -> None:
-        """Surrounds texts with the tokens of a target language."""
-        self._set_special_tokens(tgt_lang)
+        """Makes `prefix_tokens` and `suffix_tokens` those of a target language."""
+        self.prefix_tokens, self.suffix_tokens = self._around(tgt_lang)
 
-    def _set_special_tokens(self, lang: str) -> None:
+    def _around(self, lang: str) -> tuple[list[int], list[int]]:
+        """The ids that stand before and after a text of a language."""
         language, end = self.get_lang_id(lang), self.convert_tokens_to_ids(self.eos_token)
-        self.prefix_tokens = [] if self.legacy_behaviour else [language]
-        self.suffix_tokens = [end, language] if self.legacy_behaviour else [end]
+        return ([], [end, language]) if self.legacy_behaviour else ([language], [end])
 
-    def _switch_to_input_mode(self) -> None:
-        self.set_src_lang_special_tokens(self.src_lang)
+    # A call says which language it is about, and changes nothing: other threads may call meanwhile.
 
-    def _switch_to_target_mode(self) -> None:
-        if self.tgt_lang is None:
+    def _in_language(self, options: EncodeOptions, lang: str | None, is_target: bool = False) -> EncodeOptions:
+        if lang is None:
+            lang = self.tgt_lang if is_target else self.src_lang
+        if lang is None:
             raise ValueError("target texts need a target language: set tokenizer.tgt_lang, or pass tgt_lang to it")
-        self.set_tgt_lang_special_tokens(self.tgt_lang)
+        options.around = self._around(lang)
+        return options
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -92,6 +95,11 @@ class TranslationTokenizer(PreTrainedTokenizerBase):
         The ids become `[language] X [eos]`, or `X [eos] [language]` with `legacy_behaviour`, for source and target.
         """
         return self.prefix_tokens + token_ids_0 + (token_ids_1 or []) + self.suffix_tokens
+
+    def _surrounded(self, ids: list[int], pair: list[int] | None, options: EncodeOptions) -> list[int]:
+        assert options.around is not None  # the options of every call say it
+        before, after = options.around
+        return before + ids + (pair or []) + after
 
     def prepare_seq2seq_batch(
         self,
@@ -131,8 +139,7 @@ class TranslationTokenizer(PreTrainedTokenizerBase):
         if src_lang is None or tgt_lang is None:
             raise ValueError(f"translation needs src_lang and tgt_lang, got {src_lang!r} and {tgt_lang!r}")
         target = self.get_lang_id(tgt_lang)
-        self.src_lang = src_lang
-        inputs = self(raw_inputs, add_special_tokens=True, **kwargs)
+        inputs = self(raw_inputs, add_special_tokens=True, src_lang=src_lang, **kwargs)
         inputs["forced_bos_token_id"] = target
         return inputs
 

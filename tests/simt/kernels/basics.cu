@@ -1,8 +1,8 @@
 // Small kernels that use the built-ins of CUDA rightly; each has a result that is easy to predict.
 #include <cassert>
 
-#include "dtype.cuh"
-#include "launch.cuh"
+#include "cuda/common/dtype.cuh"
+#include "cuda/common/launch.cuh"
 
 namespace {
 

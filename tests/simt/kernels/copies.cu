@@ -1,7 +1,7 @@
 // TMA and bulk copies on their own: what lands where.
-#include "launch.cuh"
-#include "tensor_map.cuh"
-#include "wgmma.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/gemm/tensor_map.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace {
 
@@ -12,9 +12,9 @@ using namespace moekernels;
 __global__ void box_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
                            uint4* image, int bytes, int x, int y, int z) {
 #if MOEKERNELS_SM90A
-  MOEKERNELS_DYNAMIC_SMEM(raw);
+  MOEKERNELS_DYNAMIC_SMEM(given);
   __shared__ uint64_t barrier;
-  const uint32_t tile = ptx::smem_address(raw);
+  const uint32_t tile = ptx::smem_address(ptx::align_for_swizzle(given));
   const uint32_t full = ptx::smem_address(&barrier);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(full, 1);
@@ -85,8 +85,8 @@ cudaError_t box(const void* from, void* to, uint4* image, int64_t columns, int64
   source.data = to;
   if (const cudaError_t error = make_tensor_map(&to_map, source, box_x, box_y, mode)) return error;
   const int bytes = box_x * box_y * 2;
-  return launch<box_kernel>({dim3(1), dim3(32), static_cast<size_t>(bytes)}, from_map, to_map, image, bytes,
-                            static_cast<int>(x), static_cast<int>(y), static_cast<int>(z));
+  return launch<box_kernel>({dim3(1), dim3(32), static_cast<size_t>(bytes) + ptx::kSwizzleAlignment}, from_map, to_map,
+                            image, bytes, static_cast<int>(x), static_cast<int>(y), static_cast<int>(z));
 }
 
 cudaError_t bulk(const unsigned char* in, unsigned char* out, int64_t overwrite_in_flight) {

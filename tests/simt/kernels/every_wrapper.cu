@@ -1,6 +1,6 @@
 // Calls every wrapper of ptx.cuh and wgmma.cuh once, to be compiled but not run: does each of them assemble?
-#include "launch.cuh"
-#include "wgmma.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace {
 
@@ -14,10 +14,10 @@ __global__ void __launch_bounds__(128) sm80_kernel(const void* in, uint4* out, f
   ptx::cp_async_16_hint(tile + 16, in, 8, ptx::createpolicy_evict_first() ^ ptx::createpolicy_evict_last());
   ptx::cp_async_commit_group();
   ptx::cp_async_wait_group<0>();
-  ptx::st_shared_v4(tile, ptx::ld_global_nc_v4(in));
-  ptx::st_shared_v4(tile, ptx::ld_global_nc_v4_if(in, blockIdx.x == 0));
+  ptx::cp_async_wait_all();
+  ptx::st_shared_v4(tile, ptx::ld_global_v4_if(in, blockIdx.x == 0));
   ptx::st_shared_v4(tile + 16, ptx::ld_global_nc_v4_hint(in, ptx::createpolicy_evict_first()));
-  ptx::st_shared_v4(tile + 32, ptx::ld_global_nc_v4_keep(in));
+  ptx::st_shared_v4(tile + 32, ptx::ld_global_v4_keep(in));
   ptx::st_global_cs_v4(out, ptx::ld_shared_v4(tile));
   ptx::st_global_v4(out, ptx::ld_shared_v4(tile + 16));
   const float2 pair = ptx::ld_shared_v2(tile + 8);
@@ -98,6 +98,10 @@ __global__ void __launch_bounds__(256, 1)
     ptx::mbarrier_inval(full);
   }
   ptx::griddepcontrol_launch_dependents();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  ptx::tma_load_3d_multicast(tile, &map, full, 0, 0, 0, 3);
+  ptx::mbarrier_arrive_cluster(ptx::mapa(full, ptx::cluster_ctarank()));
 #endif
 }
 

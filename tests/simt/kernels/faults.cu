@@ -1,6 +1,6 @@
 // Kernels with a fault to choose: 0 is the right program, every other number breaks one rule.
-#include "launch.cuh"
-#include "ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/ptx/ptx.cuh"
 
 namespace {
 

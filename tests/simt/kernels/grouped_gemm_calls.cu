@@ -2,7 +2,7 @@
 // between them (grouped_gemm.cu, tile_config.h).
 #include <cstring>
 
-#include "grouped_gemm.cuh"
+#include "cuda/gemm/grouped_gemm.cuh"
 
 namespace moekernels {
 namespace {
@@ -15,7 +15,7 @@ struct Call {
 
 Call calls[kMaxCalls];
 int num_calls = 0;
-GroupedGemmParams whole{};  // as the caller of grouped_gemm_cuda gave them
+GroupedGemmParams whole{};  // as the caller gave them
 
 cudaError_t note(GemmPath path, const GroupedGemmParams& params, const TileConfig& config) {
   if (num_calls == kMaxCalls) return cudaErrorInvalidValue;
@@ -45,10 +45,6 @@ cudaError_t launch_grouped_gemm_sm90(const GroupedGemmParams& params, const Tile
 cudaError_t launch_grouped_gemm_decode(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t) {
   return note(GemmPath::kDecode, params, config);
 }
-int64_t grouped_gemm_decode_workspace(const GroupedGemmParams& params, const TileConfig&) {
-  return params.num_rows;
-}
-
 }  // namespace moekernels
 
 using namespace moekernels;
@@ -70,8 +66,8 @@ extern "C" cudaError_t take_calls(int64_t* count, int64_t* fields) {
 }
 
 // problem: num_rows, out_features, in_features, num_experts, dtype, gated, gathered, aligned, allow_tf32,
-// batch_invariant, compute_capability, sm_count, transposed -> path, tile_m, tile_n, tile_k, stages, group_m; text: 64
-// bytes
+// batch_invariant, compute_capability, sm_count, transposed -> path, tile_m, tile_n, tile_k, stages, group_m, cluster;
+// text: 64 bytes
 extern "C" cudaError_t choose(const int64_t* problem, int64_t* chosen, char* text) {
   GemmProblem p{};
   p.num_rows = problem[0];
@@ -88,7 +84,7 @@ extern "C" cudaError_t choose(const int64_t* problem, int64_t* chosen, char* tex
   p.sm_count = static_cast<int>(problem[11]);
   p.transposed = problem[12] != 0;
   const TileConfig c = choose_tile_config(p);
-  const int64_t fields[] = {static_cast<int64_t>(c.path), c.tile_m, c.tile_n, c.tile_k, c.stages, c.group_m};
+  const int64_t fields[] = {static_cast<int64_t>(c.path), c.tile_m, c.tile_n, c.tile_k, c.stages, c.group_m, c.cluster};
   std::memcpy(chosen, fields, sizeof fields);
   std::strncpy(text, to_string(c).c_str(), 64);
   return cudaSuccess;

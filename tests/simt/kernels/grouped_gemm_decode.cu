@@ -1,5 +1,5 @@
-// grouped_gemm_cuda on the decode path, with the tiles that set_decode_tiles has set, or those of decode_config.
-#include "grouped_gemm.cuh"
+// The grouped GEMM on the decode path, with the tiles that set_decode_tiles has set, or those of decode_config.
+#include "cuda/gemm/grouped_gemm.cuh"
 
 namespace moekernels {
 namespace {
@@ -9,12 +9,8 @@ bool automatic = true;
 
 }  // namespace
 
-cudaError_t grouped_gemm_cuda(const GroupedGemmParams& params, cudaStream_t stream) {
+cudaError_t run(const GroupedGemmParams& params, cudaStream_t stream) {
   return launch_grouped_gemm_decode(params, automatic ? decode_config(gemm_problem(params, 90, 132)) : chosen, stream);
-}
-
-int64_t grouped_gemm_workspace_cuda(const GroupedGemmParams& params) {
-  return grouped_gemm_decode_workspace(params, chosen);
 }
 
 }  // namespace moekernels

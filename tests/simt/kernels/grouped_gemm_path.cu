@@ -1,6 +1,6 @@
-// grouped_gemm_cuda on the path named by the macro PATH, whatever choose_tile_config would say: with the configuration
+// The grouped GEMM on the path named by the macro PATH, whatever choose_tile_config would say: with the configuration
 // that set_config has set.
-#include "grouped_gemm.cuh"
+#include "cuda/gemm/grouped_gemm.cuh"
 
 #define PASTE(a, b) a##b
 #define LAUNCHER(path) PASTE(launch_grouped_gemm_, path)
@@ -12,12 +12,8 @@ TileConfig config{};
 
 }  // namespace
 
-cudaError_t grouped_gemm_cuda(const GroupedGemmParams& params, cudaStream_t stream) {
+cudaError_t run(const GroupedGemmParams& params, cudaStream_t stream) {
   return LAUNCHER(PATH)(params, config, stream);
-}
-
-int64_t grouped_gemm_workspace_cuda(const GroupedGemmParams&) {
-  return 0;
 }
 
 }  // namespace moekernels

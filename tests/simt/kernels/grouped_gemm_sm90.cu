@@ -1,5 +1,5 @@
-// grouped_gemm_cuda on the Hopper path, whatever choose_tile_config would say: with the tiles that set_tiles has set.
-#include "grouped_gemm.cuh"
+// The grouped GEMM on the Hopper path, whatever choose_tile_config would say: with the tiles that set_tiles has set.
+#include "cuda/gemm/grouped_gemm.cuh"
 
 namespace moekernels {
 namespace {
@@ -14,20 +14,17 @@ cudaError_t launch_grouped_gemm_sm80(const GroupedGemmParams&, const TileConfig&
   return cudaSuccess;
 }
 
-cudaError_t grouped_gemm_cuda(const GroupedGemmParams& params, cudaStream_t stream) {
+cudaError_t run(const GroupedGemmParams& params, cudaStream_t stream) {
   return launch_grouped_gemm_sm90(params, config, stream);
-}
-
-int64_t grouped_gemm_workspace_cuda(const GroupedGemmParams&) {
-  return 0;
 }
 
 }  // namespace moekernels
 
-extern "C" cudaError_t set_tiles(int64_t tile_n, int64_t stages, int64_t group_m) {
+extern "C" cudaError_t set_tiles(int64_t tile_n, int64_t stages, int64_t group_m, int64_t cluster) {
   moekernels::config.tile_n = static_cast<int>(tile_n);
   moekernels::config.stages = static_cast<int>(stages);
   moekernels::config.group_m = static_cast<int>(group_m);
+  moekernels::config.cluster = static_cast<int>(cluster);
   return cudaSuccess;
 }
 

@@ -1,9 +1,9 @@
-// grouped_weight_grad_cuda as it is or, after set_config, grad_weight alone by the path and tiles given there.
-#include "grouped_weight_grad.cuh"
+// The weight gradient as it is or, after set_config, grad_weight alone by the path and tiles given there.
+#include "cuda/weight_grad/grouped_weight_grad.cuh"
 
-#define grouped_weight_grad_cuda automatic_weight_grad
-#include "grouped_weight_grad.cu"
-#undef grouped_weight_grad_cuda
+#define run automatic_weight_grad
+#include "cuda/weight_grad/grouped_weight_grad.cu"
+#undef run
 
 namespace moekernels {
 namespace {
@@ -13,7 +13,7 @@ bool automatic = true;
 
 }  // namespace
 
-cudaError_t grouped_weight_grad_cuda(const GroupedWeightGradParams& params, cudaStream_t stream) {
+cudaError_t run(const GroupedWeightGradParams& params, cudaStream_t stream) {
   return automatic ? automatic_weight_grad(params, stream) : grouped_weight_grad_with_config(params, config, stream);
 }
 

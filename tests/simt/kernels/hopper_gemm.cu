@@ -4,10 +4,10 @@
 // Warpgroup 1 produces: 128 threads copy a by cp.async, one of them b by TMA. Warpgroup 0 consumes by wgmma and stores
 // the tile by TMA. full[s]: 1 + 128 arrivals and the bytes of b; empty[s]: one arrival per consumer warp.
 // Warpgroup 2 has nothing to do and leaves.
-#include "dtype.cuh"
-#include "launch.cuh"
-#include "tensor_map.cuh"
-#include "wgmma.cuh"
+#include "cuda/common/dtype.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/gemm/tensor_map.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace {
 
@@ -32,12 +32,13 @@ enum Fault : int {
   kReadBeforeWait = 16,
   kOneWarpReleases = 17,
   kTooManyArrivals = 18,
+  kExitsWithCopies = 19,
 };
 
 constexpr int kStages = 2;
 constexpr int kTile = 64;
 constexpr uint32_t kTileBytes = kTile * 128;
-constexpr int kSmemBytes = (2 * kStages + 1) * kTileBytes + 2 * kStages * 8;
+constexpr int kSmemBytes = (2 * kStages + 1) * kTileBytes + 2 * kStages * 8 + ptx::kSwizzleAlignment;
 
 [[maybe_unused]] __device__ uint32_t swizzled_chunk(uint32_t row, uint32_t chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
@@ -47,7 +48,8 @@ __global__ void __launch_bounds__(384, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap b_map, const __grid_constant__ CUtensorMap out_map,
                 const __nv_bfloat16* a, int rows, int depth, int fault) {
 #if MOEKERNELS_SM90A
-  MOEKERNELS_DYNAMIC_SMEM(raw);
+  MOEKERNELS_DYNAMIC_SMEM(given);
+  unsigned char* const raw = ptx::align_for_swizzle(given);
   const uint32_t a_tiles = ptx::smem_address(raw);
   const uint32_t b_tiles = a_tiles + kStages * kTileBytes;
   const uint32_t out_tile = b_tiles + kStages * kTileBytes;
@@ -104,6 +106,7 @@ __global__ void __launch_bounds__(384, 1)
       if (fault == kTooManyArrivals && p == 0) ptx::mbarrier_arrive(full + 8 * stage);
       advance();
     }
+    if (fault != kExitsWithCopies) ptx::cp_async_wait_all();
   } else {
     ptx::setmaxnreg_inc<240>();
     float d[kTile / 2];

@@ -2,7 +2,7 @@
 //
 // `capacity` chooses what to do wrong: 1 writes an input, 2 writes past the workspace, 3 writes token_of_row even if it
 // is null, 4 returns an error.
-#include "launch.cuh"
+#include "cuda/common/launch.cuh"
 #include "moekernels/cuda.h"
 
 namespace moekernels {
@@ -22,11 +22,11 @@ __global__ void plan_kernel(PlanParams params) {
 
 }  // namespace
 
-int64_t plan_workspace_cuda(const PlanParams& params) {
+int64_t workspace_bytes(const PlanParams& params) {
   return params.num_experts * static_cast<int64_t>(sizeof(int32_t));
 }
 
-cudaError_t plan_cuda(const PlanParams& params, cudaStream_t stream) {
+cudaError_t run(const PlanParams& params, cudaStream_t stream) {
   if (params.capacity == 4) return cudaErrorNotSupported;
   return launch<plan_kernel>({dim3(1), dim3(1), 0, stream}, params);
 }

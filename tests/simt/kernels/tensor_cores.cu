@@ -1,7 +1,7 @@
 // ldmatrix, mma.sync and wgmma on single tiles, with every operand layout the library uses.
-#include "dtype.cuh"
-#include "launch.cuh"
-#include "wgmma.cuh"
+#include "cuda/common/dtype.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace {
 
@@ -115,7 +115,8 @@ struct Layout {
 template <class T, int kN, bool kTransA, bool kTransB>
 __global__ void wgmma_kernel(const T* a, const T* b, float* out, Layout a_layout, Layout b_layout) {
 #if MOEKERNELS_SM90A
-  MOEKERNELS_DYNAMIC_SMEM(raw);
+  MOEKERNELS_DYNAMIC_SMEM(given);
+  unsigned char* const raw = ptx::align_for_swizzle(given);
   unsigned char* a_tile = raw;
   unsigned char* b_tile = raw + 16384;
   for (unsigned i = threadIdx.x; i < 64 * 32; i += 128) {
@@ -153,8 +154,8 @@ cudaError_t launch_wgmma(DType dtype, const void* a, const void* b, float* out, 
     return dispatch_bool(a_layout.transposed, [&](auto trans_a) {
       return dispatch_bool(b_layout.transposed, [&](auto trans_b) {
         return launch<wgmma_kernel<T, kN, decltype(trans_a)::value, decltype(trans_b)::value>>(
-            {dim3(1), dim3(128), 16384 + 256 * 128}, static_cast<const T*>(a), static_cast<const T*>(b), out, a_layout,
-            b_layout);
+            {dim3(1), dim3(128), 16384 + 256 * 128 + ptx::kSwizzleAlignment}, static_cast<const T*>(a),
+            static_cast<const T*>(b), out, a_layout, b_layout);
       });
     });
   });

@@ -74,6 +74,52 @@ void check_registers(unsigned registers, const char* what) {
 
 }  // namespace
 
+namespace {
+
+void open_cluster_barrier_if_full() {
+  if (cluster->arrived == 0 || cluster->arrived != cluster->live) return;
+  cluster->complete = cluster->arriving;
+  cluster->arrived = 0;
+  ++cluster->phase;
+  ++progress;
+  for (Thread* thread : cluster->waiting) wake(thread);
+  cluster->waiting.clear();
+}
+
+}  // namespace
+
+// Threads that have exited are not waited for.
+void finish_cluster_barrier_after_exit(const Thread& thread) {
+  if (thread.at_cluster_barrier && thread.cluster_phase == cluster->phase) --cluster->arrived;
+  open_cluster_barrier_if_full();
+}
+
+void cluster_arrive() {
+  if (self->at_cluster_barrier) fail("barrier.cluster.arrive: the thread has arrived already and not waited since");
+  if (cluster->arrived == 0) cluster->arriving.reset(block->num_agents(), 0);
+  cluster->arriving.join(self->clock);
+  self->release();
+  self->at_cluster_barrier = true;
+  self->cluster_phase = cluster->phase;
+  ++cluster->arrived;
+  open_cluster_barrier_if_full();
+  maybe_step_aside();
+}
+
+void cluster_wait() {
+  if (!self->at_cluster_barrier) fail("barrier.cluster.wait: the thread has not arrived");
+  if (cluster->phase == self->cluster_phase) {
+    cluster->waiting.push_back(self);
+    wait_here({"barrier.cluster.wait", "", {}});
+  }
+  self->clock.join(cluster->complete);
+  self->at_cluster_barrier = false;
+}
+
+uint32_t cluster_ctarank() {
+  return block->rank;
+}
+
 void finish_barriers_after_exit() {
   for (Barrier& barrier : block->barriers) {
     if (barrier.expected == kAllThreads && full(barrier)) open(barrier, nullptr);

@@ -1,4 +1,5 @@
 // cp.async, and single accesses to shared and global memory.
+#include <algorithm>
 #include <cstring>
 
 #include "emulated.h"
@@ -16,14 +17,19 @@ void copy(CopyAsync& work, uint32_t agent, uint32_t time) {
   unsigned char chunk[kChunk] = {};
   memcpy(chunk, work.src, work.src_bytes);
   memcpy(shared_pointer(work.dst, kChunk, kChunk, "cp.async"), chunk, kChunk);
-  shadow.record(work.dst, kChunk, Access::kWrite, agent, time);
+  shadow().record(work.dst, kChunk, Access::kWrite, agent, time);
+}
+
+void finish(CopyBatch& batch, uint32_t agent) {
+  for (CopyAsync& work : batch.copies) copy(work, agent, batch.time);
+  batch.done = true;
 }
 
 void copy_some_early() {
   if (options.timing != Timing::kRandom) return;
   for (auto& group : self->copies.committed) {
     for (CopyAsync& work : group) {
-      if (chance(4)) copy(work, self->linear, self->now());
+      if (chance(4)) copy(work, self->agent, self->now());
     }
   }
 }
@@ -37,7 +43,7 @@ void cp_async(uint32_t dst, const void* src, uint32_t src_bytes) {
   if (src_bytes != 0) check_global(src, src_bytes, Access::kRead, "cp.async");
   check_shared_write(dst, kChunk, "cp.async");
   CopyAsync work{dst, src, src_bytes, false};
-  if (options.timing == Timing::kEager) copy(work, self->linear, self->now());
+  if (options.timing == Timing::kEager) copy(work, self->agent, self->now());
   self->copies.open.push_back(work);
 }
 
@@ -48,24 +54,36 @@ void cp_async_commit_group() {
 
 void cp_async_wait_group(size_t pending) {
   copy_some_early();
-  self->copies.retire(pending, [](CopyAsync& work) { copy(work, self->linear, self->now()); });
+  self->copies.retire(pending, [](CopyAsync& work) { copy(work, self->agent, self->now()); });
+  maybe_step_aside();
+}
+
+void cp_async_wait_all() {
+  self->copies.commit();
+  self->copies.retire(0, [](CopyAsync& work) { copy(work, self->agent, self->now()); });
+  for (const auto& batch : self->batches) finish(*batch, self->agent);
+  self->batches.clear();
   maybe_step_aside();
 }
 
 void cp_async_mbarrier_arrive_noinc(uint32_t mbarrier) {
   mbarrier_at(mbarrier, "cp.async.mbarrier.arrive");
-  std::vector<CopyAsync> all = std::move(self->copies.open);
+  const auto batch = std::make_shared<CopyBatch>();
+  batch->copies = std::move(self->copies.open);
   self->copies.open.clear();
   for (auto& group : self->copies.committed) {
-    all.insert(all.begin(), group.begin(), group.end());
+    batch->copies.insert(batch->copies.begin(), group.begin(), group.end());
     group.clear();
   }
-  const uint32_t agent = self->linear;
-  const uint32_t time = self->now();
+  auto& batches = self->batches;
+  batches.erase(std::remove_if(batches.begin(), batches.end(), [](const auto& b) { return b->done; }), batches.end());
+  batches.push_back(batch);
+  const uint32_t agent = self->agent;
+  batch->time = self->now();
   Clock known = self->clock;
   self->release();
-  submit([mbarrier, agent, time, all = std::move(all), known = std::move(known)]() mutable {
-    for (CopyAsync& work : all) copy(work, agent, time);
+  submit([mbarrier, agent, batch, known = std::move(known)] {
+    finish(*batch, agent);
     MBarrier& target = mbarrier_at(mbarrier, "cp.async.mbarrier.arrive");
     target.arriving.join(known);
     mbarrier_count(target, 1, "cp.async.mbarrier.arrive");
@@ -80,6 +98,9 @@ void check_copies_done(const Thread& thread) {
   }
   for (const CopyAsync& work : thread.copies.open) {
     if (!work.done) fail("a thread exits with a cp.async that it never committed");
+  }
+  for (const auto& batch : thread.batches) {
+    if (!batch->done) fail("a thread exits with a cp.async under way, for which only an mbarrier waits");
   }
   if (!thread.bulk_stores.empty()) fail("a thread exits while its bulk stores may still read shared memory");
 }
@@ -106,6 +127,11 @@ void read_aligned(const void* pointer, void* to, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("ld: %p is not a multiple of %u", pointer, bytes);
   on_access(pointer, bytes, Access::kRead);
   memcpy(to, pointer, bytes);
+}
+
+void read_constant(const void* pointer, void* to, uint32_t bytes) {
+  check_constant(pointer, bytes, "ld.global.nc");
+  read_aligned(pointer, to, bytes);
 }
 
 void write_aligned(void* pointer, const void* from, uint32_t bytes) {

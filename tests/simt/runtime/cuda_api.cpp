@@ -2,13 +2,18 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
+#include "global_memory.h"
 #include "launch_emulated.h"
 #include "tensor_map.h"
 
 namespace simt {
+
+std::string tensor_map_log;
+
 namespace {
 
 // One device per distinct set of properties, so that what launchers remember per device stays right.
@@ -43,11 +48,24 @@ unsigned swizzle_span(CUtensorMapSwizzle swizzle) {
   }
 }
 
+template <class Number>
+void log_numbers(const Number* numbers, cuuint32_t count) {
+  for (cuuint32_t i = 0; i < count; ++i) tensor_map_log += " " + std::to_string(numbers[i]);
+}
+
 // cuTensorMapEncodeTiled, with the limits its documentation gives.
 CUresult encode_tiled(CUtensorMap* opaque, CUtensorMapDataType type, cuuint32_t rank, void* base,
                       const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  const int kinds[] = {type, static_cast<int>(rank), interleave, swizzle, fill};
+  log_numbers(kinds, 5);
+  log_numbers(dims, rank);
+  log_numbers(strides, rank - 1);
+  log_numbers(box, rank);
+  log_numbers(element_strides, rank);
+  tensor_map_log += "\n";
+
   TensorMap map{};
   map.magic = TensorMap::kMagic;
   map.base = static_cast<unsigned char*>(base);
@@ -88,8 +106,15 @@ void set_device(int compute_capability, int sm_count) {
 }
 
 int DeviceProperties::max_smem_bytes() const {
-  if (compute_capability >= 90) return 232448;
-  return compute_capability == 80 ? 166912 : 101376;
+  switch (compute_capability) {
+    case 80:
+      return 166912;
+    case 90:
+    case 100:
+      return 232448;
+    default:  // consumer cards
+      return 101376;
+  }
 }
 
 }  // namespace simt
@@ -123,13 +148,25 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  simt::forget_writes();  // it waits for all before it, and all after it for it
   memset(pointer, value, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  simt::forget_writes();
   memmove(to, from, bytes);
   return cudaSuccess;
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  static thread_local char name[32];
+  snprintf(name, sizeof name, "cudaError %d", static_cast<int>(error));
+  return name;
+}
+
+const char* cudaGetErrorString(cudaError_t) {
+  return "as the emulator calls it";
 }
 
 cudaError_t cudaGetLastError() {

@@ -33,7 +33,16 @@ void bar_sync(uint32_t id, uint32_t num_threads);
 void bar_arrive(uint32_t id, uint32_t num_threads);
 void setmaxnreg(unsigned registers, bool increase);
 
+void cluster_arrive();
+void cluster_wait();
+uint32_t cluster_ctarank();
+
 // ---- mbarrier.cpp ----
+
+// An address in the shared memory of the cluster: the offset, and above it one more than the block's rank.
+constexpr uint32_t kClusterOffset = (1u << 24) - 1;
+uint32_t mapa(uint32_t address, uint32_t rank);
+void mbarrier_arrive_cluster(uint32_t cluster_address);
 
 void mbarrier_init(uint32_t address, uint32_t arrivals);
 void fence_mbarrier_init();
@@ -49,6 +58,7 @@ void mbarrier_wait(uint32_t address, uint32_t parity);
 void cp_async(uint32_t dst, const void* src, uint32_t src_bytes);
 void cp_async_commit_group();
 void cp_async_wait_group(size_t pending);
+void cp_async_wait_all();
 void cp_async_mbarrier_arrive_noinc(uint32_t mbarrier);
 
 // ---- tma.cpp ----
@@ -61,6 +71,8 @@ struct Coordinates {
 void fence_proxy_async();
 void prefetch_tensormap(const CUtensorMap* map);
 void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t mbarrier, const Coordinates& box);
+void tma_load_multicast(uint32_t dst, const CUtensorMap* map, uint32_t mbarrier, const Coordinates& box,
+                        uint32_t ranks);
 void tma_store(const CUtensorMap* map, uint32_t src, const Coordinates& box);
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes);
@@ -82,12 +94,17 @@ void wgmma_wait_group(size_t pending);
 void wgmma(bool half, unsigned columns, bool transposed_a, bool transposed_b, float* d, uint64_t desc_a,
            uint64_t desc_b, bool accumulate);
 
+// ---- scheduler.cpp ----
+
+void griddepcontrol_wait();
+
 // ---- accesses that are not plain loads and stores ----
 
 uint32_t smem_address(const void* pointer);
 void read_shared(uint32_t address, void* to, uint32_t bytes);
 void write_shared(uint32_t address, const void* from, uint32_t bytes);
-void read_aligned(const void* pointer, void* to, uint32_t bytes);  // fails unless `pointer` is a multiple of `bytes`
+void read_aligned(const void* pointer, void* to, uint32_t bytes);   // fails unless `pointer` is a multiple of `bytes`
+void read_constant(const void* pointer, void* to, uint32_t bytes);  // and unless it may change meanwhile
 void write_aligned(void* pointer, const void* from, uint32_t bytes);
 void before_atomic(const void* pointer, uint32_t bytes);
 void copy_bytes(void* to, const void* from, uint32_t bytes);  // unchecked

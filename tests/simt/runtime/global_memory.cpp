@@ -2,6 +2,7 @@
 #include "global_memory.h"
 
 #include <cstdint>
+#include <unordered_set>
 #include <vector>
 
 #include "scheduler.h"
@@ -21,7 +22,16 @@ struct Buffer {
 
 constexpr ptrdiff_t kFarAway = 1 << 20;  // bytes; nobody misses a buffer by more
 
+constexpr uintptr_t kGranule = 16;
+
 std::vector<Buffer> buffers;
+std::unordered_set<uintptr_t> written;  // granules that launches wrote which may still run: see forget_writes
+
+template <class Do>
+void for_each_granule(const void* pointer, size_t bytes, Do&& act) {
+  const auto first = reinterpret_cast<uintptr_t>(pointer);
+  for (uintptr_t granule = first / kGranule; granule <= (first + bytes - 1) / kGranule; ++granule) act(granule);
+}
 
 const char* verb(Access access) {
   return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
@@ -56,13 +66,33 @@ void clear_buffers() {
   buffers.clear();
 }
 
+// Every launch before has ended: what it wrote is constant now.
+void forget_writes() {
+  written.clear();
+}
+
+void check_waited(const char* what) {
+  if (self == nullptr || self->waited || !is_overlapped()) return;
+  fail("%s touches global memory before griddepcontrol.wait, while the kernel before may still run", what);
+}
+
+void check_constant(const void* pointer, size_t bytes, const char* what) {
+  for_each_granule(pointer, bytes, [&](uintptr_t granule) {
+    if (written.count(granule) == 0) return;
+    fail("%s at %p: a launch that may still run wrote there, and the read-only path may show what was there before",
+         what, pointer);
+  });
+}
+
 void check_global(const void* pointer, size_t bytes, Access access, const char* what) {
   const auto* p = static_cast<const char*>(pointer);
   const Buffer* held = nullptr;
   for (const Buffer& buffer : buffers) {
     if (!buffer.holds(p, bytes)) continue;
     held = &buffer;
-    if (access == Access::kRead || buffer.writable) return;
+    check_waited(what);
+    if (access == Access::kRead) return;
+    if (buffer.writable) return for_each_granule(p, bytes, [](uintptr_t granule) { written.insert(granule); });
   }
   if (held != nullptr) fail("%s: %s to buffer '%s', which is an input", what, verb(access), held->name.c_str());
   if (in_closure(p, bytes) || in_kernel_library(p)) return;

@@ -33,10 +33,20 @@ void arrive(MBarrier& mbarrier, const char* what) {
   mbarrier.arriving.join(self->clock);
   self->release();
   mbarrier_count(mbarrier, 1, what);
-  maybe_step_aside();
+}
+
+Block* block_at(uint32_t cluster_address, const char* what) {
+  const uint32_t rank = (cluster_address >> 24) - 1;
+  if (rank >= cluster->blocks.size()) fail("%s: 0x%x is no address that mapa made", what, cluster_address);
+  return cluster->blocks[rank];
 }
 
 }  // namespace
+
+uint32_t mapa(uint32_t address, uint32_t rank) {
+  if (rank >= cluster->blocks.size()) fail("mapa: rank %u in a cluster of %zu", rank, cluster->blocks.size());
+  return (rank + 1) << 24 | address;
+}
 
 bool overlaps_mbarrier(uint32_t address, uint32_t bytes) {
   if (address >= block->mbarriers_end || address + bytes <= block->mbarriers_begin) return false;
@@ -76,7 +86,7 @@ void mbarrier_init(uint32_t address, uint32_t arrivals) {
   access_shared(address, kBytes, Access::kWrite, "mbarrier.init");  // fails where an mbarrier lives
   MBarrier& mbarrier = block->mbarriers[address];
   mbarrier.expected = mbarrier.pending = arrivals;
-  mbarrier.owner = self->linear;
+  mbarrier.owner = self->agent;
   mbarrier.born = self->now();
   mbarrier.arriving.reset(block->num_agents(), 0);
   mbarrier.complete.reset(block->num_agents(), 0);
@@ -86,7 +96,7 @@ void mbarrier_init(uint32_t address, uint32_t arrivals) {
 
 void fence_mbarrier_init() {
   for (auto& entry : block->mbarriers) {
-    if (entry.second.owner == self->linear) entry.second.fenced = true;
+    if (entry.second.owner == self->agent) entry.second.fenced = true;
   }
 }
 
@@ -102,12 +112,24 @@ void mbarrier_expect_tx(uint32_t address, uint32_t bytes) {
 
 void mbarrier_arrive(uint32_t address) {
   arrive(mbarrier_at(address, "mbarrier.arrive"), "mbarrier.arrive");
+  maybe_step_aside();
+}
+
+void mbarrier_arrive_cluster(uint32_t cluster_address) {
+  constexpr const char* kWhat = "mbarrier.arrive.shared::cluster";
+  {
+    const InBlock there(block_at(cluster_address, kWhat));
+    check_block_lives();
+    arrive(mbarrier_at(cluster_address & kClusterOffset, kWhat), kWhat);
+  }
+  maybe_step_aside();
 }
 
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   MBarrier& mbarrier = mbarrier_at(address, "mbarrier.arrive.expect_tx");
   expect(mbarrier, bytes);
   arrive(mbarrier, "mbarrier.arrive.expect_tx");
+  maybe_step_aside();
 }
 
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity) {

@@ -27,7 +27,7 @@ std::string layout() {
   FIELD(RouteParams, logits_dtype);
   FIELD(RouteParams, probs_dtype);
   FIELD(RouteParams, renormalize);
-  FIELD(RouteParams, epsilon);
+  FIELD(RouteParams, eps);
 
   STRUCT(PlanParams);
   FIELD(PlanParams, expert_ids);
@@ -56,7 +56,9 @@ std::string layout() {
   FIELD(GroupedGemmParams, rows);
   FIELD(GroupedGemmParams, token_of_row);
   FIELD(GroupedGemmParams, weight);
+  FIELD(GroupedGemmParams, weight_parts);
   FIELD(GroupedGemmParams, bias);
+  FIELD(GroupedGemmParams, bias_parts);
   FIELD(GroupedGemmParams, row_scale);
   FIELD(GroupedGemmParams, expert_offsets);
   FIELD(GroupedGemmParams, out);
@@ -70,7 +72,9 @@ std::string layout() {
   FIELD(GroupedGemmParams, out_features);
   FIELD(GroupedGemmParams, in_features);
   FIELD(GroupedGemmParams, num_experts);
+  FIELD(GroupedGemmParams, num_parts);
   FIELD(GroupedGemmParams, activation);
+  FIELD(GroupedGemmParams, swiglu);
   FIELD(GroupedGemmParams, gated);
   FIELD(GroupedGemmParams, transposed);
   FIELD(GroupedGemmParams, allow_tf32);
@@ -98,7 +102,6 @@ std::string layout() {
   FIELD(GroupedWeightGradParams, expert_offsets);
   FIELD(GroupedWeightGradParams, grad_weight);
   FIELD(GroupedWeightGradParams, grad_bias);
-  FIELD(GroupedWeightGradParams, workspace);
   FIELD(GroupedWeightGradParams, num_rows);
   FIELD(GroupedWeightGradParams, num_source_grad_rows);
   FIELD(GroupedWeightGradParams, num_source_rows);
@@ -116,6 +119,7 @@ std::string layout() {
   FIELD(ActivationParams, num_rows);
   FIELD(ActivationParams, width);
   FIELD(ActivationParams, activation);
+  FIELD(ActivationParams, swiglu);
   FIELD(ActivationParams, gated);
   FIELD(ActivationParams, dtype);
 
@@ -131,6 +135,7 @@ std::string layout() {
   FIELD(ActivationGradParams, width);
   FIELD(ActivationGradParams, num_experts);
   FIELD(ActivationGradParams, activation);
+  FIELD(ActivationGradParams, swiglu);
   FIELD(ActivationGradParams, gated);
   FIELD(ActivationGradParams, dtype);
 
@@ -163,7 +168,7 @@ std::string layout() {
   FIELD(RouteGradParams, logits_dtype);
   FIELD(RouteGradParams, probs_dtype);
   FIELD(RouteGradParams, renormalize);
-  FIELD(RouteGradParams, epsilon);
+  FIELD(RouteGradParams, eps);
 
   STRUCT(RouterStatsParams);
   FIELD(RouterStatsParams, logits);

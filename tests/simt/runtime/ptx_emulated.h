@@ -1,4 +1,4 @@
-// The names of csrc/cuda/ptx.cuh and wgmma.cuh, for kernels that run on the CPU.
+// The names of csrc/cuda/ptx, for kernels that run on the CPU.
 #pragma once
 
 #include <cuda.h>
@@ -17,12 +17,19 @@ using ::simt::bar_sync;
 using ::simt::bulk_commit_group;
 using ::simt::bulk_load;
 using ::simt::bulk_store;
+using ::simt::cluster_arrive;
+using ::simt::cluster_ctarank;
+using ::simt::cluster_wait;
 using ::simt::cp_async_commit_group;
 using ::simt::cp_async_mbarrier_arrive_noinc;
+using ::simt::cp_async_wait_all;
 using ::simt::elect_one;
 using ::simt::fence_mbarrier_init;
 using ::simt::fence_proxy_async;
+using ::simt::griddepcontrol_wait;
+using ::simt::mapa;
 using ::simt::mbarrier_arrive;
+using ::simt::mbarrier_arrive_cluster;
 using ::simt::mbarrier_arrive_expect_tx;
 using ::simt::mbarrier_expect_tx;
 using ::simt::mbarrier_init;
@@ -35,19 +42,18 @@ using ::simt::stmatrix_x4;
 using ::simt::wgmma_commit_group;
 using ::simt::wgmma_fence;
 
-inline uint4 ld_global_nc_v4(const void* pointer) {
+inline uint4 ld_global_nc_v4_hint(const void* pointer, uint64_t) {
+  uint4 v;
+  ::simt::read_constant(pointer, &v, sizeof v);
+  return v;
+}
+inline uint4 ld_global_v4_keep(const void* pointer) {
   uint4 v;
   ::simt::read_aligned(pointer, &v, sizeof v);
   return v;
 }
-inline uint4 ld_global_nc_v4_hint(const void* pointer, uint64_t) {
-  return ld_global_nc_v4(pointer);
-}
-inline uint4 ld_global_nc_v4_keep(const void* pointer) {
-  return ld_global_nc_v4(pointer);
-}
-inline uint4 ld_global_nc_v4_if(const void* pointer, bool condition) {
-  return condition ? ld_global_nc_v4(pointer) : uint4{};
+inline uint4 ld_global_v4_if(const void* pointer, bool condition) {
+  return condition ? ld_global_v4_keep(pointer) : uint4{};
 }
 inline void st_global_v4(void* pointer, const uint4& v) {
   ::simt::write_aligned(pointer, &v, sizeof v);
@@ -128,6 +134,10 @@ inline void tma_load_3d_hint(uint32_t dst, const CUtensorMap* map, uint32_t mbar
                              uint64_t) {
   ::simt::tma_load(dst, map, mbarrier, {3, {x, y, z}});
 }
+inline void tma_load_3d_multicast(uint32_t dst, const CUtensorMap* map, uint32_t mbarrier, int32_t x, int32_t y,
+                                  int32_t z, uint16_t ranks) {
+  ::simt::tma_load_multicast(dst, map, mbarrier, {3, {x, y, z}}, ranks);
+}
 inline void tma_store_2d(const CUtensorMap* map, uint32_t src, int32_t x, int32_t y) {
   ::simt::tma_store(map, src, {2, {x, y, 0}});
 }
@@ -152,7 +162,6 @@ template <int kRegisters>
 void setmaxnreg_dec() {
   ::simt::setmaxnreg(kRegisters, false);
 }
-inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
 
 template <int kPending>

@@ -8,15 +8,17 @@
 #include <map>
 #include <memory>
 
+#include "emulated.h"
+#include "global_memory.h"
 #include "launch_emulated.h"
 #include "state.h"
 
 namespace simt {
 
 Options options;
+Cluster* cluster = nullptr;
 Block* block = nullptr;
 Thread* self = nullptr;
-Shadow shadow;
 uint64_t progress = 0;
 const void* fault_location = nullptr;
 std::string last_error;
@@ -75,15 +77,20 @@ void record_error(const std::string& what) {
 
 void thread_main() {
   call->invoke(call->closure);
+  if (call->overlapped && !self->waited) {
+    fail("a thread exits without griddepcontrol.wait: the kernel after it would not wait for the one before it either");
+  }
   Warp& warp = *self->warp;
   check_copies_done(*self);
   self->state = Thread::State::kExited;
   warp.live &= ~(1u << self->lane);
   --block->live;
+  --cluster->live;
   ++progress;
   if (warp.live == 0) check_matrix_done(warp);
   finish_meetings_after_exit(warp);
   finish_barriers_after_exit();
+  finish_cluster_barrier_after_exit(*self);
   resume_scheduler();
 }
 
@@ -91,6 +98,7 @@ void thread_main() {
 std::string interrogate(Thread& thread) {
   interrogating = true;
   self = &thread;
+  block = thread.block;
   Fiber::switch_between(scheduler, thread.fiber);
   self = nullptr;
   interrogating = false;
@@ -103,9 +111,11 @@ void report_deadlock() {
     Thread* first = nullptr;
   };
   std::map<std::string, Group> groups;
-  for (Thread& thread : block->threads) {
-    Group& group = groups[describe(thread)];
-    if (group.count++ == 0) group.first = &thread;
+  for (Block* each : cluster->blocks) {
+    for (Thread& thread : each->threads) {
+      Group& group = groups[describe(thread)];
+      if (group.count++ == 0) group.first = &thread;
+    }
   }
   std::string text = "deadlock: no thread of the block can go on";
   for (const auto& [what, group] : groups) {
@@ -114,20 +124,24 @@ void report_deadlock() {
     if (group.first->state != Thread::State::kExited) text += ", at " + interrogate(*group.first);
     text += ")";
   }
-  record_error(text + describe_mbarriers());
+  for (Block* each : cluster->blocks) {
+    const InBlock there(each);
+    text += describe_mbarriers();
+  }
+  record_error(text);
   throw LaunchFailed{};
 }
 
 void run_engine_once() {
-  const size_t i = random_below(block->engine.size());
-  const auto work = std::move(block->engine[i]);
-  block->engine.erase(block->engine.begin() + static_cast<std::ptrdiff_t>(i));
+  const size_t i = random_below(cluster->engine.size());
+  const auto work = std::move(cluster->engine[i]);
+  cluster->engine.erase(cluster->engine.begin() + static_cast<std::ptrdiff_t>(i));
   ++progress;
   work();
 }
 
 Thread* next_thread() {
-  auto& ready = block->ready;
+  auto& ready = cluster->ready;
   const size_t i = options.seed == 0 ? 0 : random_below(ready.size());
   Thread* thread = ready[i];
   if (options.seed == 0) {
@@ -143,29 +157,30 @@ void run_threads() {
   constexpr int kPatience = 64;  // rounds in which polling threads may find nothing new
   int idle_rounds = 0;
   uint64_t known_progress = progress;
-  while (block->live > 0) {
-    if (!block->engine.empty() && options.timing == Timing::kRandom && chance(8)) run_engine_once();
-    if (block->ready.empty() && !block->polling.empty()) {
+  while (cluster->live > 0) {
+    if (!cluster->engine.empty() && options.timing == Timing::kRandom && chance(8)) run_engine_once();
+    if (cluster->ready.empty() && !cluster->polling.empty()) {
       idle_rounds = progress == known_progress ? idle_rounds + 1 : 0;
       known_progress = progress;
       if (idle_rounds < kPatience) {
-        for (Thread* thread : block->polling) thread->state = Thread::State::kReady;
-        block->ready.swap(block->polling);
+        for (Thread* thread : cluster->polling) thread->state = Thread::State::kReady;
+        cluster->ready.swap(cluster->polling);
       }
     }
-    if (block->ready.empty()) {
-      if (block->engine.empty()) report_deadlock();
+    if (cluster->ready.empty()) {
+      if (cluster->engine.empty()) report_deadlock();
       run_engine_once();
       idle_rounds = 0;
       continue;
     }
     Thread* thread = next_thread();
     self = thread;
+    block = thread->block;
     Fiber::switch_between(scheduler, thread->fiber);
     self = nullptr;
     if (!last_error.empty()) throw LaunchFailed{};
   }
-  if (!block->engine.empty()) fail("the block ends while asynchronous copies into its shared memory are in flight");
+  if (!cluster->engine.empty()) fail("the block ends while asynchronous copies into its shared memory are in flight");
 }
 
 // The registers per thread a launch gets when every register of the multiprocessor goes to this one block.
@@ -179,6 +194,7 @@ unsigned registers_at_launch(unsigned num_threads) {
 void set_up_threads() {
   const unsigned n = block->num_threads;
   block->live = n;
+  cluster->live += n;
   block->threads.resize(n);
   block->warps.resize((n + kWarpSize - 1) / kWarpSize);
   block->multiply_log.resize((block->warps.size() + 3) / 4);
@@ -189,49 +205,66 @@ void set_up_threads() {
     block->warps[i].matrix.time = start;
   }
   block->engine_time = start;
-  shadow.start_block(start);
+  shadow().start_block(start);
   for (unsigned i = 0; i < n; ++i) {
     Thread& thread = block->threads[i];
     thread.linear = i;
+    thread.block = block;
+    thread.agent = block->first_agent() + i;
     thread.index = {i % block->shape.x, i / block->shape.x % block->shape.y, i / (block->shape.x * block->shape.y)};
     thread.warp = &block->warps[i / kWarpSize];
     thread.lane = i % kWarpSize;
     thread.warp->live |= 1u << thread.lane;
     thread.clock.reset(block->num_agents(), start);
     thread.release();
-    thread.stack = stacks.stack(i);
-    thread.fiber.prepare(stacks.stack(i), StackPool::kStackBytes, thread_main);
-    block->ready.push_back(&thread);
+    thread.stack = stacks.stack(block->rank * n + i);
+    thread.fiber.prepare(stacks.stack(block->rank * n + i), StackPool::kStackBytes, thread_main);
+    cluster->ready.push_back(&thread);
   }
 }
 
 uint32_t latest_time() {
-  uint32_t latest = block->engine_time;
-  for (Thread& thread : block->threads) latest = std::max(latest, thread.now());
-  for (const Warp& warp : block->warps) latest = std::max(latest, warp.matrix.time);
+  uint32_t latest = newest_time;
+  for (Block* each : cluster->blocks) {
+    latest = std::max(latest, each->engine_time);
+    for (Thread& thread : each->threads) latest = std::max(latest, thread.now());
+    for (const Warp& warp : each->warps) latest = std::max(latest, warp.matrix.time);
+  }
   return latest;
 }
 
-void run_block(uint64_t linear) {
-  Block state;
-  block = &state;
+// The blocks from `first` on, in the order of their numbers.
+void run_cluster(uint64_t first) {
+  std::vector<Block> blocks(call->cluster_size);
+  Cluster state;
+  cluster = &state;
   struct Leave {
     ~Leave() {
       newest_time = latest_time();
       self = nullptr;
       block = nullptr;
+      cluster = nullptr;
     }
   } leave;
-  state.grid = call->grid;
-  state.shape = call->block;
-  state.num_threads = call->block.x * call->block.y * call->block.z;
-  state.index = {static_cast<unsigned>(linear % call->grid.x),
-                 static_cast<unsigned>(linear / call->grid.x % call->grid.y),
-                 static_cast<unsigned>(linear / (uint64_t{call->grid.x} * call->grid.y))};
-  poison_shared();
-  set_up_threads();
+  for (Block& each : blocks) state.blocks.push_back(&each);
+  for (unsigned rank = 0; rank < blocks.size(); ++rank) {
+    const uint64_t linear = first + rank;
+    block = &blocks[rank];
+    block->rank = rank;
+    block->grid = call->grid;
+    block->shape = call->block;
+    block->num_threads = call->block.x * call->block.y * call->block.z;
+    block->index = {static_cast<unsigned>(linear % call->grid.x),
+                    static_cast<unsigned>(linear / call->grid.x % call->grid.y),
+                    static_cast<unsigned>(linear / (uint64_t{call->grid.x} * call->grid.y))};
+    poison_shared();
+    set_up_threads();
+  }
   run_threads();
-  check_mbarriers_done();
+  for (Block& each : blocks) {
+    block = &each;
+    check_mbarriers_done();
+  }
 }
 
 // The kernel in the name that the compiler gives an instance of moekernels::launch<kKernel, Args...>.
@@ -250,6 +283,9 @@ std::string kernel_name(const std::string& launcher) {
 cudaError_t check_configuration() {
   const uint64_t threads = uint64_t{call->block.x} * call->block.y * call->block.z;
   if (threads == 0 || threads > kMaxThreads || call->block.z > 64) return cudaErrorInvalidConfiguration;
+  const unsigned cluster_size = call->cluster_size;
+  if (cluster_size == 0 || cluster_size > kMaxCluster || call->grid.x % cluster_size != 0) return cudaErrorInvalidValue;
+  if (cluster_size > 1 && current_device().compute_capability < 90) return cudaErrorInvalidValue;
   if (call->grid.y > 65535 || call->grid.z > 65535) return cudaErrorInvalidConfiguration;
   if (call->smem_bytes > static_cast<size_t>(current_device().max_smem_bytes())) return cudaErrorInvalidValue;
   return cudaSuccess;
@@ -314,12 +350,14 @@ std::string describe(const Thread& thread) {
 }
 
 std::string describe_agent(uint32_t agent) {
-  if (agent < block->num_threads) {
-    const uint3 i = block->threads[agent].index;
-    return format_text("thread (%u, %u, %u)", i.x, i.y, i.z);
+  const Block& home = *cluster->blocks[agent / block->agents_per_block()];
+  const std::string where = cluster->blocks.size() > 1 ? format_text(" of block %u of the cluster", home.rank) : "";
+  if (agent < home.engine_agent()) {
+    const uint3 i = home.threads[agent - home.first_agent()].index;
+    return format_text("thread (%u, %u, %u)", i.x, i.y, i.z) + where;
   }
-  if (agent == block->engine_agent()) return "a TMA or bulk copy";
-  return format_text("a wgmma of warp %u", agent - block->num_threads - 1);
+  if (agent == home.engine_agent()) return "a TMA or bulk copy" + where;
+  return format_text("a wgmma of warp %u", agent - home.engine_agent() - 1) + where;
 }
 
 void wait_here(const Wait& wait) {
@@ -335,7 +373,7 @@ void wait_here(const Wait& wait) {
 void poll_here(const Wait& wait) {
   self->wait = wait;
   self->state = Thread::State::kPolling;
-  block->polling.push_back(self);
+  cluster->polling.push_back(self);
   resume_scheduler();
   while (interrogating) {
     interrogated = describe_call_site();
@@ -345,13 +383,13 @@ void poll_here(const Wait& wait) {
 
 void maybe_step_aside() {
   if (!chance(4)) return;
-  block->ready.push_back(self);
+  cluster->ready.push_back(self);
   resume_scheduler();
 }
 
 void wake(Thread* thread) {
   thread->state = Thread::State::kReady;
-  block->ready.push_back(thread);
+  cluster->ready.push_back(thread);
   ++progress;
 }
 
@@ -359,8 +397,37 @@ void submit(std::function<void()> work) {
   if (options.timing == Timing::kEager) {
     work();
   } else {
-    block->engine.push_back(std::move(work));
+    cluster->engine.push_back([home = block, work = std::move(work)] {
+      const InBlock there(home);
+      check_block_lives();
+      work();
+    });
   }
+}
+
+InBlock::InBlock(Block* target) : before_(block) {
+  block = target;
+}
+
+void check_block_lives() {
+  if (block->live > 0 || cluster->blocks.size() == 1) return;
+  fail("the shared memory of block %u of the cluster is touched after its threads have exited", block->rank);
+}
+
+InBlock::~InBlock() {
+  block = before_;
+}
+
+bool is_overlapped() {
+  return call->overlapped;
+}
+
+bool overlaps_launches() {
+  return current_device().compute_capability == 90;  // others run PTX of older architectures
+}
+
+void griddepcontrol_wait() {
+  self->waited = true;
 }
 
 bool in_closure(const void* pointer, size_t bytes) {
@@ -375,20 +442,22 @@ cudaError_t run(const KernelCall& kernel_call) {
   call = &kernel_call;
   running_kernel = kernel_name(kernel_call.name);
   if (const cudaError_t error = check_configuration(); error != cudaSuccess) return error;
-  launch_log += format_text("%s <<<(%u, %u, %u), (%u, %u, %u), %zu>>>\n", running_kernel.c_str(), call->grid.x,
-                            call->grid.y, call->grid.z, call->block.x, call->block.y, call->block.z, call->smem_bytes);
+  launch_log += format_text("%s <<<(%u, %u, %u), (%u, %u, %u), %zu>>>%s\n", running_kernel.c_str(), call->grid.x,
+                            call->grid.y, call->grid.z, call->block.x, call->block.y, call->block.z, call->smem_bytes,
+                            call->overlapped ? " overlapped" : "");
+  if (!call->overlapped) forget_writes();
   random_state = options.seed * 0x9E3779B97F4A7C15u + 1;
   fault_location = nullptr;
-  map_shared(kernel_call.shared_anchor, kernel_call.smem_bytes);
+  map_shared(kernel_call.shared_anchor, kernel_call.smem_bytes, call->cluster_size);
 
-  std::vector<uint64_t> order(uint64_t{call->grid.x} * call->grid.y * call->grid.z);
+  std::vector<uint64_t> order(uint64_t{call->grid.x} * call->grid.y * call->grid.z / call->cluster_size);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   if (options.seed != 0) {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
   }
   const FaultGuard guard;
   try {
-    for (const uint64_t linear : order) run_block(linear);
+    for (const uint64_t index : order) run_cluster(index * call->cluster_size);
   } catch (const LaunchFailed&) {
     return cudaErrorLaunchFailure;
   }

@@ -28,11 +28,18 @@ struct Range {
   bool holds(const void* pointer) const { return pointer >= data && pointer < data + bytes; }
 };
 
-Range fixed;    // static __shared__
-Range dynamic;  // dynamic shared memory
-unsigned char* arena = nullptr;
+Range fixed;  // static __shared__
+// By the block's rank in its cluster.
+Range dynamics[kMaxCluster];  // dynamic shared memory
+unsigned char* arenas[kMaxCluster] = {};
+Shadow shadows[kMaxCluster];
 
-unsigned char* arena_end() {
+const Range& dynamic_range() {
+  return dynamics[block->rank];
+}
+
+unsigned char* arena_end(unsigned rank) {
+  unsigned char*& arena = arenas[rank];
   if (arena == nullptr) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     void* memory = mmap(nullptr, kArenaBytes + 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -76,27 +83,40 @@ void report(const Shadow::Conflict& conflict, Access access, const char* what) {
 
 }  // namespace
 
-void map_shared(const void* module_anchor, size_t dynamic_bytes) {
+Shadow& shadow() {
+  return shadows[block->rank];
+}
+
+void map_shared(const void* module_anchor, size_t dynamic_bytes, unsigned cluster_size) {
   fixed = find_static(module_anchor);
-  dynamic.bytes = static_cast<uint32_t>(dynamic_bytes);
-  dynamic.address = (kStaticAddress + fixed.bytes + kAlignment - 1) / kAlignment * kAlignment;
-  dynamic.data = arena_end() - (dynamic.bytes + kAlignment - 1) / kAlignment * kAlignment;
-  shadow.resize(dynamic.address + dynamic.bytes);
+  for (unsigned rank = 0; rank < cluster_size; ++rank) {
+    Range& dynamic = dynamics[rank];
+    const uint32_t offset = options.smem_offset;
+    dynamic.bytes = static_cast<uint32_t>(dynamic_bytes);
+    dynamic.address = (kStaticAddress + fixed.bytes + kAlignment - 1) / kAlignment * kAlignment + offset;
+    dynamic.data = arena_end(rank) - (offset + dynamic.bytes + kAlignment - 1) / kAlignment * kAlignment + offset;
+    shadows[rank].resize(dynamic.address + dynamic.bytes);
+  }
 }
 
 void poison_shared() {
   memset(fixed.data, kPoison, fixed.bytes);
-  memset(dynamic.data, kPoison, dynamic.bytes);
+  memset(dynamic_range().data, kPoison, dynamic_range().bytes);
 }
 
 unsigned char* dynamic_smem() {
-  return dynamic.data;
+  return dynamic_range().data;
 }
 
 uint32_t shared_address_of(const void* pointer) {
   const auto* p = static_cast<const unsigned char*>(pointer);
+  const Range& dynamic = dynamic_range();
   if (dynamic.holds(p)) return dynamic.address + static_cast<uint32_t>(p - dynamic.data);
-  if (fixed.holds(p)) return fixed.address + static_cast<uint32_t>(p - fixed.data);
+  if (fixed.holds(p)) {
+    if (cluster->blocks.size() > 1) fail("static shared memory is not modelled in a cluster");
+    return fixed.address + static_cast<uint32_t>(p - fixed.data);
+  }
+  const unsigned char* const arena = arenas[block->rank];
   if (arena != nullptr && p >= arena && p <= arena + kArenaBytes) {
     fail("shared memory overrun: an access %td bytes from the start of the %u bytes of dynamic shared memory",
          p - dynamic.data, dynamic.bytes);
@@ -106,7 +126,8 @@ uint32_t shared_address_of(const void* pointer) {
 
 unsigned char* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
   if (address % alignment != 0) fail("%s: shared address 0x%x is not a multiple of %u", what, address, alignment);
-  for (const Range* range : {&dynamic, &fixed}) {
+  const Range& dynamic = dynamic_range();
+  for (const Range* range : {&dynamic, const_cast<const Range*>(&fixed)}) {
     if (address >= range->address && address + bytes <= range->address + range->bytes) {
       return range->data + (address - range->address);
     }
@@ -118,21 +139,21 @@ unsigned char* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignme
 void access_shared(uint32_t address, uint32_t bytes, Access access, const char* what) {
   if (overlaps_mbarrier(address, bytes)) fail("%s touches the mbarrier at shared address 0x%x", what, address);
   if (!options.check_races) return;
-  const auto conflict = shadow.check(address, bytes, access, self->linear, self->clock);
+  const auto conflict = shadow().check(address, bytes, access, self->agent, self->clock);
   if (conflict.found) report(conflict, access, what);
-  shadow.record(address, bytes, access, self->linear, self->now());
+  shadow().record(address, bytes, access, self->agent, self->now());
 }
 
 void check_shared_write(uint32_t address, uint32_t bytes, const char* what) {
   if (overlaps_mbarrier(address, bytes)) fail("%s touches the mbarrier at shared address 0x%x", what, address);
   if (!options.check_races) return;
-  const auto conflict = shadow.check(address, bytes, Access::kWrite, self->linear, self->clock);
+  const auto conflict = shadow().check(address, bytes, Access::kWrite, self->agent, self->clock);
   if (conflict.found) report(conflict, Access::kWrite, what);
 }
 
 void check_async_read(uint32_t address, uint32_t bytes, const Clock& clock, const char* what) {
   if (!options.check_races) return;
-  const auto conflict = shadow.check_async_read(address, bytes, block->engine_agent(), clock);
+  const auto conflict = shadow().check_async_read(address, bytes, block->engine_agent(), clock);
   if (conflict.found && conflict.unfenced) {
     fail("missing proxy fence: %s reads shared address 0x%x, which %s wrote with no fence.proxy.async in between", what,
          conflict.address, describe_agent(conflict.agent).c_str());

@@ -1,8 +1,8 @@
 // The state of the emulated device: the block that runs now, its threads and its warps.
 //
-// One OS thread does everything; blocks run one after another. A CUDA thread is a fiber that runs until it must wait
-// for another, or until chance makes it step aside. `self` is the thread whose fiber runs, null while the scheduler
-// does.
+// One OS thread does everything; clusters of blocks, mostly of one, run one after another. A CUDA thread is a fiber
+// that runs until it must wait for another, or until chance makes it step aside. `self` is the thread whose fiber runs,
+// null while the scheduler does.
 #pragma once
 
 #include <vector_types.h>
@@ -11,6 +11,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -31,8 +32,11 @@ struct Options {
   uint64_t seed = 1;  // 0: threads and blocks in order
   Timing timing = Timing::kRandom;
   bool check_races = true;
+  uint32_t smem_offset = 0;      // from a multiple of 1024 to where dynamic shared memory starts
   double watchdog_seconds = 20;  // CPU time without progress: an endless loop, or threads that poll in vain
 };
+
+constexpr unsigned kMaxCluster = 8;
 
 struct Block;
 struct Warp;
@@ -73,6 +77,13 @@ struct CopyAsync {
   bool done;
 };
 
+// What cp.async.mbarrier.arrive.noinc waits for on a thread's behalf.
+struct CopyBatch {
+  std::vector<CopyAsync> copies;
+  uint32_t time = 0;  // of the thread, when it handed them over
+  bool done = false;
+};
+
 // A bulk copy out of shared memory, and the time of its reads.
 struct BulkStore {
   std::function<void()> work;
@@ -93,18 +104,24 @@ struct Thread {
   Fiber fiber;
   unsigned linear = 0;
   uint3 index{};
+  Block* block = nullptr;
+  uint32_t agent = 0;  // in the clocks
   Warp* warp = nullptr;
   unsigned lane = 0;
   const char* stack = nullptr;  // its lowest address
   State state = State::kReady;
+  bool waited = false;  // for the kernel before this one
+  bool at_cluster_barrier = false;
+  uint64_t cluster_phase = 0;  // in which it arrived there
   Wait wait;
   Clock clock;
   uint64_t barrier_result[3] = {};
   Groups<CopyAsync> copies;
+  std::vector<std::shared_ptr<CopyBatch>> batches;  // that may be under way
   Groups<BulkStore> bulk_stores;
 
   // This thread's own time.
-  uint32_t& now() { return clock.seen[linear]; }
+  uint32_t& now() { return clock.seen[agent]; }
   // After others have learnt of everything up to now, what follows is later.
   void release() { ++now(); }
 };
@@ -192,10 +209,28 @@ struct MBarrier {
   std::vector<Thread*> waiting;
 };
 
+// Blocks that run at the same time and reach into each other's shared memory. What threads and engines wait for is
+// common to them.
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  std::vector<Thread*> ready;
+  std::vector<Thread*> polling;
+  std::vector<std::function<void()>> engine;  // asynchronous work that may be done at any time, in any order
+  unsigned live = 0;
+
+  // barrier.cluster
+  uint64_t phase = 0;
+  unsigned arrived = 0;
+  Clock arriving;
+  Clock complete;
+  std::vector<Thread*> waiting;
+};
+
 struct Block {
   dim3 grid;
   dim3 shape;
   uint3 index{};
+  unsigned rank = 0;  // in its cluster
   unsigned num_threads = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -204,26 +239,46 @@ struct Block {
   std::map<uint32_t, MBarrier> mbarriers;
   uint32_t mbarriers_begin = ~0u;  // addresses that contain them all
   uint32_t mbarriers_end = 0;
-  std::vector<Thread*> ready;
-  std::vector<Thread*> polling;
-  std::vector<std::function<void()>> engine;  // asynchronous work that may be done at any time, in any order
-  std::vector<Thread*> register_queue;        // threads that wait in setmaxnreg.inc
+  std::vector<Thread*> register_queue;  // threads that wait in setmaxnreg.inc
   unsigned live = 0;
   unsigned free_registers = 0;
   uint32_t engine_time = 0;
 
-  // Agents of the clocks: the threads, the engine that TMA writes as, and each warp's wgmma reads.
-  uint32_t engine_agent() const { return num_threads; }
-  uint32_t matrix_agent(const Warp& warp) const { return num_threads + 1 + warp.index; }
-  size_t num_agents() const { return num_threads + 1 + warps.size(); }
+  // Agents of the clocks, block by block of the cluster: the threads, the engine that TMA writes as, and each warp's
+  // wgmma reads.
+  uint32_t agents_per_block() const { return num_threads + 1 + (num_threads + kWarpSize - 1) / kWarpSize; }
+  uint32_t first_agent() const { return rank * agents_per_block(); }
+  uint32_t engine_agent() const { return first_agent() + num_threads; }
+  uint32_t matrix_agent(const Warp& warp) const { return engine_agent() + 1 + warp.index; }
+  size_t num_agents() const;
 };
+
+extern Cluster* cluster;
+
+inline size_t Block::num_agents() const {
+  return cluster->blocks.size() * agents_per_block();
+}
+
+// Where `block` is another of the cluster for a while.
+class InBlock {
+ public:
+  explicit InBlock(Block* target);
+  ~InBlock();
+
+ private:
+  Block* before_;
+};
+
+// Fails where `block` has ended and others of the cluster have not.
+void check_block_lives();
 
 extern Options options;
 extern uint64_t progress;           // moves whenever a waiting thread may have reason to look again
 extern const void* fault_location;  // set when a signal ended the kernel
 extern Block* block;
 extern Thread* self;
-extern Shadow shadow;
+
+Shadow& shadow();  // of the block's shared memory
 
 // ---- scheduler.cpp ----
 
@@ -247,9 +302,10 @@ std::string describe_agent(uint32_t agent);
 
 constexpr uint32_t kNowhere = ~0u;
 
-void map_shared(const void* module_anchor, size_t dynamic_bytes);  // before a kernel's first block
-void poison_shared();                                              // before each block
-uint32_t shared_address_of(const void* pointer);                   // kNowhere if it is not shared memory
+void map_shared(const void* module_anchor, size_t dynamic_bytes,
+                unsigned cluster_size);           // before a kernel's first block
+void poison_shared();                             // before each block
+uint32_t shared_address_of(const void* pointer);  // kNowhere if it is not shared memory
 unsigned char* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
 
 // An access of this thread: checks it against earlier ones, and records it.
@@ -260,7 +316,9 @@ void check_async_read(uint32_t address, uint32_t bytes, const Clock& clock, cons
 // ---- global_memory.cpp ----
 
 void check_global(const void* pointer, size_t bytes, Access access, const char* what);
-void on_access(const void* pointer, size_t bytes, Access access);  // by the running thread, to any memory
+void check_waited(const char* what);  // for the kernel before, where the two overlap
+void check_constant(const void* pointer, size_t bytes, const char* what);  // no launch that may still run wrote there
+void on_access(const void* pointer, size_t bytes, Access access);          // by the running thread, to any memory
 
 // ---- mbarrier.cpp ----
 
@@ -278,6 +336,7 @@ void finish_meetings_after_exit(Warp& warp);
 // ---- barriers.cpp ----
 
 void finish_barriers_after_exit();
+void finish_cluster_barrier_after_exit(const Thread& thread);
 
 // ---- signals.cpp ----
 

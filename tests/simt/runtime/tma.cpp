@@ -82,7 +82,7 @@ void for_each_chunk(const TensorMap& map, const Coordinates& box, uint32_t addre
 
 void record_engine_write(uint32_t address, uint32_t bytes, MBarrier& mbarrier) {
   const uint32_t time = ++block->engine_time;
-  shadow.record(address, bytes, Access::kWrite, block->engine_agent(), time);
+  shadow().record(address, bytes, Access::kWrite, block->engine_agent(), time);
   mbarrier.arriving.seen[block->engine_agent()] = time;
 }
 
@@ -92,9 +92,30 @@ MBarrier& fenced_mbarrier(uint32_t address, const char* what) {
   return mbarrier;
 }
 
+// To the shared memory of `block`, whose mbarrier counts the bytes.
+void load_box(const TensorMap& map, uint32_t dst, uint32_t mbarrier, const Coordinates& box) {
+  constexpr const char* kWhat = "TMA load";
+  check_shared_side(map, dst, kWhat);
+  check_shared_write(dst, box_bytes(map), kWhat);
+  fenced_mbarrier(mbarrier, kWhat);
+  submit([=] {
+    for_each_chunk(map, box, dst, [&](uint32_t address, const unsigned char* global, int64_t first, int64_t last) {
+      unsigned char chunk[kChunk] = {};
+      if (last > first) {
+        check_global(global + first, last - first, Access::kRead, kWhat);
+        memcpy(chunk + first, global + first, last - first);
+      }
+      memcpy(shared_pointer(address, kChunk, kChunk, kWhat), chunk, kChunk);
+    });
+    MBarrier& target = mbarrier_at(mbarrier, kWhat);
+    record_engine_write(dst, box_bytes(map), target);
+    mbarrier_complete_bytes(target, box_bytes(map));
+  });
+}
+
 void submit_store(uint32_t src, uint32_t bytes, std::function<void()> work) {
   const uint32_t time = ++block->engine_time;
-  shadow.record(src, bytes, Access::kRead, block->engine_agent(), time);
+  shadow().record(src, bytes, Access::kRead, block->engine_agent(), time);
   if (options.timing == Timing::kEager) {
     work();
     work = [] {};
@@ -116,29 +137,29 @@ void prefetch_tensormap(const CUtensorMap* opaque) {
 }
 
 void tma_load(uint32_t dst, const CUtensorMap* opaque, uint32_t mbarrier, const Coordinates& box) {
+  tma_load_multicast(dst, opaque, mbarrier, box, 1u << block->rank);
+}
+
+void tma_load_multicast(uint32_t dst, const CUtensorMap* opaque, uint32_t mbarrier, const Coordinates& box,
+                        uint32_t ranks) {
   constexpr const char* kWhat = "TMA load";
+  check_waited(kWhat);
   const TensorMap map = read_map(opaque, box, kWhat);
-  check_shared_side(map, dst, kWhat);
-  check_shared_write(dst, box_bytes(map), kWhat);
-  fenced_mbarrier(mbarrier, kWhat);
-  submit([=] {
-    for_each_chunk(map, box, dst, [&](uint32_t address, const unsigned char* global, int64_t first, int64_t last) {
-      unsigned char chunk[kChunk] = {};
-      if (last > first) {
-        check_global(global + first, last - first, Access::kRead, kWhat);
-        memcpy(chunk + first, global + first, last - first);
-      }
-      memcpy(shared_pointer(address, kChunk, kChunk, kWhat), chunk, kChunk);
-    });
-    MBarrier& target = mbarrier_at(mbarrier, kWhat);
-    record_engine_write(dst, box_bytes(map), target);
-    mbarrier_complete_bytes(target, box_bytes(map));
-  });
+  if (ranks == 0 || ranks >> cluster->blocks.size() != 0) {
+    fail("%s to the blocks 0x%x of a cluster of %zu", kWhat, ranks, cluster->blocks.size());
+  }
+  for (unsigned rank = 0; rank < cluster->blocks.size(); ++rank) {
+    if ((ranks >> rank & 1) == 0) continue;
+    const InBlock there(cluster->blocks[rank]);
+    check_block_lives();
+    load_box(map, dst, mbarrier, box);
+  }
   maybe_step_aside();
 }
 
 void tma_store(const CUtensorMap* opaque, uint32_t src, const Coordinates& box) {
   constexpr const char* kWhat = "TMA store";
+  check_waited(kWhat);
   const TensorMap map = read_map(opaque, box, kWhat);
   check_shared_side(map, src, kWhat);
   check_async_read(src, box_bytes(map), self->clock, kWhat);
@@ -153,6 +174,7 @@ void tma_store(const CUtensorMap* opaque, uint32_t src, const Coordinates& box) 
 
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier) {
   constexpr const char* kWhat = "bulk load";
+  check_waited(kWhat);
   shared_pointer(dst, bytes, 16, kWhat);
   if (reinterpret_cast<uintptr_t>(src) % 16 != 0) fail("%s: global address %p is not a multiple of 16", kWhat, src);
   if (bytes == 0 || bytes % 16 != 0) fail("%s: %u bytes are not a positive multiple of 16", kWhat, bytes);
@@ -169,6 +191,7 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier)
 
 void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
   constexpr const char* kWhat = "bulk store";
+  check_waited(kWhat);
   shared_pointer(src, bytes, 16, kWhat);
   if (reinterpret_cast<uintptr_t>(dst) % 16 != 0) fail("%s: global address %p is not a multiple of 16", kWhat, dst);
   if (bytes == 0 || bytes % 16 != 0) fail("%s: %u bytes are not a positive multiple of 16", kWhat, bytes);

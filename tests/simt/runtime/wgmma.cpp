@@ -68,7 +68,7 @@ void read_operand(const WarpMultiply& work, bool is_b, unsigned first, unsigned 
     memcpy(elements, shared_pointer(address, kChunk, kChunk, "wgmma"), kChunk);
     check_async_read(address, kChunk, work.clock, "wgmma");
     if (options.check_races) {
-      shadow.record(address, kChunk, Access::kRead, block->matrix_agent(*self->warp), work.time);
+      shadow().record(address, kChunk, Access::kRead, block->matrix_agent(*self->warp), work.time);
     }
   };
   uint16_t elements[8];

@@ -7,6 +7,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace moekernels::torch_ops {
 
@@ -51,13 +52,15 @@ inline Plan plan(const at::Tensor& expert_ids, int64_t num_experts, std::optiona
 }
 
 // hidden [T, H], up_weight [E, 2F, H] if gated else [E, F, H], down_weight [E, H, F] -> [T, H]
-inline at::Tensor sparse_mlp(const at::Tensor& hidden, const at::Tensor& expert_weights, const Plan& plan,
+inline at::Tensor sparse_mlp(const at::Tensor& hidden, const at::Tensor& routing_weights, const Plan& plan,
                              const at::Tensor& up_weight, const at::Tensor& down_weight,
                              const std::optional<at::Tensor>& up_bias = std::nullopt,
                              const std::optional<at::Tensor>& down_bias = std::nullopt,
                              const std::string& activation = "silu", bool gated = true) {
-  const auto out = call("moekernels::sparse_mlp", hidden, expert_weights, plan.expert_offsets, plan.token_of_row,
-                        plan.row_of_slot, up_weight, down_weight, up_bias, down_bias, activation, gated);
+  using List = std::vector<at::Tensor>;
+  const auto out = call("moekernels::sparse_mlp", hidden, routing_weights, plan.expert_offsets, plan.token_of_row,
+                        plan.row_of_slot, List{up_weight}, List{down_weight}, up_bias ? List{*up_bias} : List{},
+                        down_bias ? List{*down_bias} : List{}, activation, gated);
   return out[0].toTensor();
 }
 

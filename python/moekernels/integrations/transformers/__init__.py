@@ -15,7 +15,7 @@ or, with transformers 5, let it choose the implementation by name::
     model = transformers.OlmoeForCausalLM.from_pretrained(..., experts_implementation="moekernels")
 """
 
-from moekernels.integrations.transformers.experts import fused_experts
+from moekernels.integrations.transformers.fused import fused_experts
 from moekernels.integrations.transformers.register import register
 from moekernels.integrations.transformers.replace import ReplacedLayers, replace_moe_layers, restore_moe_layers
 

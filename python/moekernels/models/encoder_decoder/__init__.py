@@ -3,11 +3,11 @@
 A model brings its layers, its embedding of tokens and positions, and its norms.
 """
 
-from moekernels.models.encoder_decoder.layers import EncoderDecoderAttention, LayerContext, clamp_float16
+from moekernels.models.context import LayerContext, LayerOutput
+from moekernels.models.encoder_decoder.layers import EncoderDecoderAttention, clamp_float16
 from moekernels.models.encoder_decoder.model import (
     EncoderDecoderForConditionalGeneration,
     EncoderDecoderModel,
-    encode_and_decode,
 )
 from moekernels.models.encoder_decoder.stacks import (
     DecoderStack,
@@ -26,7 +26,7 @@ __all__ = [
     "EncoderDecoderStack",
     "EncoderStack",
     "LayerContext",
+    "LayerOutput",
     "clamp_float16",
-    "encode_and_decode",
     "shift_tokens_right",
 ]

@@ -1,33 +1,15 @@
-"""Parts of a layer: attention, and what all layers of a pass are told."""
+"""Parts of a layer: attention, and what keeps float16 finite."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moekernels.nn import ATTENTION_FUNCTIONS, AttentionMask, EncoderDecoderCache
-
-
-class LayerContext(NamedTuple):
-    """What is the same for all layers of a stack in one pass.
-
-    Attributes:
-        implementation: name of the attention function.
-        mask: of self attention, with the position bias if there is one.
-        kept: ``[B, T]`` bool, which tokens are not padding, or None if all are; for sparse layers.
-        cross_mask: of attention to the source.
-        cache, cache_position: of the decoder.
-    """
-
-    implementation: str
-    mask: AttentionMask
-    kept: Tensor | None
-    cross_mask: AttentionMask = AttentionMask()
-    cache: EncoderDecoderCache | None = None
-    cache_position: Tensor | None = None
+from moekernels.models.context import LayerContext
+from moekernels.nn import ATTENTION_FUNCTIONS
 
 
 class EncoderDecoderAttention(nn.Module):
@@ -38,12 +20,16 @@ class EncoderDecoderAttention(nn.Module):
         head_dim: D, their width.
         scale: factor of the scores.
         dropout: of the probabilities, in training.
-        layer: the decoder layer it is part of.
+        layer: the layer it is part of.
+        cross: attend to the source.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, *, scale: float, dropout: float, layer: int) -> None:
+    def __init__(
+        self, num_heads: int, head_dim: int, *, scale: float, dropout: float, layer: int, cross: bool = False
+    ) -> None:
         super().__init__()
         self.layer = layer
+        self.cross = cross
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.scale = scale
@@ -61,44 +47,37 @@ class EncoderDecoderAttention(nn.Module):
         """``[B, T, heads * D]`` -> ``[B, T, H]``."""
         raise NotImplementedError
 
-    def forward(
-        self, hidden: Tensor, context: LayerContext, head_mask: Tensor | None, source: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend to `hidden` ``[B, T, H]`` itself and what is cached, or to `source`.
-
-        Args:
-            hidden: the queries.
-            context: masks and cache.
-            head_mask: ``[heads]``, factors of the heads' outputs.
-            source: the encoder's output ``[B, S, H]``; or fewer rows, each for as many consecutive rows of `hidden`.
+    def forward(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Tensor | None]:
+        """Attend to `hidden` ``[B, T, H]`` itself and what is cached, or to the source.
 
         Returns:
             Output ``[B, T, H]``, and probabilities ``[B, heads, T, keys]`` if the implementation has them.
         """
         query = self._heads(self.project_query(hidden))
-        cache = context.cache
-        if source is None:
-            mask = context.mask
-            key, value = self._keys(hidden)
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer, context.cache_position)
-        else:
-            mask = context.cross_mask
+        cache: Any = context.cache
+        if self.cross:
+            mask, head_mask = context.cross_mask, context.cross_head_mask
             stored = None if cache is None else cache.cross(self.layer)
-            key, value = self._keys(source) if stored is None else stored
+            key, value = self._keys(context.source) if stored is None else stored
             if cache is not None and stored is None:
                 # Read in every step to come, and several times as fast when a head's keys lie together.
                 key, value = key.contiguous(), value.contiguous()
                 cache.store_cross(key, value, self.layer)
+        else:
+            mask, head_mask = context.mask, context.head_mask
+            key, value = self._keys(hidden)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer, context.cache_position)
         dropout = self.dropout if self.training else 0.0
         attend = ATTENTION_FUNCTIONS[context.implementation]
         out, probs = attend(query, key, value, mask, scale=self.scale, dropout=dropout)
         if head_mask is not None:
-            out = (out.unflatten(-1, (self.num_heads, -1)) * head_mask[:, None].to(out.dtype)).flatten(-2)
-            probs = None if probs is None else probs * head_mask[:, None, None].to(probs.dtype)
+            factors = head_mask[self.layer, :, None]
+            out = (out.unflatten(-1, (self.num_heads, -1)) * factors.to(out.dtype)).flatten(-2)
+            probs = None if probs is None else probs * factors[:, None].to(probs.dtype)
         return self.project_output(out), probs
 
-    def _keys(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys(self, hidden: Any) -> tuple[Tensor, Tensor]:
         key, value = self.project_keys(hidden)
         return self._heads(key), self._heads(value)
 

@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from moekernels.generation import GenerationMixin
+from moekernels.models.arguments import with_arguments_of
 from moekernels.models.encoder_decoder.stacks import DecoderStack, EncoderDecoderPreTrainedModel, EncoderStack
-from moekernels.models.losses import check_classes, seq2seq_lm_loss
-from moekernels.models.options import kept_for_logits
-from moekernels.models.outputs import ModelOutput, MoEModelOutput, Seq2SeqMoEModelOutput, Seq2SeqMoEOutput
+from moekernels.models.losses import check_classes, seq2seq_lm_loss, share_of_batch
+from moekernels.models.options import kept_for_logits, refuse_unknown
+from moekernels.models.outputs import ModelOutput, MoEModelOutput, Seq2SeqMoEOutput
 from moekernels.nn import EncoderDecoderCache
+from moekernels.nn.linear import project
 
 
 class EncoderDecoderModel(EncoderDecoderPreTrainedModel):
     """Encoder and decoder without a head: tokens to hidden states."""
-
-    output_class: ClassVar[Any] = Seq2SeqMoEModelOutput
 
     encoder: EncoderStack
     decoder: DecoderStack
@@ -70,27 +70,47 @@ class EncoderDecoderModel(EncoderDecoderPreTrainedModel):
 
         Raises:
             ValueError: tokens are missing or given twice, or masks, cache and encoder outputs do not fit together.
+            TypeError: there is no such keyword.
         """
-        output = encode_and_decode(
-            self.encoder,
-            self.decoder,
-            self.output_class,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            head_mask=head_mask,
-            decoder_head_mask=decoder_head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            output_router_logits=output_router_logits,
+        refuse_unknown(self, kwargs)
+        options: dict[str, Any] = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "output_router_logits": output_router_logits,
+            "return_dict": True,
+        }
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask, head_mask, inputs_embeds, **options)
+        source = as_encoder_output(encoder_outputs)
+        decoded = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            source.last_hidden_state,
+            attention_mask,
+            decoder_head_mask,
+            cross_attn_head_mask,
+            past_key_values,
+            decoder_inputs_embeds,
+            use_cache,
             cache_position=cache_position,
+            **options,
+        )
+        routers = {}
+        if decoded.router_logits or source.router_logits:
+            routers = {
+                "decoder_router_logits": decoded.router_logits,
+                "encoder_router_logits": source.router_logits,
+            }
+        output = self.headless_output_class(
+            last_hidden_state=decoded.last_hidden_state,
+            past_key_values=decoded.past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=source.last_hidden_state,
+            encoder_hidden_states=source.hidden_states,
+            encoder_attentions=source.attentions,
+            **routers,
         )
         return self._returned(output, return_dict)
 
@@ -102,28 +122,20 @@ class EncoderDecoderForConditionalGeneration(EncoderDecoderPreTrainedModel, Gene
 
     lm_head: nn.Linear
 
+    @with_arguments_of(EncoderDecoderModel.forward, labels="use_cache")
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        decoder_head_mask: Tensor | None = None,
-        cross_attn_head_mask: Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        num_items_in_batch: int | Tensor | None = None,
+        **inputs: Any,
     ) -> Any:
         """Run the model. What is not listed here is as in :meth:`EncoderDecoderModel.forward`.
 
@@ -132,6 +144,8 @@ class EncoderDecoderForConditionalGeneration(EncoderDecoderPreTrainedModel, Gene
                 one, they are also the decoder's input if none is given.
             output_router_logits: also return the routers' losses, and add them to the loss.
             logits_to_keep: compute logits for that many last positions, or for the positions in a tensor; 0 is all.
+            num_items_in_batch: labels in all parts of a batch whose gradients are accumulated: the loss is divided by
+                it, and the routers' losses count for the share of the labels that are here.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -139,100 +153,39 @@ class EncoderDecoderForConditionalGeneration(EncoderDecoderPreTrainedModel, Gene
             check_classes(labels, self.config.vocab_size)
             decoder_input_ids = self._shift_right(labels)
         outputs = self._hidden_states(
-            input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
-            head_mask=head_mask,
-            decoder_head_mask=decoder_head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
-            cache_position=cache_position,
+            return_dict=True,
+            **inputs,
         )
         logits = self._logits(kept_for_logits(outputs.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else seq2seq_lm_loss(logits, labels)
         fields = {name: outputs[name] for name in outputs if name != "last_hidden_state"}
+        added = None
         if output_router_logits:
-            loss, router_losses = self._add_router_losses(loss, outputs, attention_mask, decoder_attention_mask)
+            added, router_losses = self._router_losses(outputs, attention_mask, decoder_attention_mask)
             fields |= router_losses
+        loss = None
+        if labels is not None:
+            loss = seq2seq_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+            if added is not None:
+                loss = loss + share_of_batch(labels, num_items_in_batch) * added.to(loss.device)
         return self._returned(self.output_class(loss=loss, logits=logits, **fields), return_dict)
 
     def _hidden_states(self, **inputs: Any) -> Any:
         """What the model without the head returns."""
-        return self.base_model(**inputs, return_dict=True)
+        return self.base_model(**inputs)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
+        return project(self.lm_head, hidden)
 
-    def _add_router_losses(
-        self, loss: Tensor | None, outputs: Any, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None
+    def _router_losses(
+        self, outputs: Any, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-        """The loss with those of the routers, and their own fields; a dense model has none."""
-        return loss, {}
-
-
-def encode_and_decode(
-    encoder: EncoderStack,
-    decoder: DecoderStack,
-    output_class: Any,
-    *,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    decoder_input_ids: Tensor | None = None,
-    decoder_attention_mask: Tensor | None = None,
-    head_mask: Tensor | None = None,
-    decoder_head_mask: Tensor | None = None,
-    cross_attn_head_mask: Tensor | None = None,
-    encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
-    past_key_values: EncoderDecoderCache | None = None,
-    inputs_embeds: Tensor | None = None,
-    decoder_inputs_embeds: Tensor | None = None,
-    cache_position: Tensor | None = None,
-    use_cache: bool | None = None,
-    **options: bool | None,
-) -> Any:
-    """Run both stacks, or only the decoder on `encoder_outputs`: :meth:`EncoderDecoderModel.forward` for any stacks."""
-    if encoder_outputs is None:
-        encoder_outputs = encoder(input_ids, attention_mask, head_mask, inputs_embeds, return_dict=True, **options)
-    source = as_encoder_output(encoder_outputs)
-    decoded = decoder(
-        decoder_input_ids,
-        decoder_attention_mask,
-        source.last_hidden_state,
-        attention_mask,
-        decoder_head_mask,
-        cross_attn_head_mask,
-        past_key_values,
-        decoder_inputs_embeds,
-        use_cache,
-        cache_position=cache_position,
-        return_dict=True,
-        **options,
-    )
-    routers = {}
-    if decoded.router_logits or source.router_logits:
-        routers = {
-            "decoder_router_logits": decoded.router_logits,
-            "encoder_router_logits": source.router_logits,
-        }
-    return output_class(
-        last_hidden_state=decoded.last_hidden_state,
-        past_key_values=decoded.past_key_values,
-        decoder_hidden_states=decoded.hidden_states,
-        decoder_attentions=decoded.attentions,
-        cross_attentions=decoded.cross_attentions,
-        encoder_last_hidden_state=source.last_hidden_state,
-        encoder_hidden_states=source.hidden_states,
-        encoder_attentions=source.attentions,
-        **routers,
-    )
+        """What the routers add to the loss, and the fields of the output it is made of; a dense model has none."""
+        return None, {}
 
 
 def as_encoder_output(encoder_outputs: ModelOutput | tuple[Any, ...]) -> MoEModelOutput:

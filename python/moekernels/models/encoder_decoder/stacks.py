@@ -5,38 +5,61 @@ Letters: B batch, S source tokens, T new target tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moekernels.models.base import PreTrainedModel
-from moekernels.models.encoder_decoder.layers import LayerContext
+from moekernels.models.context import LayerContext, LayerOutput, Recorder
 from moekernels.models.options import (
     attention_implementation,
     exactly_one,
     new_positions,
     optional_outputs,
+    refuse_unknown,
     resolve_cache,
 )
-from moekernels.models.outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
+from moekernels.models.outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions, Seq2SeqMoEModelOutput
 from moekernels.nn import AttentionMask, EncoderDecoderCache, causal_mask, padding_mask
 from moekernels.nn.attention import FLASH_ATTENTION
+
+_STACKS = ("encoder", "decoder")
 
 
 class EncoderDecoderPreTrainedModel(PreTrainedModel):
     """The stacks, and the embedding that they share."""
+
+    #: What encoder and decoder without a head return.
+    headless_output_class: ClassVar[Any] = Seq2SeqMoEModelOutput
 
     def get_input_embeddings(self) -> nn.Embedding:
         embeddings: nn.Embedding = self.base_model.shared
         return embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        # Encoder and decoder hold the same module.
-        shared = self.get_input_embeddings()
-        shared.weight = value.weight
-        shared.num_embeddings, shared.padding_idx = value.num_embeddings, value.padding_idx
+        # Encoder and decoder hold the same module, unless a checkpoint has one for each.
+        for embeddings in self._embeddings():
+            embeddings.weight = value.weight
+            embeddings.num_embeddings, embeddings.padding_idx = value.num_embeddings, value.padding_idx
+
+    def _embeddings(self) -> list[nn.Embedding]:
+        model = self.base_model
+        stacks = [stack for name in _STACKS if (stack := getattr(model, name, None)) is not None]
+        return list(dict.fromkeys([self.get_input_embeddings(), *(stack.embed_tokens for stack in stacks)]))
+
+    def _fit(self, names: Collection[str]) -> bool:
+        # Those that transformers 5 saves where weights are not tied; version 4 shares one all the same.
+        untied = [
+            stack for stack in _STACKS if f"{stack}.embed_tokens.weight" in names and hasattr(self.base_model, stack)
+        ]
+        if self.config.tie_word_embeddings or "shared.weight" not in names or not untied:
+            return False
+        for stack in untied:
+            getattr(self.base_model, stack).embed_tokens = copy.deepcopy(self.get_input_embeddings())
+        return True
 
     def get_encoder(self) -> EncoderStack:
         encoder: EncoderStack = self.base_model.encoder
@@ -54,7 +77,7 @@ class EncoderDecoderPreTrainedModel(PreTrainedModel):
 class EncoderDecoderStack(EncoderDecoderPreTrainedModel):
     """What encoder and decoder have in common. A subclass has the layers, the embedding and the last norm."""
 
-    #: Whether :meth:`_position_bias` returns one.
+    #: Whether the first layer returns a bias that all layers add to their scores.
     has_position_bias: ClassVar[bool] = False
 
     embed_tokens: nn.Embedding
@@ -77,10 +100,6 @@ class EncoderDecoderStack(EncoderDecoderPreTrainedModel):
         """
         raise NotImplementedError
 
-    def _position_bias(self, positions: Tensor, num_keys: int) -> Tensor | None:
-        """What is added to the scores of all layers: ``[1, heads, T, keys]`` for queries at `positions` ``[T]``."""
-        return None
-
     def _finish(self, hidden: Tensor) -> Tensor:
         """The output of the last layer ``[B, T, H]``, normalised."""
         raise NotImplementedError
@@ -93,43 +112,47 @@ class EncoderDecoderStack(EncoderDecoderPreTrainedModel):
         return self.training and self.layerdrop > 0
 
     def _is_dropped(self, hidden: Tensor) -> bool | Tensor:
-        """Whether to leave out the next layer (arXiv 1909.11556).
+        """Whether to leave out the next layer in training (arXiv 1909.11556).
 
         A graph that is traced has one shape: it runs every layer, and a bool tensor decides on the device of `hidden`
         whether the result is used.
         """
-        if not self._drops_layers:
-            return False
         if torch.compiler.is_compiling():
             return torch.rand([], device=hidden.device) < self.layerdrop
         return bool(torch.rand([], device="cpu") < self.layerdrop)
 
-    def _head_masks(self, name: str, head_mask: Tensor | None) -> Iterable[Tensor | None]:
-        """One row per layer of ``[layers, heads]``, or of ``[heads]`` for all of them."""
+    def _head_mask(self, name: str, head_mask: Tensor | None) -> Tensor | None:
+        """``[layers, heads]`` of itself, or of ``[heads]`` for all layers."""
         num_layers, num_heads = len(self._layers), self.num_heads
         if head_mask is None:
-            return [None] * num_layers
+            return None
         if head_mask.shape not in ((num_heads,), (num_layers, num_heads)):
             raise ValueError(
                 f"{name} must be [{num_layers}, {num_heads}] (layers, heads) or [{num_heads}], got "
                 f"{list(head_mask.shape)}"
             )
-        return head_mask.expand(num_layers, num_heads).unbind(0)
+        return head_mask.expand(num_layers, num_heads)
 
-    def _with_position_bias(self, mask: AttentionMask, positions: Tensor, num_keys: int) -> AttentionMask:
-        bias = self._position_bias(positions, num_keys)
-        if bias is None:
-            return mask
-        if mask.bias is not None:
-            # Below the lowest finite number lies -inf, and a row of that has no softmax.
-            bias = (bias + mask.bias).clamp(min=torch.finfo(bias.dtype).min)
-        return AttentionMask(bias)
+    def _run(self, hidden: Tensor, context: LayerContext, record: Recorder) -> Tensor:
+        """Embedded tokens ``[B, T, H]`` through all layers and the last norm."""
+        # Layers that are left out would leave gaps in a cache.
+        drops_layers = context.cache is None and self._drops_layers
+        for layer in self._checkpointed(self._layers):
+            is_dropped = self._is_dropped(hidden) if drops_layers else False
+            if is_dropped is True:
+                record.passed(hidden)
+                continue
+            output = layer(hidden, context)
+            if self.has_position_bias and (bias := LayerOutput(*output).position_bias) is not None:
+                context = context._replace(mask=AttentionMask(bias))
+            hidden = _unless(is_dropped, record(hidden, output), hidden)
+        return self._finish(hidden)
 
 
 class EncoderStack(EncoderDecoderStack):
     """Source tokens to hidden states.
 
-    A layer maps ``(hidden, context, head_mask)`` to output, attention probabilities and router logits.
+    A layer maps hidden states ``[B, S, H]`` and a :class:`LayerContext` to a :class:`LayerOutput`.
     """
 
     output_class: ClassVar[Any] = MoEModelOutput
@@ -147,47 +170,26 @@ class EncoderStack(EncoderDecoderStack):
         **kwargs: Any,
     ) -> Any:
         """Run the encoder; the arguments are those of :meth:`EncoderDecoderModel.forward`."""
+        refuse_unknown(self, kwargs)
         config = self.config
         wanted = optional_outputs(config, output_attentions, output_hidden_states, output_router_logits)
         batch_size, num_tokens = exactly_one(input_ids=input_ids, inputs_embeds=inputs_embeds).shape[:2]
-        head_masks = self._head_masks("head_mask", head_mask)
+        head_mask = self._head_mask("head_mask", head_mask)
         _check_source_mask(attention_mask, num_tokens, (1, batch_size))
 
         hidden = self._embed(input_ids, inputs_embeds, 0, num_tokens)
         implementation = attention_implementation(config, wanted.attentions)
         mask = padding_mask(attention_mask, hidden.dtype, deferred=implementation == FLASH_ATTENTION)
-        mask = self._with_position_bias(mask, torch.arange(num_tokens, device=hidden.device), num_tokens)
-        context = LayerContext(implementation, mask, _visible_keys(attention_mask))
-        hidden_states: tuple[Tensor, ...] = ()
-        attentions: tuple[Any, ...] = ()
-        router_logits: tuple[Tensor, ...] = ()
-        for layer, heads in zip(self._layers, head_masks, strict=True):
-            if wanted.hidden_states:
-                hidden_states += (hidden,)
-            is_dropped = self._is_dropped(hidden)
-            if is_dropped is True:
-                continue
-            result, probs, logits = self._call_layer(layer, hidden, context, heads)
-            hidden = _unless(is_dropped, result, hidden)
-            attentions += (probs,)
-            router_logits += () if logits is None else (logits,)
-        hidden = self._finish(hidden)
-
-        routers = {"router_logits": router_logits} if wanted.router_logits and router_logits else {}
-        output = self.output_class(
-            last_hidden_state=hidden,
-            hidden_states=(*hidden_states, hidden) if wanted.hidden_states else None,
-            attentions=attentions if wanted.attentions else None,
-            **routers,
-        )
-        return self._returned(output, return_dict)
+        record = Recorder(wanted)
+        context = LayerContext(implementation, mask, _visible_keys(attention_mask), head_mask=head_mask)
+        hidden = self._run(hidden, context, record)
+        return self._returned(self.output_class(**record.fields(hidden)), return_dict)
 
 
 class DecoderStack(EncoderDecoderStack):
     """Target tokens and the encoder's output to hidden states.
 
-    A layer maps ``(hidden, source, context, head_mask, cross_head_mask)`` to output, probabilities of self and cross
-    attention, and router logits.
+    A layer maps hidden states ``[B, T, H]`` and a :class:`LayerContext` to a :class:`LayerOutput`.
     """
 
     def forward(
@@ -209,14 +211,15 @@ class DecoderStack(EncoderDecoderStack):
         **kwargs: Any,
     ) -> Any:
         """Run the decoder; the arguments are those of :meth:`EncoderDecoderModel.forward`, without "decoder"."""
+        refuse_unknown(self, kwargs)
         config = self.config
         wanted = optional_outputs(config, output_attentions, output_hidden_states, output_router_logits)
         given = exactly_one(
             neither="neither (and no labels)", decoder_input_ids=input_ids, decoder_inputs_embeds=inputs_embeds
         )
         batch_size, num_tokens = given.shape[:2]
-        head_masks = self._head_masks("decoder_head_mask", head_mask)
-        cross_masks = self._head_masks("cross_attn_head_mask", cross_attn_head_mask)
+        head_mask = self._head_mask("decoder_head_mask", head_mask)
+        cross_attn_head_mask = self._head_mask("cross_attn_head_mask", cross_attn_head_mask)
         source = _checked_source(encoder_hidden_states, batch_size, config.d_model, past_key_values)
         _check_source_mask(encoder_attention_mask, source.shape[1], (1, source.shape[0], batch_size))
         cache = resolve_cache(
@@ -232,19 +235,25 @@ class DecoderStack(EncoderDecoderStack):
             cache_position = new_positions(cache, num_tokens, given.device)
         implementation = attention_implementation(config, wanted.attentions)
         deferred = implementation == FLASH_ATTENTION
-        dtype = self.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+        visible = _visible_keys(attention_mask)
+        past: Tensor | int = 0
+        if cache is not None:
+            past = cache_position[0]
+            if visible is not None and inputs_embeds is None:
+                # Padding before these tokens has no position either.
+                before = torch.arange(visible.shape[-1], device=visible.device) < past
+                past = past - (before & ~visible).sum(dim=-1, keepdim=True)
+        num_keys = num_tokens if cache is None else cache.key_length(num_tokens)
+        hidden = self._embed(input_ids, inputs_embeds, past, num_keys)
         mask = causal_mask(
             attention_mask,
             None if cache is None else cache.self_attention_cache,
             cache_position,
             batch_size,
-            dtype,
+            hidden.dtype,
             explicit=implementation == "eager" or self.has_position_bias,
             deferred=deferred,
         )
-        num_keys = num_tokens if cache is None else cache.key_length(num_tokens)
-        mask = self._with_position_bias(mask, cache_position, num_keys)
-        visible = _visible_keys(attention_mask)
         visible_source = _visible_keys(encoder_attention_mask)
         if visible_source is not None and visible_source.shape[0] > source.shape[0]:
             visible_source = visible_source[:: visible_source.shape[0] // source.shape[0]]
@@ -252,44 +261,16 @@ class DecoderStack(EncoderDecoderStack):
             implementation,
             mask,
             None if visible is None else visible[:, cache_position],
-            padding_mask(visible_source, dtype, deferred=deferred),
-            cache,
-            cache_position,
+            cache=cache,
+            cache_position=cache_position,
+            source=source,
+            cross_mask=padding_mask(visible_source, hidden.dtype, deferred=deferred),
+            head_mask=head_mask,
+            cross_head_mask=cross_attn_head_mask,
         )
-        past: Tensor | int = 0
-        if cache is not None:
-            past = cache_position[0]
-            if visible is not None and inputs_embeds is None:
-                # Padding before these tokens has no position either.
-                before = torch.arange(visible.shape[1], device=visible.device) < past
-                past = past - (before & ~visible).sum(dim=1, keepdim=True)
-        hidden = self._embed(input_ids, inputs_embeds, past, num_keys)
-
-        hidden_states: tuple[Tensor, ...] = ()
-        attentions: tuple[Any, ...] = ()
-        cross_attentions: tuple[Any, ...] = ()
-        router_logits: tuple[Tensor, ...] = ()
-        for layer, heads, cross_heads in zip(self._layers, head_masks, cross_masks, strict=True):
-            if wanted.hidden_states:
-                hidden_states += (hidden,)
-            is_dropped = cache is None and self._is_dropped(hidden)
-            if is_dropped is True:
-                continue
-            result, probs, cross_probs, logits = self._call_layer(layer, hidden, source, context, heads, cross_heads)
-            hidden = _unless(is_dropped, result, hidden)
-            attentions += (probs,)
-            cross_attentions += (cross_probs,)
-            router_logits += () if logits is None else (logits,)
-        hidden = self._finish(hidden)
-
-        output = MoEModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, hidden) if wanted.hidden_states else None,
-            attentions=attentions if wanted.attentions else None,
-            cross_attentions=cross_attentions if wanted.attentions else None,
-            router_logits=router_logits if wanted.router_logits and router_logits else None,
-        )
+        record = Recorder(wanted, has_cross_attention=True)
+        hidden = self._run(hidden, context, record)
+        output = MoEModelOutputWithPastAndCrossAttentions(past_key_values=cache, **record.fields(hidden))
         return self._returned(output, return_dict)
 
 
@@ -314,7 +295,8 @@ def _checked_source(
     if not isinstance(source, Tensor) or source.dim() != 3 or source.shape[-1] != hidden_size:
         got = f"{list(source.shape)}" if isinstance(source, Tensor) else type(source).__name__
         raise ValueError(f"encoder_outputs must begin with a tensor [batch, length, {hidden_size}], got {got}")
-    if source.shape[0] == 0 or batch_size % source.shape[0]:
+    # Without rows there is nothing to do, as on a rank that has none of a batch.
+    if batch_size % source.shape[0] if source.shape[0] else batch_size:
         raise ValueError(
             f"encoder_outputs has {source.shape[0]} rows, which must be as many as the decoder's {batch_size}, or a "
             "divisor of that"
@@ -330,7 +312,7 @@ def _checked_source(
 
 def _visible_keys(attention_mask: Tensor | None) -> Tensor | None:
     """Which keys the last query sees, bool ``[B, keys]``: those that are not padding."""
-    if attention_mask is None or attention_mask.dim() == 2:
+    if attention_mask is None or attention_mask.dim() != 4:
         return None if attention_mask is None else attention_mask.bool()
     last = attention_mask[:, 0, -1]
     return last if last.dtype == torch.bool else last == 0

@@ -2,7 +2,7 @@
 
 from moekernels.models.nllb_moe.config import NllbMoeConfig
 from moekernels.models.nllb_moe.layers import NllbMoeDecoderLayer, NllbMoeEncoderLayer
-from moekernels.models.nllb_moe.mlp import NllbMoeDenseActDense, NllbMoeSparseMLP, NllbMoeTop2Router, Top2Routing
+from moekernels.models.nllb_moe.mlp import NllbMoeDenseActDense, NllbMoeSparseMLP
 from moekernels.models.nllb_moe.model import (
     NllbMoeDecoder,
     NllbMoeEncoder,
@@ -10,6 +10,7 @@ from moekernels.models.nllb_moe.model import (
     NllbMoeModel,
     NllbMoePreTrainedModel,
 )
+from moekernels.models.nllb_moe.router import NllbMoeTop2Router
 
 __all__ = [
     "NllbMoeConfig",
@@ -23,5 +24,4 @@ __all__ = [
     "NllbMoePreTrainedModel",
     "NllbMoeSparseMLP",
     "NllbMoeTop2Router",
-    "Top2Routing",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moekernels.models.losses import load_balancing_loss
+from moekernels.models.losses import load_balancing_loss, total
 from moekernels.models.nllb_moe.config import TOP_K, NllbMoeConfig
 from moekernels.models.nllb_moe.layers import NllbMoeDecoderLayer, NllbMoeEncoderLayer
 from moekernels.models.translation import (
@@ -16,6 +16,7 @@ from moekernels.models.translation import (
     TranslationModel,
     TranslationPreTrainedModel,
 )
+from moekernels.nn import Batch
 
 
 class NllbMoePreTrainedModel(TranslationPreTrainedModel):
@@ -57,21 +58,19 @@ class NllbMoeForConditionalGeneration(TranslationForConditionalGeneration, NllbM
     def __init__(self, config: NllbMoeConfig) -> None:
         super().__init__(config, NllbMoeModel(config))
 
-    def _add_router_losses(
-        self, loss: Tensor | None, outputs: Any, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None
+    def _router_losses(
+        self, outputs: Any, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         losses = {
-            "encoder_aux_loss": _balance(outputs.encoder_router_logits, attention_mask),
-            "decoder_aux_loss": _balance(outputs.decoder_router_logits, decoder_attention_mask),
+            "encoder_aux_loss": _balance(outputs.encoder_router_logits, attention_mask, self.batch),
+            "decoder_aux_loss": _balance(outputs.decoder_router_logits, decoder_attention_mask, self.batch),
         }
-        for aux_loss in losses.values():
-            if loss is not None and aux_loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        return loss, losses
+        there = [self.config.router_aux_loss_coef * loss for loss in losses.values() if loss is not None]
+        return total(there), losses
 
 
-def _balance(router_logits: tuple[Tensor, ...] | None, attention_mask: Tensor | None) -> Tensor | None:
+def _balance(router_logits: tuple[Tensor, ...] | None, attention_mask: Tensor | None, batch: Batch) -> Tensor | None:
     """The load-balancing loss of a stack, without its padding; None if it has no sparse layer."""
     if not router_logits:
         return None
-    return load_balancing_loss(router_logits, TOP_K, attention_mask)
+    return load_balancing_loss(router_logits, TOP_K, attention_mask, batch)

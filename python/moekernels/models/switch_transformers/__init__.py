@@ -9,17 +9,13 @@ from moekernels.models.switch_transformers.layers import (
     SwitchTransformersLayerFF,
     SwitchTransformersLayerSelfAttention,
 )
-from moekernels.models.switch_transformers.mlp import (
-    SwitchTransformersDenseActDense,
-    SwitchTransformersSparseMLP,
-    SwitchTransformersTop1Router,
-    Top1Routing,
-)
+from moekernels.models.switch_transformers.mlp import SwitchTransformersDenseActDense, SwitchTransformersSparseMLP
 from moekernels.models.switch_transformers.model import (
     SwitchTransformersEncoderModel,
     SwitchTransformersForConditionalGeneration,
     SwitchTransformersModel,
 )
+from moekernels.models.switch_transformers.router import SwitchTransformersTop1Router
 from moekernels.models.switch_transformers.stacks import (
     SwitchTransformersDecoder,
     SwitchTransformersEncoder,
@@ -45,5 +41,4 @@ __all__ = [
     "SwitchTransformersSparseMLP",
     "SwitchTransformersStack",
     "SwitchTransformersTop1Router",
-    "Top1Routing",
 ]

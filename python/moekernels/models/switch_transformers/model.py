@@ -15,17 +15,17 @@ from moekernels.checkpoint import KeyMap
 from moekernels.models.encoder_decoder import (
     EncoderDecoderForConditionalGeneration,
     EncoderDecoderModel,
-    encode_and_decode,
 )
-from moekernels.models.losses import switch_router_losses
-from moekernels.models.outputs import MoEModelOutput, Seq2SeqMoEModelOutput
+from moekernels.models.losses import switch_router_losses, total
+from moekernels.models.options import refuse_unknown
+from moekernels.models.outputs import MoEModelOutput
 from moekernels.models.switch_transformers.config import SwitchTransformersConfig
 from moekernels.models.switch_transformers.stacks import (
     SwitchTransformersDecoder,
     SwitchTransformersEncoder,
     SwitchTransformersPreTrainedModel,
 )
-from moekernels.nn import Linear
+from moekernels.nn.linear import project
 
 
 class SwitchTransformersModel(EncoderDecoderModel, SwitchTransformersPreTrainedModel):
@@ -50,7 +50,7 @@ class SwitchTransformersForConditionalGeneration(  # type: ignore[override]
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = SwitchTransformersEncoder(config, self.shared)
         self.decoder = SwitchTransformersDecoder(config, self.shared)
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
@@ -58,25 +58,25 @@ class SwitchTransformersForConditionalGeneration(  # type: ignore[override]
         return self._shift_right(labels)
 
     def _hidden_states(self, **inputs: Any) -> Any:
-        return encode_and_decode(self.encoder, self.decoder, Seq2SeqMoEModelOutput, **inputs)
+        # The stacks are its own, and not those of a model within it.
+        return EncoderDecoderModel.forward(self, **inputs)  # type: ignore[arg-type]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden * self.config.d_model**-0.5 if self.config.tie_word_embeddings else hidden)
+        return project(self.lm_head, hidden * self.config.d_model**-0.5 if self.config.tie_word_embeddings else hidden)
 
-    def _add_router_losses(
-        self, loss: Tensor | None, outputs: Any, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None
+    def _router_losses(
+        self, outputs: Any, attention_mask: Tensor | None, decoder_attention_mask: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         fields: dict[str, Tensor | None] = {}
+        weighted = []
         for stack in ("encoder", "decoder"):
             logits = getattr(outputs, f"{stack}_router_logits")
             if not logits:
                 continue
-            z_loss, aux_loss = switch_router_losses(logits)
+            z_loss, aux_loss = switch_router_losses(logits, self.batch)
             fields |= {f"{stack}_z_loss": z_loss, f"{stack}_aux_loss": aux_loss}
-            if loss is not None:
-                added = self.config.router_z_loss_coef * z_loss + self.config.router_aux_loss_coef * aux_loss
-                loss = loss + added.to(loss.device)
-        return loss, fields
+            weighted.append(self.config.router_z_loss_coef * z_loss + self.config.router_aux_loss_coef * aux_loss)
+        return total(weighted), fields
 
 
 class SwitchTransformersEncoderModel(SwitchTransformersPreTrainedModel):
@@ -122,6 +122,7 @@ class SwitchTransformersEncoderModel(SwitchTransformersPreTrainedModel):
         Raises:
             ValueError: tokens are missing or given twice, a mask does not fit, or `use_cache` is True.
         """
+        refuse_unknown(self, kwargs)
         if use_cache:
             raise ValueError("SwitchTransformersEncoderModel: an encoder has no cache, but use_cache is True")
         output: MoEModelOutput = self.encoder(

@@ -1,9 +1,8 @@
-"""Encoder and decoder: the embedding, the position bias, the norm after the last layer, and how weights begin."""
+"""Encoder and decoder: the embedding, the norm after the last layer, and how weights begin."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +19,8 @@ from moekernels.models.switch_transformers.layers import (
     SwitchTransformersDecoderBlock,
     SwitchTransformersEncoderBlock,
 )
-from moekernels.models.switch_transformers.mlp import SwitchTransformersDenseActDense, SwitchTransformersTop1Router
+from moekernels.models.switch_transformers.mlp import SwitchTransformersDenseActDense
+from moekernels.models.switch_transformers.router import SwitchTransformersTop1Router
 from moekernels.nn import GroupedExperts, RMSNorm
 
 
@@ -80,7 +80,6 @@ class SwitchTransformersStack(EncoderDecoderStack, SwitchTransformersPreTrainedM
     """
 
     has_position_bias = True
-    is_bidirectional: ClassVar[bool]
 
     def __init__(self, config: SwitchTransformersConfig, shared: nn.Embedding, blocks: Iterable[nn.Module]) -> None:
         super().__init__(config)
@@ -99,11 +98,6 @@ class SwitchTransformersStack(EncoderDecoderStack, SwitchTransformersPreTrainedM
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return self._drop(hidden)
 
-    def _position_bias(self, positions: Tensor, num_keys: int) -> Tensor:
-        first: Any = self.block[0]
-        attention: SwitchTransformersAttention = first.layer[0].SelfAttention
-        return attention.position_bias(positions, num_keys, bidirectional=self.is_bidirectional)
-
     def _finish(self, hidden: Tensor) -> Tensor:
         return self._drop(self.final_layer_norm(hidden))
 
@@ -114,16 +108,12 @@ class SwitchTransformersStack(EncoderDecoderStack, SwitchTransformersPreTrainedM
 class SwitchTransformersEncoder(SwitchTransformersStack, EncoderStack):
     """Source tokens to hidden states."""
 
-    is_bidirectional = True
-
     def __init__(self, config: SwitchTransformersConfig, shared: nn.Embedding) -> None:
         super().__init__(config, shared, (SwitchTransformersEncoderBlock(config, i) for i in range(config.num_layers)))
 
 
 class SwitchTransformersDecoder(SwitchTransformersStack, DecoderStack):
     """Target tokens and the encoder's output to hidden states."""
-
-    is_bidirectional = False
 
     def __init__(self, config: SwitchTransformersConfig, shared: nn.Embedding) -> None:
         num_layers = config.num_decoder_layers

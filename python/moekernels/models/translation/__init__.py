@@ -4,7 +4,7 @@ Pre-norm encoder and decoder with sinusoidal positions and one embedding for sou
 (arXiv 2010.11125, arXiv 2207.04672).
 """
 
-from moekernels.models.encoder_decoder import LayerContext, clamp_float16, shift_tokens_right
+from moekernels.models.encoder_decoder import LayerContext, LayerOutput, clamp_float16, shift_tokens_right
 from moekernels.models.translation.config import TranslationConfig
 from moekernels.models.translation.layers import TranslationAttention
 from moekernels.models.translation.model import TranslationForConditionalGeneration, TranslationModel
@@ -12,6 +12,7 @@ from moekernels.models.translation.stacks import TranslationDecoder, Translation
 
 __all__ = [
     "LayerContext",
+    "LayerOutput",
     "TranslationAttention",
     "TranslationConfig",
     "TranslationDecoder",

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 from moekernels.models.configuration import PretrainedConfig
-from moekernels.nn.activations import op_activation
+from moekernels.models.fields import activation, count, is_token, layers, must_be, number, setting
 
 
 class TranslationConfig(PretrainedConfig):
-    """The fields that both configurations have; :class:`moekernels.models.M2M100Config` lists them."""
+    """The fields that both configurations have."""
 
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
@@ -21,75 +21,51 @@ class TranslationConfig(PretrainedConfig):
     #: Dense models have no routers.
     output_router_logits: bool = False
 
-    def __init__(
-        self,
-        vocab_size: int = 128112,
-        max_position_embeddings: int = 1024,
-        encoder_layers: int = 12,
-        encoder_ffn_dim: int = 4096,
-        encoder_attention_heads: int = 16,
-        decoder_layers: int = 12,
-        decoder_ffn_dim: int = 4096,
-        decoder_attention_heads: int = 16,
-        encoder_layerdrop: float = 0.05,
-        decoder_layerdrop: float = 0.05,
-        use_cache: bool = True,
-        is_encoder_decoder: bool = True,
-        activation_function: str = "relu",
-        d_model: int = 1024,
-        dropout: float = 0.1,
-        attention_dropout: float = 0.1,
-        activation_dropout: float = 0.0,
-        init_std: float = 0.02,
-        decoder_start_token_id: int | None = 2,
-        scale_embedding: bool = True,
-        pad_token_id: int = 1,
-        bos_token_id: int | None = 0,
-        eos_token_id: int | list[int] | None = 2,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.max_position_embeddings = max_position_embeddings
-        self.d_model = d_model
-        self.encoder_layers = encoder_layers
-        self.encoder_ffn_dim = encoder_ffn_dim
-        self.encoder_attention_heads = encoder_attention_heads
-        self.decoder_layers = decoder_layers
-        self.decoder_ffn_dim = decoder_ffn_dim
-        self.decoder_attention_heads = decoder_attention_heads
-        self.encoder_layerdrop = encoder_layerdrop
-        self.decoder_layerdrop = decoder_layerdrop
-        self.use_cache = use_cache
-        self.activation_function = activation_function
-        self.dropout = dropout
-        self.attention_dropout = attention_dropout
-        self.activation_dropout = activation_dropout
-        self.init_std = init_std
-        self.scale_embedding = scale_embedding
+    vocab_size: int = count(128112, "number of tokens")
+    max_position_embeddings: int = count(1024, "the longest sequence the model is made for; longer ones work too")
+    encoder_layers: int = layers(12, "number of layers")
+    encoder_ffn_dim: int = count(4096, "inner width of the MLPs, and of one expert where there are any")
+    encoder_attention_heads: int = count(16, "heads of the attentions")
+    decoder_layers: int = layers(12, "number of layers")
+    decoder_ffn_dim: int = count(4096, "inner width of the MLPs, and of one expert where there are any")
+    decoder_attention_heads: int = count(16, "heads of the attentions")
+    encoder_layerdrop: float = number(0.05, "probability of leaving a layer out in training", high=1.0)
+    decoder_layerdrop: float = number(0.05, "probability of leaving a layer out in training", high=1.0)
+    use_cache: bool = setting(True, "return keys and values for decoding unless told otherwise")
+    is_encoder_decoder: bool = setting(True, "True")
+    activation_function: str = activation("relu", "of the MLPs and experts")
+    d_model: int = count(1024, "H, the width of a token")
+    dropout: float = number(
+        0.1, "dropout of embeddings, and of what attention adds; in M2M100 also of what the MLPs add", high=1.0
+    )
+    attention_dropout: float = number(0.1, "dropout of attention probabilities", high=1.0)
+    activation_dropout: float = number(
+        0.0, "dropout within the MLPs and experts; in NLLB-MoE also of what they add", high=1.0
+    )
+    init_std: float = number(0.02, "standard deviation of new weights")
+    decoder_start_token_id: int | None = setting(2, "what the decoder begins with", is_token)
+    scale_embedding: bool = setting(True, "multiply embeddings by the square root of H")
+    pad_token_id: int = setting(
+        1,
+        "the token that fills up shorter sequences; positions begin after it",
+        must_be("a token id (positions begin after it)", lambda value: isinstance(value, int) and value >= 0),
+        is_token,
+    )
+    bos_token_id: int | None = setting(0, "the token that sequences begin with")
+    eos_token_id: int | list[int] | None = setting(2, "the token, or tokens, that sequences end with")
+
+    def _complete(self, others: dict[str, Any]) -> None:
         # Files hold it beside encoder_layers, of which it is but another name.
-        kwargs.pop("num_hidden_layers", None)
-        super().__init__(
-            is_encoder_decoder=is_encoder_decoder,
-            decoder_start_token_id=decoder_start_token_id,
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
+        others.pop("num_hidden_layers", None)
 
     def validate(self) -> None:
-        self._check_counts("vocab_size", "max_position_embeddings", "d_model")
+        super().validate()
+        self._check_weights("vocab_size", "d_model")
         for stack in ("encoder", "decoder"):
-            self._check_counts(f"{stack}_layers", f"{stack}_ffn_dim", f"{stack}_attention_heads")
-            self._check_numbers(f"{stack}_layerdrop", high=1.0)
+            self._check_weights(f"{stack}_ffn_dim", "d_model")
             heads = getattr(self, f"{stack}_attention_heads")
             expected = f"a multiple of {heads} {stack} heads, and 4 at least"
-            self._check("d_model", expected, partial(_divides, heads))
-        self._check_numbers("dropout", "attention_dropout", "activation_dropout", high=1.0)
-        self._check_numbers("init_std")
-        self._check("pad_token_id", "a token id (positions begin after it)", lambda v: isinstance(v, int) and v >= 0)
-        self._check_token_ids("pad_token_id", "decoder_start_token_id")
-        op_activation(self.activation_function)
+            self._check("d_model", must_be(expected, partial(_divides, heads)))
 
 
 def _divides(num_heads: int, d_model: int) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moekernels.models.encoder_decoder import EncoderDecoderAttention
 from moekernels.models.translation.config import TranslationConfig
-from moekernels.nn import Linear
+from moekernels.nn.linear import project
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -26,23 +26,26 @@ class TranslationAttention(EncoderDecoderAttention):
     Args:
         config: of the model.
         num_heads: number of heads.
-        layer: the decoder layer it is part of.
+        layer: the layer it is part of.
+        cross: attend to the source.
     """
 
-    def __init__(self, config: TranslationConfig, num_heads: int, layer: int = 0) -> None:
+    def __init__(self, config: TranslationConfig, num_heads: int, layer: int = 0, *, cross: bool = False) -> None:
         hidden_size = config.d_model
         head_dim = hidden_size // num_heads
-        super().__init__(num_heads, head_dim, scale=head_dim**-0.5, dropout=config.attention_dropout, layer=layer)
-        self.k_proj = Linear(hidden_size, hidden_size)
-        self.v_proj = Linear(hidden_size, hidden_size)
-        self.q_proj = Linear(hidden_size, hidden_size)
-        self.out_proj = Linear(hidden_size, hidden_size)
+        super().__init__(
+            num_heads, head_dim, scale=head_dim**-0.5, dropout=config.attention_dropout, layer=layer, cross=cross
+        )
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def project_query(self, hidden: Tensor) -> Tensor:
-        return self.q_proj(hidden)
+        return project(self.q_proj, hidden)
 
     def project_keys(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k_proj(hidden), self.v_proj(hidden)
+        return project(self.k_proj, hidden), project(self.v_proj, hidden)
 
     def project_output(self, attended: Tensor) -> Tensor:
-        return self.out_proj(attended)
+        return project(self.out_proj, attended)

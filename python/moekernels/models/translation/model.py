@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
+
 from moekernels.models.encoder_decoder import EncoderDecoderForConditionalGeneration, EncoderDecoderModel
 from moekernels.models.translation.config import TranslationConfig
 from moekernels.models.translation.layers import ScaledEmbedding
 from moekernels.models.translation.stacks import TranslationPreTrainedModel
-from moekernels.nn import Linear
 
 
 class TranslationModel(EncoderDecoderModel, TranslationPreTrainedModel):
@@ -33,5 +34,5 @@ class TranslationForConditionalGeneration(  # type: ignore[override]
     def __init__(self, config: TranslationConfig, model: TranslationModel) -> None:
         super().__init__(config)
         self.model = model
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()

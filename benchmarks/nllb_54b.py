@@ -1,0 +1,262 @@
+"""NLLB-MoE-54B with its experts on the disk: a checkpoint of its real sizes, and translations with it.
+
+    python benchmarks/nllb_54b.py --make DIR --sparse-step 24      # 16 bits: 5.9 GB, and 8.6 GB for every sparse layer
+    python benchmarks/nllb_54b.py --run DIR --expert-memory 8GiB --save out.md
+    python benchmarks/nllb_54b.py --overhead                       # OLMoE layers that all fit, beside in-memory ones
+
+The weights are pseudo-random, the same each time, so that routing is as good as uniform: no expert is visited more
+often than others, as they are in a trained model, and the cache hits as rarely as it can. Of the real 12 sparse layers
+`--sparse-step` leaves fewer (24: one of the encoder, one of the decoder) where the disk has no room; then the budget
+that stands for a real one is that times their share, and a line of the table scales to all layers and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import random
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from moekernels._files import write_file
+from moekernels.bench.clocks import interleaved_medians
+from moekernels.bench.machine import described, machine
+from moekernels.checkpoint import KEY_MAPS, parse_size, replace_files
+from moekernels.checkpoint.packed import Group, TensorHeader, packed_size, write_packed
+from moekernels.expert_memory.cache import READERS
+from moekernels.expert_memory.memory import PIECE
+from moekernels.models import NllbMoeConfig, NllbMoeForConditionalGeneration, OlmoeConfig, OlmoeForCausalLM
+
+SPARSE_STEP = 4  # of the real model
+_POOL = 2**25  # weights that all tensors are cut from
+_WORDS = 30
+
+
+def configuration(sparse_step: int) -> NllbMoeConfig:
+    """That of facebook/nllb-moe-54b."""
+    return NllbMoeConfig(
+        vocab_size=256206,
+        d_model=2048,
+        encoder_layers=24,
+        decoder_layers=24,
+        encoder_ffn_dim=8192,
+        decoder_ffn_dim=8192,
+        encoder_attention_heads=16,
+        decoder_attention_heads=16,
+        num_experts=128,
+        encoder_sparse_step=sparse_step,
+        decoder_sparse_step=sparse_step,
+        router_dtype="float32",
+        moe_eval_capacity_token_fraction=1.0,
+        dtype="bfloat16",
+    )
+
+
+class Weights:
+    """Pseudo-random tensors: pieces of one pool that begin where a tensor's name says."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        pool = torch.empty(_POOL, dtype=torch.float32).normal_(generator=torch.Generator().manual_seed(54))
+        self._pool = torch.cat([pool, pool]).to(dtype)
+
+    def of(self, header: TensorHeader) -> Tensor:
+        name, shape, dtype = header
+        if "layer_norm" in name:
+            return torch.full(shape, float(name.endswith("weight")), dtype=dtype)
+        size = torch.Size(shape).numel()
+        begin = random.Random(name).randrange(_POOL)
+        pieces = [self._pool[begin : begin + min(_POOL, size - done)] for done in range(0, size, _POOL)]
+        # Sums of unit size keep 24 layers of random weights apart from zero and infinity.
+        return torch.cat(pieces).mul_(shape[-1] ** -0.5 if len(shape) > 1 else 0.02).view(shape)
+
+
+def make(directory: Path, sparse_step: int) -> None:
+    config = configuration(sparse_step)
+    with torch.device("meta"):
+        model = NllbMoeForConditionalGeneration(config)
+    weights, key_map = Weights(torch.bfloat16), KEY_MAPS[config.model_type]
+    groups: dict[object, list[TensorHeader]] = {}
+    for name, parameter in model.named_parameters():
+        canonical = key_map.canonical(name)
+        prefix = name.removesuffix(canonical)
+        for key, place in key_map.checkpoint_names(canonical, tuple(parameter.shape)):
+            header = TensorHeader(prefix + key, tuple(place.view(parameter).shape), torch.bfloat16)
+            group = key if place.expert is None else (place.parameter.rpartition(".")[0], place.expert)
+            groups.setdefault(group, []).append(header)
+
+    def group_of(headers: list[TensorHeader]) -> Group:
+        headers = sorted(headers, key=lambda header: -len(header.shape))
+        return Group(tuple(headers), lambda: map(weights.of, headers))
+
+    packed = [group_of(headers) for headers in groups.values()]
+    print(f"writing {packed_size(packed) / 1e9:.1f} GB to {directory}", file=sys.stderr)
+    with replace_files(directory) as stage:
+        config.architectures = ["NllbMoeForConditionalGeneration"]
+        config.to_json_file(stage / "config.json")
+        write_packed(stage, packed, parse_size("5GB"))
+
+
+# Running.
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def bandwidth(cache: Any, seconds: float = 4.0) -> float:
+    """Bytes per second of the cache's own kind of reads, at random places of its files."""
+    files = list(cache._files.values())
+    sizes = [file.path.stat().st_size // PIECE for file in files]
+    end = time.perf_counter() + seconds
+
+    def read(seed: int) -> int:
+        draw, buffer, done = random.Random(seed), memoryview(mmap.mmap(-1, PIECE)), 0
+        while time.perf_counter() < end:
+            i = draw.randrange(len(files))
+            # As many pieces in a row as a matrix of an expert has.
+            first = draw.randrange(max(sizes[i] - 32, 1))
+            for piece in range(first, min(first + 32, sizes[i])):
+                files[i].read(buffer, piece * PIECE, PIECE)
+                done += PIECE
+        return done
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        total = sum(pool.map(read, range(READERS)))
+    return total / (time.perf_counter() - start)
+
+
+def row(model: Any, title: str, sentences: int, beams: int, new_tokens: int, disk: float) -> list[str]:
+    """A line of the table. Tokens are drawn: the likeliest one of random weights is always the same, and so are its
+    experts."""
+    ids = torch.randint(4, model.config.vocab_size, (sentences, _WORDS), generator=torch.Generator().manual_seed(1))
+    cache, config = model.expert_cache, model.config
+    start = time.perf_counter()
+    with torch.no_grad():
+        encoded = model.get_encoder()(input_ids=ids, return_dict=True)
+    encoder = time.perf_counter() - start
+    options = {"num_beams": beams, "do_sample": True, "top_k": 0, "temperature": 10.0, "seed": 1}
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    cache.reset_stats()
+    start = time.perf_counter()
+    model.generate(encoder_outputs=encoded, **options, **lengths)
+    step, stats = (time.perf_counter() - start) / new_tokens, cache.stats()
+    waited, rate = stats.seconds_waited / new_tokens, stats.bytes_read / max(stats.seconds_reading, 1e-9)
+    scale = (config.decoder_layers // SPARSE_STEP) / (config.decoder_layers // config.decoder_sparse_step)
+    return [
+        title,
+        f"{encoder:.1f}",
+        f"{step:.3f}",
+        f"{waited:.3f}",
+        f"{step + waited * (scale - 1):.3f}",
+        f"{sentences / step:.2f}",
+        f"{stats.hits} / {stats.misses}",
+        f"{stats.bytes_read / 1e9:.1f}",
+        f"{rate / 1e9:.2f} ({rate / disk:.0%})",
+    ]
+
+
+_COLUMNS = (
+    "translation of 30 words",
+    "encoder s",
+    "a step of the decoder s",
+    "of which waited s",
+    "step with 6 sparse layers s",
+    "tokens/s",
+    "hits / misses",
+    "GB read",
+    "GB/s while reading (of the disk's)",
+)
+
+
+def run(directory: Path, expert_memory: str, new_tokens: int, many: int) -> str:
+    """The table, with what stands beside it."""
+    NllbMoeConfig()  # what is loaded but once
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    model = NllbMoeForConditionalGeneration.from_pretrained(directory, expert_memory=expert_memory)
+    dense, cache = model.get_memory_footprint(), model.expert_cache
+    disk = bandwidth(cache)
+    cases = [("1 sentence", 1, 1), ("1 sentence, 5 beams", 1, 5)]
+    cases += [(f"{many} sentences", many, 1)] if many else []
+    lines = [row(model, *case, new_tokens, disk) for case in cases]
+    peak, budget = resident("VmHWM") - before, cache.stats().budget
+    return "\n".join(
+        [
+            f"disk: {disk / 1e9:.2f} GB/s past the page cache; {model.num_parameters() / 1e9:.1f} G weights, "
+            f"{cache.stats().num_experts} experts; every {model.config.decoder_sparse_step}th layer is sparse",
+            "",
+            f"resident memory, peak: {peak / 2**30:.2f} GiB; dense part and budget: {dense / 2**30:.2f} + "
+            f"{budget / 2**30:.2f} GiB ({peak / (dense + budget) - 1:+.1%})",
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in (_COLUMNS, ["---"] * len(_COLUMNS), *lines)),
+        ]
+    )
+
+
+def overhead() -> str:
+    """Two layers of OLMoE's sizes with room for all experts, beside the same in memory: a decoding step."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = OlmoeConfig(num_hidden_layers=2, intermediate_size=1024, vocab_size=1024)
+        OlmoeForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+        models = {
+            "in memory": OlmoeForCausalLM.from_pretrained(directory),
+            "streamed, all fit": OlmoeForCausalLM.from_pretrained(directory, expert_memory="8GiB"),
+        }
+    lines = ["| 2 layers of OLMoE, bf16 | tokens | ms | × in memory |", "| --- | --- | --- | --- |"]
+    for tokens in (1, 16, 256):
+        ids = torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            outputs = [model(input_ids=ids).logits for model in models.values()]
+            assert torch.equal(*outputs)
+            runs: dict[str, Callable[[], object]] = {
+                name: (lambda model=model, ids=ids: model(input_ids=ids)) for name, model in models.items()
+            }
+            times = interleaved_medians(runs, torch.device("cpu"), 10.0)
+        for name, seconds in times.items():
+            lines.append(f"| {name} | {tokens} | {seconds * 1e3:.2f} | {seconds / times['in memory']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make", type=Path, metavar="DIR", help="write the checkpoint")
+    parser.add_argument("--sparse-step", type=int, default=SPARSE_STEP, help="every so many-th layer is sparse")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="translate with it")
+    parser.add_argument("--expert-memory", default="8GiB", metavar="SIZE")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--many", type=int, default=16, help="sentences at once; 0 leaves that out")
+    parser.add_argument("--overhead", action="store_true", help="OLMoE layers that all fit")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the result as Markdown")
+    args = parser.parse_args()
+    if args.make is not None:
+        make(args.make, args.sparse_step)
+    parts = []
+    if args.run is not None:
+        parts.append(run(args.run, args.expert_memory, args.new_tokens, args.many))
+    if args.overhead:
+        parts.append(overhead())
+    if parts:
+        command = shlex.join(["python", "benchmarks/nllb_54b.py", *sys.argv[1:]])
+        text = "\n\n".join([f"`{command}`", described(machine(torch.device("cpu"))), *parts]) + "\n"
+        print(text)
+        if args.save is not None:
+            write_file(args.save, text)
+
+
+if __name__ == "__main__":
+    main()

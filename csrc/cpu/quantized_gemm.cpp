@@ -1,0 +1,143 @@
+// rows [N, K], quantised weight [E, M, K], expert_offsets [E + 1] -> out [N, M], or [N, M / 2] when gated
+//
+// A task is all rows of an expert times a block of its columns, whose codes are read once. Few rows are multiplied
+// while the codes are widened. For many the block is unpacked to the dtype of the rows and multiplied by the grouped
+// GEMM's own kernel. Rows that are rounded to 8 bits are multiplied by the codes, however many there are. Workers take
+// tasks from a common counter; each output belongs to one task, so who took it does not matter.
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "common/rounding.h"
+#include "cpu/gemm_blocking.h"
+
+namespace moekernels {
+namespace {
+
+using cpu::GemmBlocking;
+using cpu::GemmTask;
+
+constexpr int64_t kTasksPerWorker = 8;             // as many as let workers finish together
+constexpr int64_t kWeightRows = 128;               // of a task at most; gate and value count separately
+constexpr int64_t kMinWeightRows = 32;             // at least
+constexpr int64_t kWeightsPerWorker = 128 * 1024;  // fewer are not worth waking another thread for
+
+class QuantizedGemm {
+ public:
+  QuantizedGemm(const QuantizedGemmParams& params, const Parallel& parallel)
+      : params_(params),
+        p_(params.gemm),
+        gemm_(cpu::kernels().gemm[static_cast<int32_t>(p_.dtype)]),
+        quantized_(cpu::kernels().quantized),
+        codes_(params.int8_rows ? quantized_.integer : quantized_.widening),
+        gates_(p_.gated ? 2 : 1),
+        width_(p_.out_features / gates_),
+        blocking_(cpu::gemm_blocking(gemm_.k_major, p_.num_rows, p_.in_features, p_.gated)) {
+    int64_t end = 0;
+    for (int64_t expert = 0; expert < p_.num_experts; ++expert) {
+      // Clamped, so that wrong offsets give wrong results but stay inside the tensors.
+      const int64_t begin = clamp(p_.expert_offsets[expert], 0, p_.num_rows);
+      end = clamp(p_.expert_offsets[expert + 1], begin, p_.num_rows);
+      if (end > begin) visits_.push_back({expert, begin, end});
+    }
+    first_unused_row_ = p_.num_experts > 0 ? end : 0;
+    const int64_t experts = static_cast<int64_t>(visits_.size());
+    num_workers_ = clamp(experts * p_.out_features * p_.in_features / kWeightsPerWorker, 1, parallel.num_threads);
+    columns_ = kWeightRows / gates_;
+    while (columns_ > kMinWeightRows / gates_ && experts * col_blocks() < kTasksPerWorker * num_workers_) columns_ /= 2;
+    gemm_offset_ = round_up(gates_ * columns_ * p_.in_features * size_of(p_.dtype), 64);
+    const int64_t scales = round_up(p_.in_features / params.weight.group * int64_t{4}, 64);
+    const int64_t unpacking = gemm_offset_ + (scales > blocking_.scratch_bytes ? scales : blocking_.scratch_bytes);
+    const int64_t streaming = codes_.scratch_bytes(params, columns_);
+    scratch_bytes_ = unpacking > streaming ? unpacking : streaming;
+  }
+
+  void run(const Parallel& parallel) {
+    const int64_t row_bytes = width_ * size_of(p_.dtype);
+    std::memset(static_cast<char*>(p_.out) + first_unused_row_ * row_bytes, 0,
+                static_cast<size_t>((p_.num_rows - first_unused_row_) * row_bytes));
+    if (visits_.empty()) return;
+    scratch_ = cpu::scratch<char>(parallel, num_workers_ * scratch_bytes_);
+    cpu::for_workers(parallel, num_workers_, [this](int64_t worker) { work(worker); });
+  }
+
+ private:
+  struct Visit {
+    int64_t expert, begin, end;  // of its rows
+  };
+
+  int64_t col_blocks() const { return ceil_div(width_, columns_); }
+
+  void work(int64_t worker) {
+    char* scratch = scratch_ + worker * scratch_bytes_;
+    int64_t packed_row = -1;  // where the rows of the last task begin
+    const int64_t num_tasks = static_cast<int64_t>(visits_.size()) * col_blocks();
+    for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+      const Visit& visit = visits_[static_cast<size_t>(i / col_blocks())];
+      const int64_t begin = i % col_blocks() * columns_;
+      const int64_t end = clamp(begin + columns_, 0, width_);
+      if (visit.end - visit.begin <= codes_.max_rows || params_.int8_rows || p_.batch_invariant) {
+        stream(visit, begin, end, packed_row, scratch);
+      } else {
+        unpack(visit, begin, end, scratch);
+        packed_row = -1;
+      }
+    }
+  }
+
+  void stream(const Visit& visit, int64_t col_begin, int64_t col_end, int64_t& packed_row, char* scratch) const {
+    const int64_t rows = visit.end - visit.begin, parts = ceil_div(rows, codes_.max_rows);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = visit.begin + rows * i / parts, end = visit.begin + rows * (i + 1) / parts;
+      codes_.run(params_, {visit.expert, begin, end, col_begin, col_end, begin == packed_row}, scratch);
+      packed_row = begin;
+    }
+  }
+
+  // As an expert of its own, whose weight is the block, and whose bias and output begin there.
+  void unpack(const Visit& visit, int64_t col_begin, int64_t col_end, char* scratch) const {
+    WeightPart parts[2];
+    for (int64_t gate = 0; gate < gates_; ++gate) {
+      char* block = scratch + gate * (col_end - col_begin) * p_.in_features * size_of(p_.dtype);
+      const int64_t first = gate * width_;
+      quantized_.unpack(params_, visit.expert, first + col_begin, first + col_end, block,
+                        reinterpret_cast<float*>(scratch + gemm_offset_));
+      parts[gate] = {block, p_.in_features};
+    }
+    GroupedGemmParams gemm = p_;
+    gemm.weight_parts = parts;
+    gemm.num_parts = static_cast<int32_t>(gates_);
+    const int64_t size = size_of(p_.dtype);
+    gemm.out = static_cast<char*>(p_.out) + col_begin * size;
+    if (p_.bias != nullptr) {
+      gemm.bias = static_cast<const char*>(p_.bias) + (visit.expert * p_.bias_stride + col_begin) * size;
+    }
+    const int64_t rows = visit.end - visit.begin, row_blocks = ceil_div(rows, blocking_.rows);
+    for (int64_t i = 0; i < row_blocks; ++i) {
+      const int64_t begin = visit.begin + rows * i / row_blocks, end = visit.begin + rows * (i + 1) / row_blocks;
+      gemm_.run(gemm, blocking_, {0, begin, end, 0, col_end - col_begin, false}, scratch + gemm_offset_);
+    }
+  }
+
+  const QuantizedGemmParams& params_;
+  const GroupedGemmParams& p_;
+  const cpu::GemmKernel& gemm_;
+  const cpu::QuantizedKernel& quantized_;
+  const cpu::CodesKernel& codes_;
+  const int64_t gates_;  // 2 where there are gate and value
+  const int64_t width_;  // of the output
+  const GemmBlocking blocking_;
+  std::vector<Visit> visits_;
+  int64_t columns_;  // of a task
+  int64_t first_unused_row_, num_workers_, gemm_offset_, scratch_bytes_;
+  char* scratch_ = nullptr;
+  std::atomic<int64_t> next_task_{0};
+};
+
+}  // namespace
+
+void run(const QuantizedGemmParams& params, const Parallel& parallel) {
+  QuantizedGemm(params, parallel).run(parallel);
+}
+
+}  // namespace moekernels

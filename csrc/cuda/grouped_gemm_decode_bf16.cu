@@ -1,8 +1,0 @@
-#include "grouped_gemm_decode.cuh"
-
-namespace moekernels {
-
-template cudaError_t launch_grouped_gemm_decode_dtype<__nv_bfloat16>(const GroupedGemmParams&, const TileConfig&,
-                                                                     cudaStream_t);
-
-}  // namespace moekernels

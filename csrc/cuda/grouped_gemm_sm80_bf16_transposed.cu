@@ -1,8 +1,0 @@
-#include "grouped_gemm_sm80.cuh"
-
-namespace moekernels {
-
-template cudaError_t launch_grouped_gemm_sm80_dtype<__nv_bfloat16, true>(const GroupedGemmParams&, const TileConfig&,
-                                                                         cudaStream_t);
-
-}  // namespace moekernels

@@ -1,0 +1,151 @@
+"""What the processes of a group exchange. An error says which of them was in which operation.
+
+All are functional collectives, which torch.compile sees, and wait for nothing but their own result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class CommunicationError(RuntimeError, ConnectionError):
+    """The other processes could not be reached, or did not take part in time."""
+
+
+class Ranks:
+    """The processes along a mesh of one dimension, among which experts are divided.
+
+    A copy is the same object, as a process group cannot be copied.
+
+    Args:
+        mesh: of one dimension.
+
+    Attributes:
+        size, rank: how many they are, and which of them this one is.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.size = mesh.size()
+        self.rank = mesh.get_local_rank()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    def exchange(self, rows: Tensor, sent: list[int] | None, received: list[int] | None, what: str) -> Tensor:
+        """All-to-all: the first ``sent[0]`` rows to rank 0, the next ``sent[1]`` to rank 1 and so on; as many as
+        `received` says come back, in the order of their ranks. None divides the rows evenly. The gradient goes the
+        other way."""
+        return _Exchange.apply(rows, sent, received, self, what)
+
+    def sum(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum of the tensors of all ranks; its gradient is the sum of their gradients."""
+        return _Sum.apply(tensor, self, what)
+
+    def enter(self, tensor: Tensor, what: str) -> Tensor:
+        """A tensor that is the same on all ranks, of which each then uses a part: the gradients are summed."""
+        return _Enter.apply(tensor, self, what)
+
+    def leave(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum of the parts, which is the same on all ranks, and so is its gradient."""
+        return _Leave.apply(tensor, self, what)
+
+    def gather(self, tensor: Tensor, what: str) -> Tensor:
+        """``[...]`` of the same shape on every rank -> ``[size, ...]``, without a gradient."""
+        gathered = self._run(what, functional.all_gather_tensor, tensor.detach()[None].contiguous(), 0)
+        return gathered
+
+    def gather_objects(self, value: Any, what: str) -> list[Any]:
+        """What every rank has, by rank."""
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value, group=self.group)
+        except RuntimeError as error:
+            raise self._failed(what, error) from error
+        return found
+
+    def _all_to_all(self, rows: Tensor, sent: list[int] | None, received: list[int] | None, what: str) -> Tensor:
+        return self._run(what, functional.all_to_all_single, rows.contiguous(), received, sent)
+
+    def _all_reduce(self, tensor: Tensor, what: str) -> Tensor:
+        return self._run(what, functional.all_reduce, tensor, "sum")
+
+    def _run(self, what: str, collective: Any, *arguments: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return functional.wait_tensor(collective(*arguments, self.group))
+        try:
+            return functional.wait_tensor(collective(*arguments, self.group))
+        except RuntimeError as error:
+            raise self._failed(what, error) from error
+
+    def _failed(self, what: str, error: RuntimeError) -> CommunicationError:
+        reason = str(error).partition("\n")[0]
+        return CommunicationError(
+            f"rank {self.rank} of {self.size} of the expert-parallel mesh, in {what}: another rank has ended, cannot "
+            f"be reached, or did not come here in time: {reason}"
+        )
+
+
+def swapped(what: str) -> str:
+    return f"the gradient of {what}"
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int] | None, received: list[int] | None, ranks: Ranks, what: str
+    ) -> Tensor:
+        ctx.splits, ctx.ranks, ctx.what = (received, sent), ranks, what
+        return ranks._all_to_all(rows, sent, received, what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.ranks._all_to_all(grads[0], *ctx.splits, swapped(ctx.what)), None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
+        ctx.ranks, ctx.what = ranks, what
+        return ranks._all_reduce(tensor, what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks._all_reduce(grads[0], swapped(ctx.what)), None, None
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
+        ctx.ranks, ctx.what = ranks, what
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks._all_reduce(grads[0], swapped(ctx.what)), None, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
+        return ranks._all_reduce(tensor, what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of all elements."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

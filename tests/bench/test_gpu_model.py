@@ -1,0 +1,40 @@
+"""The model of the CUDA kernels: its arithmetic, and that the documentation shows what it says today."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moekernels.bench.shapes import OLMOE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_model")
+
+
+def test_the_documentation_has_its_table(model: ModuleType) -> None:
+    assert model.table() in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_a_step_by_hand(model: ModuleType) -> None:
+    """128 rows by 256 weights by 64: 1024 clocks of multiplying; 48 KB through the cache, or 32 in a pair."""
+    per_clock = 5120 / 132
+    assert model.step_clocks(model.Tile(128, 256, 64)) == pytest.approx(48 * 1024 / per_clock)
+    assert model.step_clocks(model.Tile(128, 256, 64, paired=True)) == 1024
+
+
+def test_few_tokens_by_hand(model: ModuleType) -> None:
+    """One token touches 8 experts of 3 · 2048 · 1024 weights, read at 90 % of 4.8 TB/s."""
+    read = 8 * 3 * 2048 * 1024 * 2 / (0.9 * 4.8e12)
+    assert model.few_tokens(OLMOE, 1) == pytest.approx(read + 3 * model.LAUNCH)
+
+
+def test_work_counts_as_everywhere(model: ModuleType) -> None:
+    assert model.flops(OLMOE, 10) == 6 * 10 * 8 * 2048 * 1024

@@ -1,0 +1,273 @@
+"""Products with quantised weights against those of their values, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moekernels
+from moekernels import ops
+from moekernels.nn import GroupedExperts, SparseMLP
+from moekernels.ops import reference
+from moekernels.quantization import QuantizedWeight
+from tests.robustness.poison import poison_free_memory
+from tests.tolerance import assert_accurate
+
+FORMATS = [
+    ("nf4", {}), ("nf4", {"blocksize": 32, "double_quant": True}), ("fp4", {"blocksize": 128}), ("int8", {}),
+    ("int4", {}), ("int4", {"group_size": 64}), ("int8_groups", {}), ("q4_0", {}), ("q8_0", {}),
+]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _quantized(*shape: int, format: str = "nf4", **options: object) -> QuantizedWeight:
+    return ops.quantize(torch.randn(*shape) / shape[-1] ** 0.5, format, dtype=torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "options"), FORMATS)
+def test_linear(format: str, options: dict[str, object], dtype: torch.dtype) -> None:
+    weight = _quantized(40, 192, format=format, **options)
+    for num_rows in (1, 3, 70):
+        input, bias = torch.randn(num_rows, 192).to(dtype), torch.randn(40).to(dtype)
+        truth = F.relu(F.linear(input.double(), weight.dequantize(torch.float64), bias.double()))
+        plain = F.relu(F.linear(input, weight.dequantize(dtype), bias))
+        assert_accurate(ops.linear(input, weight, bias, activation="relu"), truth, plain)
+
+
+# Widths that end within a block of codes, and that have several groups to a block or several blocks to a group.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "options"), FORMATS[:7])
+def test_the_kernel_on_every_instruction_set(
+    format: str, options: dict[str, object], dtype: torch.dtype, unit: torch.device
+) -> None:
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    width = max(int(options.get("blocksize", 64)), 64)
+    for num_rows, columns, out_features in ((1, width, 4), (2, 3 * width, 7), (8, 5 * width, 33), (11, 2 * width, 70)):
+        weight = _quantized(2, out_features, columns, format=format, **options)
+        assert weight.kernel_layout is not None
+        rows, bias = torch.randn(num_rows, columns).to(dtype), torch.randn(2, out_features).to(dtype)
+        offsets = torch.tensor([0, 0, num_rows], dtype=torch.int32)
+        truth = reference.grouped_gemm(rows.double(), weight.dequantize(torch.float64), offsets, bias=bias.double())
+        plain = reference.grouped_gemm(rows, weight.dequantize(dtype), offsets, bias=bias)
+        poison_free_memory()  # there are no scales for what of a block lies behind its row
+        assert_accurate(ops.grouped_gemm(rows, weight, offsets, bias=bias), truth, plain)
+
+
+INTEGER_FORMATS = [("int4", {}), ("int4", {"group_size": 64}), ("int8", {}), ("int8_groups", {})]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "options"), INTEGER_FORMATS)
+def test_activations_in_8_bits(format: str, options: dict[str, object], dtype: torch.dtype, unit: torch.device) -> None:
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    for num_rows, columns, out_features in ((1, 64, 4), (2, 192, 14), (9, 320, 66), (70, 128, 70)):
+        weight = _quantized(2, out_features, columns, format=format, activations="int8", **options)
+        rows, bias = torch.randn(num_rows, columns).to(dtype), torch.randn(2, out_features).to(dtype)
+        offsets = torch.tensor([0, 0, num_rows], dtype=torch.int32)
+        integers, scales = reference.round_rows(rows)
+        values = [weight[1].dequantize(wide) for wide in (torch.float64, torch.float32)]
+        truth, plain = (
+            F.silu(gate) * value
+            for w in values
+            for gate, value in [((integers.to(w.dtype) @ w.T) * scales.to(w.dtype) + bias[1]).chunk(2, -1)]
+        )
+        poison_free_memory()
+        actual = ops.grouped_gemm(rows, weight, offsets, bias=bias, activation="silu", gated=True)
+        assert_accurate(actual, truth, plain.to(dtype))
+
+
+def test_integer_sums_are_exact(unit: torch.device) -> None:
+    """With a scale for a whole row of the weight the bits are those of the definition, on every instruction set."""
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    for num_rows, columns in ((1, 37), (3, 256), (67, 1000)):
+        weight = _quantized(9, columns, format="int8", activations="int8")
+        rows = 3 * torch.randn(num_rows, columns)
+        integers, scales = reference.round_rows(rows)
+        sums = (integers.double() @ weight.parts["codes"].view(9, columns).double().T).float()
+        expected = sums * (weight.parts["SCB"] * torch.tensor(1 / 127)) * scales
+        assert torch.equal(ops.linear(rows, weight), expected)
+        rows[0, columns // 2] = torch.nan
+        actual = ops.linear(rows, weight)
+        assert actual[0].isnan().all() and torch.equal(actual[1:], expected[1:])
+
+
+def test_a_format_says_how_activations_are_multiplied() -> None:
+    weight, rows = _quantized(8, 64, format="int4", activations="int8"), torch.randn(3, 64)
+    assert repr(weight.format) == "Int4(group_size=32, activations='int8')"
+    whole = _quantized(8, 64, format="int4")
+    assert "activations" not in whole.format.options
+    exact = QuantizedWeight(weight.parts, "int4", weight.shape)
+    assert not torch.equal(ops.linear(rows, weight), ops.linear(rows, exact))
+    torch.testing.assert_close(ops.linear(rows, weight), ops.linear(rows, exact), rtol=0.05, atol=0.05)
+    copy = torch.stack([weight, weight])[1]
+    assert torch.equal(ops.linear(rows, copy), ops.linear(rows, weight))
+    with pytest.raises(ValueError, match="int8: activations must be 'int8' or None, got 'int4'"):
+        ops.quantize(torch.randn(4, 4), "int8", activations="int4")
+    with pytest.raises(ValueError, match="nf4 has the options blocksize, double_quant; got 'activations'"):
+        ops.quantize(torch.randn(4, 64), "nf4", activations="int8")
+
+
+def test_odd_widths_of_int8(unit: torch.device) -> None:
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    for num_rows, columns in ((1, 1), (3, 37), (5, 130), (20, 37)):
+        weight, rows = _quantized(5, columns, format="int8"), torch.randn(num_rows, columns)
+        truth = F.linear(rows.double(), weight.dequantize(torch.float64))
+        assert_accurate(ops.linear(rows, weight), truth, F.linear(rows, weight.dequantize(torch.float32)))
+
+
+def test_unpacked_weights_are_the_dequantised_ones(unit: torch.device) -> None:
+    """Rows of the identity give the weight itself."""
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    for format, options in FORMATS[:7]:
+        weight = _quantized(24, 256, format=format, **options)
+        for dtype in (torch.float32, torch.bfloat16):
+            actual = ops.linear(torch.eye(256, dtype=dtype), weight).T
+            if format == "int8" or options.get("double_quant"):  # a scale has several factors, rounded once here
+                torch.testing.assert_close(actual, weight.dequantize(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+            else:
+                assert torch.equal(actual, weight.dequantize(dtype)), (format, dtype)
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    weight, rows = _quantized(3, 48, 192, format="nf4", double_quant=True), torch.randn(40, 192).bfloat16()
+    with moekernels.batch_invariant(True):
+        whole = ops.grouped_gemm(rows, weight, torch.tensor([0, 0, 40, 40], dtype=torch.int32), gated=True)
+        for row in (0, 7, 39):
+            alone = ops.grouped_gemm(
+                rows[row : row + 1], weight, torch.tensor([0, 0, 1, 1], dtype=torch.int32), gated=True
+            )
+            assert torch.equal(alone[0], whole[row])
+
+
+def test_blocks_that_cross_rows_have_no_kernel() -> None:
+    weight, input = _quantized(6, 96, format="nf4"), torch.randn(3, 96)
+    assert weight.kernel_layout is None
+    torch.testing.assert_close(ops.linear(input, weight), F.linear(input, weight.dequantize(torch.float32)))
+
+
+def test_functions_of_torch_take_it() -> None:
+    weight, input = _quantized(24, 64, format="int4"), torch.randn(2, 5, 64)
+    expected = ops.linear(input, weight)
+    assert torch.equal(F.linear(input, weight), expected)
+    layer = nn.Linear(64, 24, bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(layer(input), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("format", "options"), FORMATS[::3])
+def test_grouped_gemm(format: str, options: dict[str, object], transposed: bool, dtype: torch.dtype) -> None:
+    weight = _quantized(4, 64, 128, format=format, **options)
+    offsets = torch.tensor([0, 3, 3, 40, 41], dtype=torch.int32)
+    rows = torch.randn(44, 64 if transposed else 128).to(dtype)
+    scale = torch.rand(44)
+    more = (
+        {"transposed": True}
+        if transposed
+        else {"bias": torch.randn(4, 64).to(dtype), "gated": True, "activation": "silu"}
+    )
+    doubled = {name: value.double() if isinstance(value, Tensor) else value for name, value in more.items()}
+    truth = reference.grouped_gemm(rows.double(), weight.dequantize(torch.float64), offsets, row_scale=scale, **doubled)
+    plain = reference.grouped_gemm(rows, weight.dequantize(dtype), offsets, row_scale=scale, **more)
+    actual = ops.grouped_gemm(rows, weight, offsets, row_scale=scale, **more)
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, truth)
+    else:
+        assert_accurate(actual, truth, plain)
+    assert actual[41:].count_nonzero() == 0
+
+
+def _layer(dtype: torch.dtype, bias: bool) -> tuple[SparseMLP, SparseMLP]:
+    """A layer, and the same with its experts quantised; the first holds the values of the second."""
+    layer = SparseMLP(64, 32, 6, 2, bias=bias, gated=not bias, activation="relu" if bias else "silu").to(dtype)
+    quantized = SparseMLP(64, 32, 6, 2, bias=bias, gated=not bias, activation="relu" if bias else "silu").to(dtype)
+    quantized.load_state_dict(layer.state_dict())
+    for name in (layer.experts._up_name, "down_proj"):
+        weight = ops.quantize(getattr(layer.experts, name), "int4")
+        setattr(quantized.experts, name, nn.Parameter(weight, requires_grad=False))
+        getattr(layer.experts, name).data = weight.dequantize()
+    return layer, quantized
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_a_layer_and_its_gradients(num_tokens: int, bias: bool) -> None:
+    layer, quantized = _layer(torch.float32, bias)
+    if bias:
+        for one, other in zip(layer.parameters(), quantized.parameters(), strict=True):
+            if one.dim() == 2 and one.shape[0] == 6 and isinstance(layer.experts, GroupedExperts):
+                one.data.normal_()
+                other.data.copy_(one)
+    hidden = torch.randn(num_tokens, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(hidden)[0], layer(hidden)[0])
+    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(input)[0] for module, input in zip((layer, quantized), inputs, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    expected = dict(layer.named_parameters())
+    for name, parameter in quantized.named_parameters():
+        if isinstance(parameter, QuantizedWeight):
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name)
+
+
+def test_a_graph_keeps_the_codes_alone() -> None:
+    weight = _quantized(256, 512)
+    input = torch.randn(4, 512, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        out = ops.linear(input, weight)
+    assert sum(kept) < weight.numel()
+    out.sum().backward()
+    torch.testing.assert_close(input.grad, weight.dequantize(torch.float32).sum(0).expand(4, -1))
+
+
+def test_a_sequence_of_matrices() -> None:
+    matrices = [_quantized(32, 64) for _ in range(6)]
+    offsets, rows = torch.tensor([0, 2, 2, 5], dtype=torch.int32), torch.randn(5, 64)
+    stack = torch.stack([torch.cat(matrices[i : i + 2]) for i in (0, 2, 4)])
+    expected = ops.grouped_gemm(rows, stack, offsets, gated=True, activation="silu")
+    torch.testing.assert_close(ops.grouped_gemm(rows, matrices, offsets, gated=True, activation="silu"), expected)
+
+
+def test_autocast() -> None:
+    weight, input = _quantized(24, 64, format="int4"), torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.linear(input, weight)
+    assert out.dtype == torch.bfloat16
+    assert_accurate(
+        out, F.linear(input.double(), weight.dequantize(torch.float64)),
+        F.linear(input.bfloat16(), weight.dequantize()),
+    )  # fmt: skip
+
+
+def test_errors() -> None:
+    stack, rows = _quantized(2, 24, 64), torch.randn(5, 64)
+    for offsets, message in (
+        ([0, 2, 3, 5], r"weight must be \[num_experts = 3, N, K\], got \[2, 24, 64\]"),
+        ([0, 3, 2], "expert_offsets must"),
+        ([0, 3, 6], "expert_offsets must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.grouped_gemm(rows, stack, torch.tensor(offsets, dtype=torch.int32))
+        with pytest.raises(ValueError, match=message):  # and where it is dequantised
+            ops.grouped_gemm(rows.double(), stack, torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match="must hold a multiple of num_experts = 2 matrices, got 3"):
+        ops.grouped_gemm(rows, [stack[0], stack[1], stack[0]], torch.tensor([0, 2, 5], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"linear: rows must have the in_features of weight, 64, got \[2, 63\]"):
+        ops.linear(torch.randn(2, 63), stack[0])
+    with pytest.raises(ValueError, match=r"grouped_gemm: rows must have the in_features of weight, 64, got \[5, 63\]"):
+        ops.grouped_gemm(rows[:, :63], stack, torch.tensor([0, 2, 5], dtype=torch.int32))

@@ -1,0 +1,98 @@
+"""nf4, fp4 and int8 against bitsandbytes itself, to the bit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekernels import ops
+from moekernels.quantization import FP4, NF4, Int8, parse_format
+from tests.quantization.bitsandbytes_values import four_bit_values
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    functional = pytest.importorskip("bitsandbytes.functional")
+
+
+def _ties(name: str) -> Tensor:
+    """Every code, and every value half-way between two, in blocks whose largest is 1."""
+    codes = functional.get_4bit_type(name, device="cpu").sort().values
+    block = torch.cat([torch.ones(1), codes, (codes[1:] + codes[:-1]) / 2])
+    return block.repeat(7).view(7, 32)
+
+
+def _special() -> Tensor:
+    weight = torch.randn(8, 128)
+    weight[0, 3], weight[3, 100], weight[4, 1], weight[5] = torch.nan, torch.inf, -torch.inf, 0
+    return weight
+
+
+WEIGHTS = {
+    "random": lambda: torch.randn(40, 96),
+    "bfloat16": lambda: torch.randn(16, 128).bfloat16(),
+    "float16": lambda: torch.randn(16, 128).half(),
+    "scales of many sizes": lambda: torch.randn(300, 128) * torch.randn(300, 1).exp(),
+    "zeros": lambda: torch.zeros(8, 64),
+    "odd": lambda: torch.randn(5, 13),
+    "one row": lambda: torch.randn(1, 100),
+    "NaN and infinity": _special,
+    "subnormal": lambda: torch.randn(8, 64) * 1e-39,
+    "ties of nf4": lambda: _ties("nf4"),
+    "ties of fp4": lambda: _ties("fp4"),
+}
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first.isnan(), second.isnan()) and torch.equal(
+        first.nan_to_num(0), second.nan_to_num(0)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("case", WEIGHTS)
+@pytest.mark.parametrize(
+    ("blocksize", "double_quant"), [(64, False), (64, True), (32, True), (256, False), (4096, True)]
+)
+def test_four_bits(case: str, name: str, blocksize: int, double_quant: bool) -> None:
+    weight = WEIGHTS[case]()
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=double_quant, quant_type=name
+    )
+    format = parse_format(name, blocksize=blocksize, double_quant=double_quant)
+    parts = format.quantize(weight)
+    assert torch.equal(parts["codes"], codes.view(-1))
+    assert _same(parts["absmax"], state.absmax)
+    if double_quant:
+        assert _same(parts["nested_absmax"], state.state2.absmax)
+        assert _same(parts["offset"], state.offset.expand(parts["offset"].shape))
+    values = format.dequantize(parts, *weight.shape).to(weight.dtype)
+    assert _same(values, four_bit_values(codes, state).to(weight.dtype))
+    if weight.shape[1] % blocksize == 0:  # otherwise it is another on CPUs with AVX-512
+        assert _same(values, functional.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_int8(case: str) -> None:
+    weight = WEIGHTS[case]()
+    codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
+    parts = Int8().quantize(weight)
+    assert torch.equal(parts["codes"], codes.view(-1))
+    assert _same(parts["SCB"], absmax)
+    assert _same(Int8().dequantize(parts, *weight.shape), functional.int8_vectorwise_dequant(codes, absmax))
+
+
+def test_each_expert_of_a_stack_is_quantised_by_itself() -> None:
+    stack = torch.randn(3, 5, 13)
+    for format in (NF4(), FP4(double_quant=True), Int8()):
+        quantized = ops.quantize(stack, format)
+        for expert in range(3):
+            assert torch.equal(quantized.dequantize()[expert], ops.quantize(stack[expert], format).dequantize())
+
+
+@pytest.mark.parametrize("blocksize", [0, 16, 48, 8192])
+def test_block_sizes_that_bitsandbytes_refuses(blocksize: int) -> None:
+    with pytest.raises(ValueError, match=rf"nf4: blocksize must be one of 32, .*; got {blocksize}"):
+        NF4(blocksize=blocksize)
