@@ -32,9 +32,12 @@ sys.path.insert(0, str(ROOT))
 
 from tests.integrations.in_newest import make_environment  # noqa: E402
 
-MODELS = ("olmoe", "phimoe", "switch_transformers", "nllb_moe")
 # Those whose experts follow the experts interface of transformers 5.
-INTERFACE = ("olmoe", "phimoe")
+INTERFACE = (
+    "olmoe", "phimoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe", "jamba",
+    "lfm2_moe", "nemotron_h",
+)  # fmt: skip
+MODELS = ("olmoe", "phimoe", "switch_transformers", "nllb_moe")  # by default; any of INTERFACE may be named
 # Several processes, checkpoints from the hub, and compilation for minutes.
 EXCLUDED = "not test_tp_ and not fsdp and not hsdp and not IntegrationTest and not compil"
 
@@ -115,8 +118,12 @@ def run_suite(python: Path, upstream: Path, model: str, way: str, options: Seque
         report = Path(directory) / "report.json"
         import moekernels
 
-        # The checkout's transformers first; its `tests` is a package of the same name as ours, which stays out.
-        path = [upstream / "src", Path(moekernels.__file__).parents[1], Path(__file__).resolve().parent]
+        # The checkout's transformers first; its `tests` is a package of the same name as ours, which stays out. Of
+        # what lies beside our package nothing comes along: in site-packages that is another huggingface_hub.
+        ours = Path(directory) / "path"
+        ours.mkdir()
+        (ours / "moekernels").symlink_to(Path(moekernels.__file__).resolve().parent, target_is_directory=True)
+        path = [upstream / "src", ours, Path(__file__).resolve().parent]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")]),
@@ -186,7 +193,7 @@ def version_of(upstream: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, required=True, metavar="PATH", help="a checkout of transformers")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=sorted({*MODELS, *INTERFACE}), default=MODELS)
     parser.add_argument("--python", type=Path, help="of an environment that has all that the tests need")
     parser.add_argument("--exclude", default=EXCLUDED, metavar="EXPRESSION", help="pytest's -k (default: %(default)s)")
     args = parser.parse_args(arguments)
