@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moekernels.checkpoint import CheckpointError, repack
 from moekernels.quantization import QuantizedWeight
@@ -45,6 +47,9 @@ def quantized(saved: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
         ("olmoe", {"format": "int4", "group_size": 32}),
         ("olmoe", {"format": "q8_0"}),
         ("nllb-moe", {"format": "int4", "group_size": 32}),
+        ("olmoe", {"load_in_8bit": True}),
+        ("olmoe", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}),
+        ("nllb-moe", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}),
     ],
 )
 def test_same_bits(
@@ -80,8 +85,65 @@ def test_autocast_and_float32(quantized: Callable[..., Path]) -> None:
 def test_what_cannot_be_done(quantized: Callable[..., Path], saved: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="quantise the checkpoint first, with moekernels quantize"):
         load("olmoe", saved("olmoe"), quantization_config={"format": "int4"}, expert_memory=EXPERT)
-    foreign = quantized("olmoe", load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    with pytest.raises(CheckpointError, match=r"as another library writes it; quantised experts are read one by one"):
-        load("olmoe", foreign, expert_memory=EXPERT)
     with pytest.raises(ValueError, match=r"are quantised, and cannot be converted to torch\.float16"):
         repack(quantized("olmoe", format="q8_0"), tmp_path / "new", dtype=torch.float16)
+
+
+def _changed(directory: Path, target: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of the checkpoint in which one tensor is another."""
+    shutil.copytree(directory, target)
+    for file in target.glob("*.safetensors"):
+        if name in (tensors := load_file(file)):
+            tensors[name] = change(tensors[name]).contiguous()
+            save_file(tensors, file, {"format": "pt"})
+    return target
+
+
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+_LAYER = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "size", "lead"),
+    [
+        ({"format": "int4", "group_size": 32}, f"{_LAYER}.down_proj.scales", 4 * 128, [4]),
+        (_NF4, f"{_LAYER}.1.down_proj.weight.absmax", 64, []),
+        (_NF4, f"{_LAYER}.1.down_proj.weight", 2048, []),
+    ],
+)
+@pytest.mark.parametrize("by", [-4, 4])
+def test_parts_of_another_size(
+    config: dict[str, Any],
+    name: str,
+    size: int,
+    lead: list[int],
+    by: int,
+    quantized: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """They would be read over their neighbours' memory."""
+
+    def other(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten().repeat(2)[: size + by].view(*lead, -1)
+
+    changed = _changed(quantized("olmoe", **config), tmp_path / "changed", name, other)
+    with pytest.raises(CheckpointError, match=r"experts.*down_proj.* must be torch\..*, got torch\."):
+        load("olmoe", changed, expert_memory=EXPERT)
+
+
+def test_scales_that_have_to_be_put_in_order(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    """As bitsandbytes leaves them after an evaluation pass on some CPUs."""
+    changed = _changed(
+        quantized("olmoe", **_NF4),
+        tmp_path / "spoilt",
+        f"{_LAYER}.1.down_proj.weight.absmax",
+        lambda scales: scales.view(64, 1).t().bfloat16(),
+    )
+    with pytest.raises(CheckpointError, match=r"the scales of .*down_proj.* have to be put in order; load the model"):
+        load("olmoe", changed, expert_memory=EXPERT)
+    with pytest.warns(UserWarning, match="put in order"):
+        load("olmoe", changed).save_pretrained(tmp_path / "mended")
+    expected = load("olmoe", tmp_path / "mended")(**tiny.inputs("olmoe")).logits
+    assert torch.equal(
+        load("olmoe", tmp_path / "mended", expert_memory=EXPERT)(**tiny.inputs("olmoe")).logits, expected
+    )

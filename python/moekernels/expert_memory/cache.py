@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moekernels.expert_memory.files import ExpertFile, ExpertReadError
-from moekernels.expert_memory.layout import ExpertSource, Span
+from moekernels.expert_memory.layout import Constant, ExpertSource, Span
 from moekernels.expert_memory.memory import PIECE, Slot
 
 #: Threads of a cache that read. A disk is busy with four; more change nothing.
@@ -127,7 +127,7 @@ class ExpertCache:
         self._files: dict[Path, ExpertFile] = {}
         for source in sources:
             for span in source.spans:
-                if span.file not in self._files:
+                if isinstance(span, Span) and span.file not in self._files:
                     self._files[span.file] = ExpertFile(span.file)
         self._entries: dict[Key, _Entry] = {}
         self._used = 0
@@ -278,14 +278,17 @@ class ExpertCache:
             self._pool.submit(self._read_piece, entry, piece)
         return entry
 
-    def _read_piece(self, entry: _Entry, piece: Span) -> None:
+    def _read_piece(self, entry: _Entry, piece: Span | Constant) -> None:
         """Of a thread that reads, without the lock."""
         got, error = 0, None
         if entry.error is None:
             try:
-                file = self._files[piece.file]
-                got = entry.slot.fill(file, piece)
-                file.check_unchanged()
+                if isinstance(piece, Constant):
+                    entry.slot.set(piece)
+                else:
+                    file = self._files[piece.file]
+                    got = entry.slot.fill(file, piece)
+                    file.check_unchanged()
             except Exception as problem:  # that of whoever waits for the expert
                 error = problem
         with self._changed:

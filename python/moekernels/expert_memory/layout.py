@@ -137,18 +137,36 @@ class Span(NamedTuple):
         ]
 
 
+class Constant(NamedTuple):
+    """A number that fills a part of an expert's memory.
+
+    Attributes:
+        value: the number, in `dtype`.
+        target, nbytes: that part of the memory.
+    """
+
+    value: float
+    dtype: torch.dtype
+    target: int
+    nbytes: int
+
+    def pieces(self, nbytes: int) -> list[Constant]:
+        """It is never large."""
+        return [self]
+
+
 class ExpertSource(NamedTuple):
     """One expert: what messages call it, its memory, and what fills it."""
 
     name: str
     layout: Layout
-    spans: tuple[Span, ...]
+    spans: tuple[Span | Constant, ...]
 
 
 class Stored(NamedTuple):
     """A tensor of the checkpoint: its file, its first byte there, its shape and dtype.
 
-    A quantised weight has a format, and each of its parts is such a tensor.
+    A quantised weight has a format, and each of its parts is such a tensor, or a number that all of it is.
     """
 
     name: str
@@ -157,10 +175,12 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     format: Format | None = None
-    parts: Mapping[str, Stored] = {}
+    parts: Mapping[str, Stored | float] = {}
 
 
-def spans_of(field: Field, expert: int, stored: Mapping[tuple[int | None, int], Stored]) -> list[Span]:
+def spans_of(
+    field: Field, expert: int, stored: Mapping[tuple[int | None, int], Stored | float]
+) -> list[Span | Constant]:
     """What fills one tensor of an expert.
 
     Args:
@@ -168,24 +188,18 @@ def spans_of(field: Field, expert: int, stored: Mapping[tuple[int | None, int], 
         expert: which one.
         stored: (expert, part) -> what the checkpoint has: parts are equal blocks of rows; (None, 0) is a stack of all.
     """
-    whole = stored.get((None, 0))
-    if whole is not None:
-        size = math.prod(field.shape) * whole.dtype.itemsize
-        begin = whole.offset + expert * size
-        return [Span(whole.file, whole.name, begin, size, whole.dtype, field.dtype, field.offset)]
-    parts: list[Stored] = []
+    if (None, 0) in stored:
+        return [_span(stored[None, 0], field, expert, field.offset, field.nbytes)]
+    parts: list[Stored | float] = []
     while (part := stored.get((expert, len(parts)))) is not None:
         parts.append(part)
     size = field.nbytes // len(parts)
-    return [
-        Span(
-            part.file,
-            part.name,
-            part.offset,
-            math.prod(part.shape) * part.dtype.itemsize,
-            part.dtype,
-            field.dtype,
-            field.offset + i * size,
-        )
-        for i, part in enumerate(parts)
-    ]
+    return [_span(part, field, 0, field.offset + i * size, size) for i, part in enumerate(parts)]
+
+
+def _span(stored: Stored | float, field: Field, index: int, target: int, nbytes: int) -> Span | Constant:
+    """What fills bytes of a field: the tensor of that index, if there are several one behind the other."""
+    if isinstance(stored, float):
+        return Constant(stored, field.dtype, target, nbytes)
+    size = nbytes // field.dtype.itemsize * stored.dtype.itemsize
+    return Span(stored.file, stored.name, stored.offset + index * size, size, stored.dtype, field.dtype, target)

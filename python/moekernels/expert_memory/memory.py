@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekernels.expert_memory.files import ExpertFile
-from moekernels.expert_memory.layout import ALIGNMENT, Layout, Span
+from moekernels.expert_memory.layout import ALIGNMENT, Constant, Layout, Span
 
 #: What a thread reads at a time: enough to keep a disk busy with a few threads, little enough for a processor's cache.
 PIECE = 2**20
@@ -75,6 +75,12 @@ class Slot:
             self._memory[span.target : end].view(span.dtype).copy_(source.view(span.stored))
         file.drop(begin, length)
         return length
+
+    def set(self, constant: Constant) -> None:
+        """Fill the constant's place with it."""
+        if self._last_use is not None:
+            self._last_use.synchronize()
+        self._memory[constant.target :][: constant.nbytes].view(constant.dtype).fill_(constant.value)
 
 
 class _Buffers(threading.local):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 
@@ -67,13 +68,24 @@ def find_experts(model: nn.Module, reader: Reader, key_map: KeyMap, is_split: bo
         parts = reader.parts_in_files(name)
         if parts is None:
             raise CheckpointError(
-                f"{info.file}: {name!r} has to be put together from what the file holds, {info.format.name} as another "
-                "library writes it; quantised experts are read one by one from what `moekernels quantize` writes"
+                f"{info.file}: the scales of {name!r} have to be put in order; load the model without expert_memory "
+                "and save it, to make a checkpoint whose experts can be read one by one"
             )
-        tensors = {part: stored(tensor) for part, tensor in parts.items()}
-        first = next(iter(tensors.values()))
-        found[name] = first._replace(name=name, shape=info.shape, format=info.format, parts=tensors)
+        dtypes = {part: spec.dtype for part, spec in info.format.parts(info.shape[-1]).items()}
+        tensors = {
+            part: source if isinstance(source, float) else _as_part(stored(source), dtypes[part])
+            for part, source in parts.items()
+        }
+        found[name] = Stored(name, info.file, 0, info.shape, info.dtype or torch.uint8, info.format, tensors)
     return found
+
+
+def _as_part(stored: Stored, dtype: torch.dtype) -> Stored:
+    """Codes as what they are, where they were stored as bytes of another dtype. Scales are converted when read."""
+    if dtype.is_floating_point:
+        return stored
+    nbytes = math.prod(stored.shape) * stored.dtype.itemsize
+    return stored._replace(shape=(nbytes // dtype.itemsize,), dtype=dtype)
 
 
 def stream_experts(
@@ -129,7 +141,7 @@ def _experts(
 ) -> list[ExpertSource]:
     """The experts of one layer."""
     weights: list[Weight] = []
-    fields: dict[str, dict[tuple[int | None, int], Stored]] = {}
+    fields: dict[str, Mapping[tuple[int | None, int], Stored | float]] = {}
     for name, parameter in module.named_parameters():
         tensors = {place: stored[key] for place, key in sources[f"{path}.{name}"].items()}
         shape, dtype = tuple(parameter.shape[1:]), dtype_of(f"{path}.{name}")

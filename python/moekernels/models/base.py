@@ -264,7 +264,9 @@ class PreTrainedModel(TokenEmbeddingsMixin, SavingMixin, GradientCheckpointingMi
             device = mesh.device_type if device is None else device
         if expert_memory is not None:
             parse_expert_memory(expert_memory)
-            if wanted is not None or gguf is not None:
+            if gguf is not None:
+                raise ValueError("from_pretrained: experts of a GGUF file cannot be read one by one (expert_memory)")
+            if wanted is not None:
                 raise ValueError(
                     "from_pretrained: experts are not quantised as they are read (expert_memory); quantise the "
                     "checkpoint first, with moekernels quantize"

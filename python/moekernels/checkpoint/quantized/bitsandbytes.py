@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moekernels.checkpoint.errors import CheckpointError
 from moekernels.checkpoint.quantized.stored import StoredWeight, need
-from moekernels.checkpoint.reader import Reader
+from moekernels.checkpoint.reader import Reader, TensorInfo
 from moekernels.quantization import FORMATS, Format, parse_format
 from moekernels.quantization.bitsandbytes import FP4_CODES, NF4_CODES, dynamic_map
 
@@ -77,7 +77,9 @@ def _in_8_bits(reader: Reader) -> dict[str, StoredWeight]:
             names = {"codes": name, "SCB": scales}
             if (order_name := name + "_format") in orders:
                 names["order"] = order_name
-            found[name] = StoredWeight(FORMATS["int8"](), info.shape, names, _int8_parts)
+            found[name] = StoredWeight(
+                FORMATS["int8"](), info.shape, names, _int8_parts, {"codes": name, "SCB": scales}
+            )
     return found
 
 
@@ -87,14 +89,16 @@ def _int8_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _in_4_bits(reader: Reader, kind: str) -> dict[str, StoredWeight]:
     states = reader.read([name for name in reader.tensors if _STATE in name])
+    maps = reader.read([name for name in reader.tensors if name.endswith("quant_map")])
     found = {}
     for name, text in states.items():
         weight, _, stored = name.partition(_STATE)
         file = reader.tensors[name].file
+        where = f"{file}: {weight!r}"
         need(reader, weight, weight)
         if stored != kind:
             raise CheckpointError(
-                f"{file}: {weight!r} is stored as {stored}, but quantization_config has bnb_4bit_quant_type={kind!r}"
+                f"{where} is stored as {stored}, but quantization_config has bnb_4bit_quant_type={kind!r}"
             )
         state = _state(text, f"{file}: {name!r}")
         names = {"codes": weight, "absmax": need(reader, f"{weight}.absmax", weight)}
@@ -104,12 +108,20 @@ def _in_4_bits(reader: Reader, kind: str) -> dict[str, StoredWeight]:
         if is_nested:
             names |= {part: need(reader, f"{weight}.{part}", weight) for part in ("nested_absmax", "nested_quant_map")}
         try:
-            format = parse_format(stored, f"{file}: {weight!r}", blocksize=state["blocksize"], double_quant=is_nested)
+            format = parse_format(stored, where, blocksize=state["blocksize"], double_quant=is_nested)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
+        if not torch.equal(maps[names["quant_map"]].float(), torch.tensor(_CODES[stored])):
+            raise CheckpointError(f"{where}: its quant_map is not that of {stored}")
+        if is_nested and not torch.equal(maps[names["nested_quant_map"]].float(), dynamic_map(torch.device("cpu"))):
+            raise CheckpointError(f"{where}: its nested_quant_map is not that of 8-bit dynamic quantisation")
         shape = tuple(state["shape"])
-        parts_of = partial(_four_bit_parts, format=format, shape=shape, state=state, where=f"{file}: {weight!r}")
-        found[weight] = StoredWeight(format, shape, names, parts_of)
+        parts_of = partial(_four_bit_parts, shape=shape, state=state, where=where)
+        in_files: dict[str, str | float] = {part: names[part] for part in ("codes", "absmax")}
+        if is_nested:
+            in_files |= {"nested_absmax": names["nested_absmax"], "offset": float(state["nested_offset"])}
+        is_transposed = not is_nested and _is_transposed(reader.tensors[names["absmax"]], shape, state["blocksize"])
+        found[weight] = StoredWeight(format, shape, names, parts_of, None if is_transposed else in_files)
     return found
 
 
@@ -132,23 +144,21 @@ def _state(text: Tensor, where: str) -> dict[str, Any]:
     return {"blocksize": state.get("blocksize"), **state}
 
 
+def _is_transposed(absmax: Tensor | TensorInfo, shape: tuple[int, ...], blocksize: int) -> bool:
+    """Whether scales are what bitsandbytes 0.50 makes of them for its own product on some CPUs, and then saves."""
+    rows, columns = shape
+    return absmax.dtype == torch.bfloat16 and tuple(absmax.shape) == (columns // blocksize, rows)
+
+
 def _four_bit_parts(
-    tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, ...], state: Mapping[str, Any], where: str
+    tensors: Mapping[str, Tensor], shape: tuple[int, ...], state: Mapping[str, Any], where: str
 ) -> dict[str, Tensor]:
     codes, absmax = tensors["codes"].contiguous().view(torch.uint8).flatten(), tensors["absmax"]
-    values = torch.tensor(_CODES[format.name])
-    if not torch.equal(tensors["quant_map"].float(), values):
-        raise CheckpointError(f"{where}: its quant_map is not that of {format.name}")
     if "nested_absmax" in tensors:
         nested = tensors["nested_absmax"].flatten()
-        if not torch.equal(tensors["nested_quant_map"].float(), dynamic_map(codes.device)):
-            raise CheckpointError(f"{where}: its nested_quant_map is not that of 8-bit dynamic quantisation")
         offset = torch.full_like(nested, state["nested_offset"])
         return {"codes": codes, "absmax": absmax.flatten(), "nested_absmax": nested, "offset": offset}
-    rows, columns = shape
-    blocks = columns // state["blocksize"]
-    if absmax.dtype == torch.bfloat16 and absmax.ndim == 2 and tuple(absmax.shape) == (blocks, rows):
-        # What bitsandbytes 0.50 makes of it for its own product on some CPUs, and then saves.
+    if _is_transposed(absmax, shape, state["blocksize"]):
         warnings.warn(
             f"{where}: its scales were saved after an evaluation pass of bitsandbytes on a CPU, transposed and rounded "
             "to bfloat16; they are put in order, but stay rounded",

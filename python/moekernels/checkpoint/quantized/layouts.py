@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moekernels.checkpoint.errors import CheckpointError
@@ -92,10 +93,19 @@ class QuantizedReader:
         """That of the files."""
         return self._reader
 
-    def parts_in_files(self, weight: str) -> Mapping[str, str] | None:
-        """Part -> the tensor of the files that is this part as it is; None if a weight has to be put together."""
+    def parts_in_files(self, weight: str) -> Mapping[str, str | float] | None:
+        """See :attr:`StoredWeight.in_files`.
+
+        Raises:
+            CheckpointError: the tensors are not those of a weight of that format and shape.
+        """
         stored = self._weights[weight]
-        return own.parts_of(stored.names) if stored.parts_of is own.parts_of else None
+        if stored.in_files is None:
+            return None
+        infos = {part: self._reader.tensors[name] for part, name in stored.names.items()}
+        empty = {part: torch.empty(info.shape, dtype=info.dtype, device="meta") for part, info in infos.items()}
+        stored.checked_parts(empty, f"{self.tensors[weight].file}: {weight!r}")
+        return stored.in_files
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Some of the tensors, by name."""

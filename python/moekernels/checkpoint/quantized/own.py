@@ -4,7 +4,7 @@ memory, and ``W.shape`` says what they are of. The formats stand in ``config.jso
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from moekernels.checkpoint.quantized.stored import StoredWeight, need
 from moekernels.checkpoint.reader import Reader
 from moekernels.quantization import Format, parse_format
 
-T = TypeVar("T")
 METHOD = "moekernels"
 
 _SHAPE = ".shape"
@@ -49,7 +48,7 @@ def find(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
             raise CheckpointError(str(error)) from error
         parts = format.parts(sizes[-1])
         names = {part: need(reader, f"{weight}.{part}", weight) for part in parts}
-        found[weight] = StoredWeight(format, sizes, {**names, "shape": name}, parts_of)
+        found[weight] = StoredWeight(format, sizes, {**names, "shape": name}, _parts_of, names)
     if not found:
         raise CheckpointError(
             f"{reader.directory}: quantization_config says {config.get('format')!r}, but no weight is quantised"
@@ -57,7 +56,7 @@ def find(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
     return found
 
 
-def parts_of(tensors: Mapping[str, T]) -> dict[str, T]:
+def _parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts are the tensors themselves."""
     return {name: tensor for name, tensor in tensors.items() if name != "shape"}
 

@@ -20,12 +20,14 @@ class StoredWeight(NamedTuple):
         shape: ``[N, K]``, or ``[E, N, K]`` of a stack.
         names: of the tensors in the checkpoint, by what they are called in `parts_of`.
         parts_of: makes the parts of the format, flat, of those tensors.
+        in_files: part -> the tensor whose bytes it is, or the number that all of it is; None if it has to be made.
     """
 
     format: Format
     shape: tuple[int, ...]
     names: Mapping[str, str]
     parts_of: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    in_files: Mapping[str, str | float] | None
 
     def checked_parts(self, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
         """The parts.
