@@ -1,6 +1,7 @@
 #include "allocate.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <vector>
@@ -30,11 +31,10 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, int32_t dtype, const Tensor& on) {
     }
   }
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device_type, on.get_device_index(),
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, device_type, on.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -42,7 +42,7 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, int32_t dtype, const Tensor& on) {
 
 Tensor new_empty(const Tensor& like, IntHeaderOnlyArrayRef sizes) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty(sizes, dtype, like);
 }
 
