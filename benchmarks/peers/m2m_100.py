@@ -1,9 +1,10 @@
 """Whole translations with m2m100_418M at its real size and with random weights, beside CTranslate2.
 
     python benchmarks/peers/m2m_100.py --install --dtypes float32 --batch 1 8 --save out.json
-    python benchmarks/peers/m2m_100.py --dtypes bfloat16 --weights int8
+    python benchmarks/peers/m2m_100.py --dtypes bfloat16 --weights int8 --activations int8
 
-With `--weights` our Linears are quantised to that format, and CTranslate2 computes in int8.
+With `--weights` our Linears are quantised to that format, and CTranslate2 computes in int8, with rows rounded to 8 bits
+as ours are with `--activations int8` only.
 
 CTranslate2 gets the same weights in the same precision, threads, beams and length, in the same process; transformers
 converts them and is measured too. For each row it is said on how many tokens both agree: the weights are random, so
@@ -77,6 +78,7 @@ def main() -> None:
     add_install_argument(parser)
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--weights", choices=["int8", "int4", "nf4", "q8_0"], help="the format of our Linears")
+    parser.add_argument("--activations", choices=["int8"], help="round rows too; with int4 and int8")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sentences")
     parser.add_argument("--source-length", type=int, default=32)
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
@@ -85,6 +87,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of measuring per row")
     parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
     args = parser.parse_args()
+    options = {"activations": args.activations} if args.activations else {}
+    format = parse_format(args.weights, **options) if args.weights else None
+    weights = (args.weights or "") + (" int8 rows" if options else "")
     warnings.filterwarnings("ignore")
     ctranslate2, *_ = required(args.install, ctranslate2="ctranslate2", transformers="transformers==4.56.2")
 
@@ -95,8 +100,8 @@ def main() -> None:
     for dtype in dtypes:
         pair = build("m2m100_418M", dtype, device, args.layers, with_transformers=True)
         translator = translator_of(pair, "int8" if args.weights else name_of(dtype), ctranslate2)
-        if args.weights is not None:
-            quantize_model(pair.ours, Quantization(parse_format(args.weights)))
+        if format is not None:
+            quantize_model(pair.ours, Quantization(format))
         for batch in args.batch:
             ids = torch.randint(4, 32000, (batch, args.source_length))
             sources = [[f"t{index}" for index in row] for row in ids.tolist()]
@@ -111,7 +116,7 @@ def main() -> None:
                 once = work([pair.ours.get_encoder()], ids.numel())
                 step = work([pair.ours.get_decoder(), pair.ours.lm_head], batch * num_beams)
                 total = Work(*(a + args.new_tokens * b for a, b in zip(once, step, strict=True)))
-                title = f"{pair.name} {args.weights or ''} generate {batch}, {num_beams} beams"
+                title = f"{pair.name} {weights} generate {batch}, {num_beams} beams"
                 num_tokens = batch * args.new_tokens
                 row = measure(title, num_tokens, total, {**runs, NAME: theirs}, dtype, device, roofs, args.budget)
                 rows.append(row)

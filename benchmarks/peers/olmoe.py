@@ -1,10 +1,11 @@
 """Prefill and decoding of OLMoE at its real width and with random weights, beside llama.cpp.
 
     python benchmarks/peers/olmoe.py --install --dtype bfloat16 --layers 2
-    python benchmarks/peers/olmoe.py --weights int4
+    python benchmarks/peers/olmoe.py --weights int4 --activations int8
 
 With `--weights` attention and experts are quantised in both: by us to that format, for llama.cpp to Q4_0 or Q8_0, which
-have as many bits. Embedding, router and head stay as they are.
+have as many bits. Embedding, router and head stay as they are. With `--activations int8` our rows are rounded to 8 bits
+before they are multiplied, as llama.cpp's always are.
 
 Writes the weights as GGUF into a temporary file, so that both engines compute with the same numbers in the same
 precision, threads and lengths, in one process; says how far their logits are apart, and times both in turns. `tokens`
@@ -45,7 +46,7 @@ _SAME_VALUES = ("int4", "q4_0", "q8_0")
 
 
 def random_model(num_layers: int, dtype: torch.dtype) -> OlmoeForCausalLM:
-    config = OlmoeConfig(num_hidden_layers=num_layers, pad_token_id=1, eos_token_id=50279)
+    config = OlmoeConfig(num_hidden_layers=num_layers, intermediate_size=1024, pad_token_id=1, eos_token_id=50279)
     with torch.device("meta"):
         model = OlmoeForCausalLM(config)
     model = model.to(dtype).to_empty(device="cpu").eval()
@@ -191,11 +192,14 @@ def main() -> None:
     add_install_argument(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
     parser.add_argument("--weights", choices=WEIGHTS, help="the format of attention and experts")
+    parser.add_argument("--activations", choices=["int8"], help="round rows too; with int4 and int8")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of measuring per row")
     parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
     args = parser.parse_args()
+    options = {"activations": args.activations} if args.activations else {}
+    format = parse_format(args.weights, **options) if args.weights else None
     gguf, llama_cpp = required(args.install, gguf="gguf", llama_cpp="llama-cpp-python")
 
     dtype = getattr(torch, args.dtype)
@@ -206,8 +210,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "olmoe.gguf"
         write_gguf(path, model, gguf, args.weights and WEIGHTS[args.weights])
-        if args.weights is not None:
-            quantize_model(model, Quantization(parse_format(args.weights)))
+        if format is not None:
+            quantize_model(model, Quantization(format))
         engines = {"moekernels": Ours(model), NAME: Theirs(path, args.prompt + 1, llama_cpp)}
         mine, theirs = (engine.prefill(ids) for engine in engines.values())
         apart = ((mine - theirs).norm() / mine.norm()).item()
@@ -216,9 +220,10 @@ def main() -> None:
             raise SystemExit(f"{NAME} computes something else")
         prefill = {name: lambda engine=engine: engine.prefill(ids) for name, engine in engines.items()}
         step = {name: lambda engine=engine: engine.step(ids[0], args.prompt) for name, engine in engines.items()}
+        weights = args.weights and args.weights + (" int8 rows" if options else "")
         rows = [
-            measure("prefill", args.prompt, prefill, model, args.dtype, args.weights, roofs, args.budget),
-            measure("decoding step", 1, step, model, args.dtype, args.weights, roofs, args.budget),
+            measure("prefill", args.prompt, prefill, model, args.dtype, weights, roofs, args.budget),
+            measure("decoding step", 1, step, model, args.dtype, weights, roofs, args.budget),
         ]
     print(render(rows, roofs, about))
     if args.save:

@@ -11,7 +11,12 @@ namespace moekernels::cpu {
 namespace {
 
 constexpr int64_t kIntegerRows = 64;  // of a task
-constexpr int kIntegerTile = MOEKERNELS_VECTOR_BYTES == 64 ? 8 : 2;
+
+// With a scale for each weight row there are fewer vectors at a time than with scales for groups.
+template <bool kByRow>
+constexpr int kIntegerTile = MOEKERNELS_VECTOR_BYTES != 64 ? 2
+                             : kByRow                      ? 8
+                                                           : 4;
 
 // kByRow: a scale for each weight row; else for groups of it.
 template <bool kByRow>
@@ -32,14 +37,17 @@ constexpr int kPackedBytes = (Codes::kVectors + (kByRow ? 0 : 1)) * kVectorBytes
 template <class Codes, bool kByRow>
 class IntegerProduct
     : public QuantizedProduct<IntegerProduct<Codes, kByRow>, Codes, uint8_t, typename IntegerSums<kByRow>::Vector,
-                              typename IntegerSums<kByRow>::Scalar, kIntegerTile, Codes::kVectors * kVectorBytes,
-                              kPackedBytes<Codes, kByRow>> {
+                              typename IntegerSums<kByRow>::Scalar, kIntegerTile<kByRow>,
+                              Codes::kVectors * kVectorBytes, kPackedBytes<Codes, kByRow>> {
   static constexpr int kBlockWeights = Codes::kVectors * kVectorBytes;
   using Sums = typename IntegerSums<kByRow>::Vector;
   using Sum = typename IntegerSums<kByRow>::Scalar;
 
  public:
   static constexpr float kUnit = 1.0f;
+  static constexpr bool kScaledSums = kByRow;
+  template <int kRows>
+  static constexpr int kCols = kRows == 1 || (kRows <= 4 && MOEKERNELS_VECTOR_BYTES == 64) ? 4 : 2;
 
   // The same whatever the codes.
   static QuantizedScratch scratch(const QuantizedGemmParams& p, int64_t columns) {
@@ -68,34 +76,38 @@ class IntegerProduct
   template <int kCols, int kRows>
   MOEKERNELS_INLINE void add_block(const uint8_t* const (&weight)[kCols], const float* const (&scales)[kCols],
                                    int64_t block, const uint8_t* x, Sums (&totals)[kCols * kRows]) const {
+    if constexpr (kRows > 2) asm volatile("" ::: "memory");  // or rows would be kept in registers that are not there
+    VecU w[kCols][Codes::kVectors];
+    VecF scale[kCols] = {};
     MOEKERNELS_UNROLL
     for (int c = 0; c < kCols; ++c) {
-      this->fetch_codes(weight[c]);
-      // Rows are loaded anew for each column, as there are not enough registers to keep them.
-      if constexpr (kRows > 2) asm volatile("" ::: "memory");
-      VecU w[Codes::kVectors];
       MOEKERNELS_UNROLL
-      for (int s = 0; s < Codes::kVectors; ++s) w[s] = Codes::value(weight[c], s);
-      VecF scale{};
-      if constexpr (!kByRow) scale = this->scales_of_lanes(scales[c], block);
+      for (int s = 0; s < Codes::kVectors; ++s) w[c][s] = Codes::value(weight[c], s);
+      if constexpr (!kByRow) scale[c] = this->scales_of_lanes(scales[c], block);
+    }
+    MOEKERNELS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* packed = x + r * kPackedBytes<Codes, kByRow>;
+      VecU operand[Codes::kVectors];
       MOEKERNELS_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* packed = x + r * kPackedBytes<Codes, kByRow>;
+      for (int s = 0; s < Codes::kVectors; ++s) operand[s] = loaded_once(vector_at(packed, s));
+      VecI start{};
+      if constexpr (!kByRow) start = VecI(loaded_once(vector_at(packed, Codes::kVectors)));
+      MOEKERNELS_UNROLL
+      for (int c = 0; c < kCols; ++c) {
         Sums& total = totals[r * kCols + c];
         VecI sum;
         if constexpr (kByRow) {
           sum = total;
         } else {
-          sum = VecI(vector_at(packed, Codes::kVectors));
+          sum = start;
         }
         MOEKERNELS_UNROLL
-        for (int s = 0; s < Codes::kVectors; ++s) {
-          sum = dot_bytes<2 * Codes::kZero - 1>(w[s], vector_at(packed, s), sum);
-        }
+        for (int s = 0; s < Codes::kVectors; ++s) sum = dot_bytes<2 * Codes::kZero - 1>(w[c][s], operand[s], sum);
         if constexpr (kByRow) {
           total = sum;
         } else {
-          total = fma(scale, __builtin_convertvector(sum, VecF), total);
+          total = fma(scale[c], __builtin_convertvector(sum, VecF), total);
         }
       }
     }
@@ -110,11 +122,18 @@ class IntegerProduct
   }
 
   // The codes of zero are taken off.
-  MOEKERNELS_INLINE float finished(Sum sum, int64_t row, const float* scales) const {
-    if constexpr (kByRow) {
-      return static_cast<float>(sum - Codes::kZero * row_sums_[row]) * scales[0] * row_scales_[row];
-    } else {
-      return sum * row_scales_[row];
+  void finish_sums(Sum* sums, int64_t n, int64_t row, int64_t weight_row) const {
+    for (int64_t c = 0; c < n; c += kLanes) {
+      VecF value;
+      if constexpr (kByRow) {
+        float scales[kLanes] = {};
+        this->scales_.load_rows(weight_row + c, min(kLanes, n - c), kUnit, scales);
+        const VecI products = *reinterpret_cast<const VecIMemory*>(sums + c) - Codes::kZero * row_sums_[row];
+        value = __builtin_convertvector(products, VecF) * load(scales);
+      } else {
+        value = load(sums + c);
+      }
+      *reinterpret_cast<VecFMemory*>(sums + c) = value * row_scales_[row];
     }
   }
 

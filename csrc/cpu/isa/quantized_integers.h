@@ -14,6 +14,17 @@ constexpr int kVectorBytes = 4 * kLanes;
 
 typedef uint32_t VecUBytes __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
+typedef int32_t VecIMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+// In a register, where the compiler would read the same memory for each use: processors load fewer vectors at a time
+// than they multiply.
+MOEKERNELS_INLINE VecU loaded_once(VecU v) {
+#if MOEKERNELS_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // 4-bit codes in halves (CodeOrder::kHalves).
 struct NibbleIntegers {
   static constexpr int kVectors = 2, kLaneWeights = 8, kZero = 8;

@@ -12,9 +12,18 @@ namespace {
 constexpr int64_t kQuantizedRows = MOEKERNELS_NATIVE_BFLOAT16 ? 16 : 8;  // of a task
 
 template <class Codes>
-constexpr int kWideningTile = sizeof(typename Codes::Dot::Packed) == 2 ? 8
-                              : MOEKERNELS_VECTOR_BYTES == 64          ? 4
-                                                                       : 2;
+constexpr bool kPairs = sizeof(typename Codes::Dot::Packed) == 2;
+template <class Codes>
+constexpr int kWideningTile = kPairs<Codes>                   ? 8
+                              : MOEKERNELS_VECTOR_BYTES == 64 ? 4
+                                                              : 2;
+// Vectors of registers that a block of widened codes may take, and totals of four weight rows.
+template <class Codes>
+constexpr int kWidenedVectors = kPairs<Codes> ? 16 : 8;
+template <class Codes>
+constexpr int kTotalsOfFour = kPairs<Codes>                   ? 16
+                              : MOEKERNELS_VECTOR_BYTES == 64 ? 8
+                                                              : 4;
 
 template <class Codes>
 class WideningProduct : public QuantizedProduct<WideningProduct<Codes>, Codes, typename Codes::Dot::Packed, VecF, float,
@@ -27,6 +36,9 @@ class WideningProduct : public QuantizedProduct<WideningProduct<Codes>, Codes, t
 
  public:
   static constexpr float kUnit = Codes::kUnit;
+  static constexpr bool kScaledSums = false;
+  template <int kRows>
+  static constexpr int kCols = 4 * kRows <= kTotalsOfFour<Codes> ? 4 : 2;
 
   // The same whatever the codes: rows are rounded up to whole blocks of any.
   static QuantizedScratch scratch(const QuantizedGemmParams& p, int64_t columns) {
@@ -62,32 +74,43 @@ class WideningProduct : public QuantizedProduct<WideningProduct<Codes>, Codes, t
   template <int kCols, int kRows>
   MOEKERNELS_INLINE void add_block(const uint8_t* const (&weight)[kCols], const float* const (&scales)[kCols],
                                    int64_t block, const Packed* x, VecF (&totals)[kCols * kRows]) const {
+    // Columns whose widened codes there are registers for: each vector of rows is loaded once for all of them.
+    constexpr int kMost = kWidenedVectors<Codes> / Codes::kVectors;
+    constexpr int kTogether = kMost < kCols ? kMost : kCols;
     MOEKERNELS_UNROLL
-    for (int c = 0; c < kCols; ++c) {
-      // Rows are loaded anew for each column, as there are not enough registers to keep them.
-      if constexpr (kRows > 2) asm volatile("" ::: "memory");
-      this->fetch_codes(weight[c]);
-      const typename Codes::Block codes = codes_.block(weight[c]);
-      VecF sums[kRows] = {};
+    for (int first = 0; first < kCols; first += kTogether) {
+      if constexpr (kRows > 2) asm volatile("" ::: "memory");  // or rows would be kept in registers that are not there
+      typename Dot::Operand w[kTogether][Codes::kVectors];
+      VecF scale[kTogether];
       MOEKERNELS_UNROLL
-      for (int s = 0; s < Codes::kVectors; ++s) {
-        const typename Dot::Operand w = codes_.value(codes, s);
+      for (int c = 0; c < kTogether; ++c) {
+        const typename Codes::Block codes = codes_.block(weight[first + c]);
         MOEKERNELS_UNROLL
-        for (int r = 0; r < kRows; ++r) {
+        for (int s = 0; s < Codes::kVectors; ++s) w[c][s] = codes_.value(codes, s);
+        scale[c] = this->scales_of_lanes(scales[first + c], block);
+      }
+      MOEKERNELS_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        VecF sums[kTogether] = {};
+        MOEKERNELS_UNROLL
+        for (int s = 0; s < Codes::kVectors; ++s) {
           const typename Dot::Operand operand = Dot::packed(x + (s * kRows + r) * kVectorWeights, 0);
-          sums[r] = Dot::multiply_add(w, operand, sums[r]);
+          MOEKERNELS_UNROLL
+          for (int c = 0; c < kTogether; ++c) sums[c] = Dot::multiply_add(w[c][s], operand, sums[c]);
+        }
+        MOEKERNELS_UNROLL
+        for (int c = 0; c < kTogether; ++c) {
+          VecF& total = totals[r * kCols + first + c];
+          total = fma(scale[c], sums[c], total);
         }
       }
-      const VecF scale = this->scales_of_lanes(scales[c], block);
-      MOEKERNELS_UNROLL
-      for (int r = 0; r < kRows; ++r) totals[r * kCols + c] = fma(scale, sums[r], totals[r * kCols + c]);
     }
   }
 
   static MOEKERNELS_INLINE void add_lanes(const VecF (&four)[4], float* sums) {
     reduce_4(four[0], four[1], four[2], four[3], sums, false);
   }
-  static MOEKERNELS_INLINE float finished(float sum, int64_t, const float*) { return sum; }
+  static MOEKERNELS_INLINE void finish_sums(float*, int64_t, int64_t, int64_t) {}
 
  private:
   static int64_t row_size(const QuantizedGemmParams& p) { return round_up(p.gemm.in_features, kMostVectors * kLanes); }

@@ -3,7 +3,8 @@
 //   for each tile of rows                           as the kernel has packed them; in the first-level cache
 //     for each few weight rows                      read from memory once
 //       for each block of codes      add_block
-//       the sums over lanes          finished
+//       the sums over lanes
+//     for each row                   finish_sums
 //   bias, activation, gate, scale and rounding, row by row
 //
 // A sum takes the same steps however many rows and weight rows are at hand, so its bits do not depend on them.
@@ -18,8 +19,7 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr int kQuantizedCols = 4;                                       // weight rows whose scales are at hand
-constexpr int kQuantizedSums = MOEKERNELS_VECTOR_BYTES == 64 ? 16 : 4;  // of a tile, in registers
+constexpr int kQuantizedCols = 4;  // weight rows whose scales are at hand
 
 // Where the pieces of a task lie in its scratch, in bytes: packed rows, then these.
 struct QuantizedScratch {
@@ -41,26 +41,37 @@ struct QuantizedScratch {
 
 // `Kernel` derives from this and has
 //   kUnit                                              what scales are multiplied with
+//   kScaledSums                                        whether they are, in finish_sums instead of add_block
+//   kCols<kRows>                                       weight rows at a time, 4 at most, times kRows rows
 //   add_block(weight, scales, block, x, totals)        a block of codes of each weight row, times packed rows
 //   add_lanes(four, sums)                              the sums over the lanes of four totals
-//   finished(sum, row, scales)                         the value of such a sum
-// Total and Sum: a vector, and what its lanes add up to. A row of a tile has kPackedBlock elements for a block of
-// codes.
+//   finish_sums(sums, n, row, weight_row)              the values of such sums of a row, in their place
+// Total and Sum: a vector, and what its lanes add up to, of 32 bits. A row of a tile has kPackedBlock elements for a
+// block of codes.
 template <class Kernel, class Codes, class Packed, class Total, class Sum, int kTileRows, int kBlockWeights,
           int kPackedBlock>
 class QuantizedProduct {
  public:
   // Weight rows `first` + the columns of the task, to the sums of every row from `target` on.
   void multiply_columns(int64_t first, int64_t target) {
+    const int64_t begin = first + task_.col_begin;
+    if (Kernel::kScaledSums) scales_.fetch_rows(begin, columns_);
     for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+      const int64_t row = tiles_.begin(tile), rows = tiles_.size(tile);
+      Sum* sums = sums_ + row * place_.sums_stride + target;
       for (int64_t c = 0; c < columns_; c += kQuantizedCols) {
         const int64_t n = min(kQuantizedCols, columns_ - c);
-        const int64_t weight_row = first + task_.col_begin + c;
-        for (int64_t i = 0; i < n; ++i) {
-          scales_.load_row(weight_row + i, Kernel::kUnit, scale_rows_ + i * place_.scale_stride);
-          scales_.fetch_row(weight_row + i + kQuantizedCols);
+        const int64_t weight_row = begin + c;
+        if constexpr (!Kernel::kScaledSums) {
+          for (int64_t i = 0; i < n; ++i) {
+            scales_.load_rows(weight_row + i, 1, Kernel::kUnit, scale_rows_ + i * place_.scale_stride);
+          }
+          scales_.fetch_rows(weight_row + kQuantizedCols, n);
         }
-        multiply_panel<kTileRows>(weight_row, n, tile, target + c);
+        multiply_panel<kTileRows>(weight_row, n, packed_ + row * row_size_, rows, sums + c);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        kernel().finish_sums(sums + r * place_.sums_stride, columns_, row + r, begin);
       }
     }
   }
@@ -72,24 +83,19 @@ class QuantizedProduct {
       : p_(params.gemm),
         task_(task),
         tiles_(task.row_end - task.row_begin, kTileRows),
-        row_bytes_(p_.in_features * Codes::kBlockBytes / kBlockWeights),
         scales_(params, task.expert),
+        row_bytes_(p_.in_features * Codes::kBlockBytes / kBlockWeights),
         place_(place),
         row_size_(row_size),
         packed_(reinterpret_cast<Packed*>(scratch)),
         scale_rows_(reinterpret_cast<float*>(scratch + place.scales)),
-        sums_(reinterpret_cast<float*>(scratch + place.sums)),
+        sums_(reinterpret_cast<Sum*>(scratch + place.sums)),
         columns_(task.col_end - task.col_begin),
         blocks_(p_.in_features / kBlockWeights),
-        matrix_(static_cast<const uint8_t*>(params.weight.codes) + task.expert * params.weight.codes_stride) {
-    const int64_t group = params.weight.group;
-    if (group >= p_.in_features) {
-      group_shift_ = 30;
-    } else {
-      while (int64_t{1} << group_shift_ < group) ++group_shift_;
-    }
+        matrix_(static_cast<const uint8_t*>(params.weight.codes) + task.expert * params.weight.codes_stride),
+        group_shift_(scales_.group_shift()) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      group_of_lane_[lane] = uint32_t(Codes::kLaneWeights * lane >> group_shift_);
+      group_of_lane_[lane] = uint32_t(int64_t{Codes::kLaneWeights} * lane >> group_shift_);
     }
     // Of the last block a part may lie behind the row: its sums are zero, and scales must be numbers.
     for (int i = 0; i < kQuantizedCols; ++i) {
@@ -104,31 +110,28 @@ class QuantizedProduct {
     return permute_lanes(load(scales + (block * kBlockWeights >> group_shift_)), group_of_lane_);
   }
 
-  MOEKERNELS_INLINE void fetch_codes(const uint8_t* block) const {
-    fetch_ahead(block + kQuantizedCols * row_bytes_, Codes::kBlockBytes);
-  }
-
   const GroupedGemmParams& p_;
   const GemmTask& task_;
   const Parts tiles_;  // of the rows
+  const QuantizedScales scales_;
 
  private:
   const Kernel& kernel() const { return static_cast<const Kernel&>(*this); }
 
-  // A tile, of kRows rows at most, times n <= kQuantizedCols weight rows.
+  // A tile x of `rows` <= kRows rows times n <= kQuantizedCols weight rows.
   template <int kRows>
-  void multiply_panel(int64_t weight_row, int64_t n, int64_t tile, int64_t target) {
+  void multiply_panel(int64_t weight_row, int64_t n, const Packed* x, int64_t rows, Sum* sums) {
     if constexpr (kRows > 1) {
-      if (tiles_.size(tile) < kRows) return multiply_panel<kRows - 1>(weight_row, n, tile, target);
+      if (rows < kRows) return multiply_panel<kRows - 1>(weight_row, n, x, rows, sums);
     }
-    constexpr int kCols = kRows == 1 || kRows * kQuantizedCols <= kQuantizedSums / 2 ? kQuantizedCols : 2;
+    constexpr int kCols = Kernel::template kCols<kRows>;
     int64_t c = 0;
-    for (; c + kCols <= n; c += kCols) multiply<kCols, kRows>(weight_row + c, c, tile, target + c);
-    for (; c < n; ++c) multiply<1, kRows>(weight_row + c, c, tile, target + c);
+    for (; c + kCols <= n; c += kCols) multiply<kCols, kRows>(weight_row + c, c, x, sums + c);
+    for (; c < n; ++c) multiply<1, kRows>(weight_row + c, c, x, sums + c);
   }
 
   template <int kCols, int kRows>
-  void multiply(int64_t weight_row, int64_t scale_row, int64_t tile, int64_t target) {
+  void multiply(int64_t weight_row, int64_t scale_row, const Packed* x, Sum* sums) {
     const uint8_t* weight[kCols];
     const float* scales[kCols];
     Total totals[kCols * kRows] = {};
@@ -137,8 +140,11 @@ class QuantizedProduct {
       weight[c] = matrix_ + (weight_row + c) * row_bytes_;
       scales[c] = scale_rows_ + (scale_row + c) * place_.scale_stride;
     }
-    const Packed* x = tile_at(tile);
+    // Codes of weight rows to come, in the order of memory, which is that of no one of these.
+    const uint8_t* next = weight[0] + round_up(kBytesAhead, kQuantizedCols * row_bytes_);
     for (int64_t block = 0; block < blocks_; ++block, x += kRows * kPackedBlock) {
+      fetch_ahead(next, kCols * Codes::kBlockBytes);
+      next += kCols * Codes::kBlockBytes;
       kernel().template add_block<kCols, kRows>(weight, scales, block, x, totals);
       MOEKERNELS_UNROLL
       for (int c = 0; c < kCols; ++c) weight[c] += Codes::kBlockBytes;
@@ -152,13 +158,12 @@ class QuantizedProduct {
       }
       kernel().template add_block<kCols, kRows>(weight, scales, blocks_, x, totals);
     }
-    store_sums<kCols, kRows>(totals, scales, tiles_.begin(tile), target);
+    store_sums<kCols, kRows>(totals, sums);
   }
 
   // Four at a time, which changes none.
   template <int kCols, int kRows>
-  MOEKERNELS_INLINE void store_sums(const Total (&totals)[kCols * kRows], const float* const (&scales)[kCols],
-                                    int64_t first_row, int64_t target) {
+  MOEKERNELS_INLINE void store_sums(const Total (&totals)[kCols * kRows], Sum* target) {
     constexpr int kTotals = kCols * kRows;
     MOEKERNELS_UNROLL
     for (int first = 0; first < kTotals; first += 4) {
@@ -172,24 +177,21 @@ class QuantizedProduct {
       MOEKERNELS_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int at = first + i;
-        if (at >= kTotals) continue;
-        const int64_t row = first_row + at / kCols;
-        sums_[row * place_.sums_stride + target + at % kCols] = kernel().finished(sums[i], row, scales[at % kCols]);
+        if (at < kTotals) target[at / kCols * place_.sums_stride + at % kCols] = sums[i];
       }
     }
   }
 
   const int64_t row_bytes_;  // of codes
-  const QuantizedScales scales_;
   const QuantizedScratch& place_;
   const int64_t row_size_;
   Packed* const packed_;
   float* const scale_rows_;
-  float* const sums_;
+  Sum* const sums_;
   const int64_t columns_;
   const int64_t blocks_;  // whole ones of a row
   const uint8_t* const matrix_;
-  int group_shift_ = 0;
+  const int group_shift_;
   VecU group_of_lane_;  // which of the scales of a block
 };
 

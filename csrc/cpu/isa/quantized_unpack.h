@@ -7,18 +7,6 @@
 namespace moekernels::cpu {
 namespace {
 
-template <class T>
-MOEKERNELS_INLINE void store_rounded(T* p, VecF v) {
-  store(p, v);
-}
-#if MOEKERNELS_NATIVE_BFLOAT16
-// In one instruction, which takes subnormal numbers for zeros, as the products do too.
-MOEKERNELS_INLINE void store_rounded(BFloat16* p, VecF v) {
-  const __m512bh words = _mm512_cvtne2ps_pbh(v, v);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(__m512i(words)));
-}
-#endif
-
 // A group of a row of the weight, in the order of memory: a multiple of 32 of 4-bit codes.
 template <class Codes, class T>
 MOEKERNELS_INLINE void unpack_group(const Codes& codes, const uint8_t* p, VecF scale, int64_t n, T* out) {
@@ -30,11 +18,11 @@ MOEKERNELS_INLINE void unpack_group(const Codes& codes, const uint8_t* p, VecF s
       if constexpr (Codes::kPaired) {
         VecF first, second;
         interleave(high, low, first, second);
-        store_rounded(out + k + 2 * i, first);
-        store_rounded(out + k + 2 * i + kLanes, second);
+        store(out + k + 2 * i, first);
+        store(out + k + 2 * i + kLanes, second);
       } else {
-        store_rounded(out + k + i, low);
-        store_rounded(out + k + 16 + i, high);
+        store(out + k + i, low);
+        store(out + k + 16 + i, high);
       }
     }
   }
@@ -43,7 +31,7 @@ MOEKERNELS_INLINE void unpack_group(const Codes& codes, const uint8_t* p, VecF s
 template <int kRuns, class T>
 MOEKERNELS_INLINE void unpack_group(const SignedBytes<kRuns>& codes, const uint8_t* p, VecF scale, int64_t n, T* out) {
   int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) store_rounded(out + k, codes.value(p + k, 0) * scale);
+  for (; k + kLanes <= n; k += kLanes) store(out + k, codes.value(p + k, 0) * scale);
   if (k < n) {
     uint8_t last[kLanes] = {};
     for (int64_t i = k; i < n; ++i) last[i - k] = p[i];
@@ -51,21 +39,73 @@ MOEKERNELS_INLINE void unpack_group(const SignedBytes<kRuns>& codes, const uint8
   }
 }
 
+#if MOEKERNELS_NATIVE_BFLOAT16
+// To bfloat16 by an instruction that takes subnormal numbers for zeros, as the products do too. A group has but 16
+// values: they are scaled and rounded once, and looked up as 16-bit words.
+template <CodeOrder kOrder>
+MOEKERNELS_INLINE void unpack_group(const TableNibbles<kOrder>& codes, const uint8_t* p, VecF scale, int64_t n,
+                                    BFloat16* out) {
+  const VecF values = codes.code(VecU{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) * scale;
+  const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values, values));  // twice: the fifth bit of an index is any
+  for (int64_t k = 0; k < n; k += 32) {
+    __m512i index;
+    if constexpr (kOrder == CodeOrder::kPairs) {
+      const VecU bytes = load_bytes(p + k / 2);
+      index = __m512i(bytes << 16 | bytes >> 4);
+    } else {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k / 2));
+      const __m512i words = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
+      index = _mm512_mask_srli_epi16(words, 0xffff0000u, words, 4);
+    }
+    _mm512_storeu_si512(out + k, _mm512_permutexvar_epi16(index, table));
+  }
+}
+
+template <int kRuns>
+MOEKERNELS_INLINE void unpack_group(const SignedBytes<kRuns>& codes, const uint8_t* p, VecF scale, int64_t n,
+                                    BFloat16* out) {
+  const auto rounded = [&](const uint8_t* bytes) {
+    return _mm512_cvtne2ps_pbh(codes.value(bytes + kLanes, 0) * scale, codes.value(bytes, 0) * scale);
+  };
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= n; k += 2 * kLanes) _mm512_storeu_si512(out + k, __m512i(rounded(p + k)));
+  if (k < n) {
+    uint8_t last[2 * kLanes] = {};
+    BFloat16 values[2 * kLanes];
+    for (int64_t i = k; i < n; ++i) last[i - k] = p[i];
+    _mm512_storeu_si512(values, __m512i(rounded(last)));
+    for (int64_t i = k; i < n; ++i) out[i] = values[i - k];
+  }
+}
+#endif
+
 template <class Codes, class T>
 void unpack_task(const QuantizedGemmParams& params, int64_t expert, int64_t row_begin, int64_t row_end, void* out,
                  float* scratch) {
+  constexpr int64_t kPiece = 256;  // weights whose fetching is spread over the others
+  constexpr int kCodesPerByte = Codes::kVectors * kLanes / Codes::kBlockBytes;
   const QuantizedScales scales(params, expert);
   const Codes codes(params.weight);
-  const int64_t n = params.gemm.in_features, row_bytes = n * Codes::kBlockBytes / (Codes::kVectors * kLanes);
-  const int64_t group_bytes = row_bytes / scales.per_row();
-  const uint8_t* matrix = static_cast<const uint8_t*>(params.weight.codes) + expert * params.weight.codes_stride;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    fetch_ahead(matrix + (row + 2) * row_bytes, row_bytes);
-    scales.load_row(row, 1.0f, scratch);
-    T* target = static_cast<T*>(out) + (row - row_begin) * n;
-    for (int64_t i = 0; i < scales.per_row(); ++i) {
-      const uint8_t* p = matrix + row * row_bytes + i * group_bytes;
-      unpack_group(codes, p, set1(scratch[i]), params.weight.group, target + i * params.weight.group);
+  const int64_t n = params.gemm.in_features, row_bytes = n / kCodesPerByte;
+  const int64_t step = min(params.weight.group, kPiece);
+  const int shift = scales.group_shift();
+  const uint8_t* row =
+      static_cast<const uint8_t*>(params.weight.codes) + expert * params.weight.codes_stride + row_begin * row_bytes;
+  T* target = static_cast<T*>(out);
+  for (int64_t r = row_begin; r < row_end; ++r, row += row_bytes, target += n) {
+    scales.load_rows(r, 1, 1.0f, scratch);
+    for (int64_t piece = 0; piece < n; piece += kPiece) {
+      fetch_ahead(row + piece / kCodesPerByte + kBytesAhead, kPiece / kCodesPerByte);
+      const int64_t end = min(piece + kPiece, n);
+      if (step == 32) {  // known to the compiler, as it is the most frequent and has the most groups
+        for (int64_t k = piece; k < end; k += 32) {
+          unpack_group(codes, row + k / kCodesPerByte, set1(scratch[k >> 5]), 32, target + k);
+        }
+        continue;
+      }
+      for (int64_t k = piece; k < end; k += step) {
+        unpack_group(codes, row + k / kCodesPerByte, set1(scratch[k >> shift]), min(step, end - k), target + k);
+      }
     }
   }
 }
