@@ -1,9 +1,10 @@
 // rows [N, K], quantised weight [E, M, K], expert_offsets [E + 1] -> out [N, M], or [N, M / 2] when gated
 //
-// A task is all rows of an expert times a block of its columns, whose codes are read once. Few rows are multiplied
-// while the codes are widened. For many the block is unpacked to the dtype of the rows and multiplied by the grouped
-// GEMM's own kernel. Rows that are rounded to 8 bits are multiplied by the codes, however many there are. Workers take
-// tasks from a common counter; each output belongs to one task, so who took it does not matter.
+// A task is rows of an expert times a block of its columns. Few rows are multiplied while the codes are widened. For
+// many the block is unpacked to the dtype of the rows and multiplied by the grouped GEMM's own kernel. Rows that are
+// rounded to 8 bits are multiplied by the codes, however many there are, so many at a time: the tasks of the same rows
+// come one after the other and find them packed. Workers take tasks from a common counter; each output belongs to one
+// task, so who took it does not matter.
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -38,13 +39,16 @@ class QuantizedGemm {
       // Clamped, so that wrong offsets give wrong results but stay inside the tensors.
       const int64_t begin = clamp(p_.expert_offsets[expert], 0, p_.num_rows);
       end = clamp(p_.expert_offsets[expert + 1], begin, p_.num_rows);
-      if (end > begin) visits_.push_back({expert, begin, end});
+      const int64_t rows = end - begin, parts = streams(rows) ? ceil_div(rows, codes_.max_rows) : rows > 0;
+      for (int64_t i = 0; i < parts; ++i) {
+        visits_.push_back({expert, begin + rows * i / parts, begin + rows * (i + 1) / parts});
+      }
     }
     first_unused_row_ = p_.num_experts > 0 ? end : 0;
-    const int64_t experts = static_cast<int64_t>(visits_.size());
-    num_workers_ = clamp(experts * p_.out_features * p_.in_features / kWeightsPerWorker, 1, parallel.num_threads);
+    const int64_t visits = static_cast<int64_t>(visits_.size());
+    num_workers_ = clamp(visits * p_.out_features * p_.in_features / kWeightsPerWorker, 1, parallel.num_threads);
     columns_ = kWeightRows / gates_;
-    while (columns_ > kMinWeightRows / gates_ && experts * col_blocks() < kTasksPerWorker * num_workers_) columns_ /= 2;
+    while (columns_ > kMinWeightRows / gates_ && visits * col_blocks() < kTasksPerWorker * num_workers_) columns_ /= 2;
     gemm_offset_ = round_up(gates_ * columns_ * p_.in_features * size_of(p_.dtype), 64);
     const int64_t scales = round_up(p_.in_features / params.weight.group * int64_t{4}, 64);
     const int64_t unpacking = gemm_offset_ + (scales > blocking_.scratch_bytes ? scales : blocking_.scratch_bytes);
@@ -66,6 +70,8 @@ class QuantizedGemm {
     int64_t expert, begin, end;  // of its rows
   };
 
+  // Whether so many rows of an expert are multiplied by the codes themselves.
+  bool streams(int64_t rows) const { return rows <= codes_.max_rows || params_.int8_rows || p_.batch_invariant; }
   int64_t col_blocks() const { return ceil_div(width_, columns_); }
 
   void work(int64_t worker) {
@@ -76,21 +82,13 @@ class QuantizedGemm {
       const Visit& visit = visits_[static_cast<size_t>(i / col_blocks())];
       const int64_t begin = i % col_blocks() * columns_;
       const int64_t end = clamp(begin + columns_, 0, width_);
-      if (visit.end - visit.begin <= codes_.max_rows || params_.int8_rows || p_.batch_invariant) {
-        stream(visit, begin, end, packed_row, scratch);
+      if (streams(visit.end - visit.begin)) {
+        codes_.run(params_, {visit.expert, visit.begin, visit.end, begin, end, visit.begin == packed_row}, scratch);
+        packed_row = visit.begin;
       } else {
         unpack(visit, begin, end, scratch);
         packed_row = -1;
       }
-    }
-  }
-
-  void stream(const Visit& visit, int64_t col_begin, int64_t col_end, int64_t& packed_row, char* scratch) const {
-    const int64_t rows = visit.end - visit.begin, parts = ceil_div(rows, codes_.max_rows);
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = visit.begin + rows * i / parts, end = visit.begin + rows * (i + 1) / parts;
-      codes_.run(params_, {visit.expert, begin, end, col_begin, col_end, begin == packed_row}, scratch);
-      packed_row = begin;
     }
   }
 

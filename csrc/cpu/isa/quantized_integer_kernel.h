@@ -167,8 +167,10 @@ class IntegerProduct
         store_low_bytes(block + i, rounded(load_n(values + k + i, this->p_.in_features - k - i) * inverse));
       }
       alignas(64) int8_t bytes[kBlockWeights];
-      MOEKERNELS_UNROLL
-      for (int i = 0; i < kBlockWeights; ++i) bytes[i] = block[Codes::weight_at(i / kVectorBytes, i % kVectorBytes)];
+      for (int i = 0; i < kBlockWeights; i += 4) {
+        const int8_t* four = block + Codes::weight_at(i / kVectorBytes, i % kVectorBytes);
+        *reinterpret_cast<FourBytes*>(bytes + i) = *reinterpret_cast<const FourBytes*>(four);
+      }
       VecI sums{};
       for (int s = 0; s < Codes::kVectors; ++s) {
         const VecU x = *reinterpret_cast<const VecUBytes*>(bytes + s * kVectorBytes);

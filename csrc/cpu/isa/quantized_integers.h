@@ -14,6 +14,7 @@ constexpr int kVectorBytes = 4 * kLanes;
 
 typedef uint32_t VecUBytes __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
+typedef uint32_t FourBytes __attribute__((aligned(1), may_alias));
 typedef int32_t VecIMemory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 // In a register, where the compiler would read the same memory for each use: processors load fewer vectors at a time
@@ -30,7 +31,7 @@ struct NibbleIntegers {
   static constexpr int kVectors = 2, kLaneWeights = 8, kZero = 8;
   static constexpr int kBlockBytes = kVectorBytes;
 
-  // Which weight of a block is in byte `byte` of vector s.
+  // Which weight of a block is in byte `byte` of vector s. Four bytes that are multiplied at once are neighbours.
   static MOEKERNELS_INLINE int weight_at(int s, int byte) { return byte / 16 * 32 + byte % 16 + 16 * s; }
   static MOEKERNELS_INLINE VecU value(const uint8_t* block, int s) {
     return *reinterpret_cast<const VecUBytes*>(block) >> 4 * s & 0x0f0f0f0fu;
