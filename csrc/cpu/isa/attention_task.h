@@ -22,8 +22,8 @@ struct AttentionScratch {
 
   explicit AttentionScratch(const AttentionParams& p)
       : stride(round_up(p.num_keys > 0 ? p.num_keys : 1, kLanes)),
-        scores(kTileRows * round_up(p.head_dim, Dot::kStep) * int64_t(sizeof(typename Dot::Packed))),
-        bytes(scores + kTileRows * stride * int64_t(sizeof(float))) {}
+        scores(Dot::kTileRows * round_up(p.head_dim, Dot::kStep) * int64_t(sizeof(typename Dot::Packed))),
+        bytes(scores + Dot::kTileRows * stride * int64_t(sizeof(float))) {}
 };
 
 template <class Dot>
@@ -96,31 +96,15 @@ class AttentionTaskRunner {
     return p_.num_keys == 0 ? 0.0f : 1.0f / sum_of(sums);
   }
 
-  template <bool kWhole>
+  template <bool kWhole, int kRows = Dot::kTileRows>
   void add_values(int64_t col) {
-    switch (num_rows_) {
-      case 1:
-        return add_values<kWhole, 1>(col);
-      case 2:
-        return add_values<kWhole, 2>(col);
-#if MOEKERNELS_VECTOR_BYTES >= 32
-      case 3:
-        return add_values<kWhole, 3>(col);
-#endif
-#if MOEKERNELS_VECTOR_BYTES >= 64
-      case 4:
-        return add_values<kWhole, 4>(col);
-      case 5:
-        return add_values<kWhole, 5>(col);
-      case 6:
-        return add_values<kWhole, 6>(col);
-#endif
-    }
+    if (num_rows_ == kRows) return add_values_of<kWhole, kRows>(col);
+    if constexpr (kRows > 1) add_values<kWhole, kRows - 1>(col);
   }
 
   // Columns col .. col + 4 vectors of all rows, or what is left of them.
   template <bool kWhole, int kRows>
-  void add_values(int64_t col) {
+  void add_values_of(int64_t col) {
     const T* values = rows_.value(0) + col;
     const int64_t n = kWhole ? kTileCols * kLanes : p_.head_dim - col;
     VecF sums[kRows][kTileCols];
@@ -155,14 +139,14 @@ class AttentionTaskRunner {
   const AttentionScratch<Dot> scratch_;
   PackedRows<Dot> packed_;
   float* const scores_;
-  typename AttentionRows<T>::Row row_[kTileRows];
-  float factors_[kTileRows];
+  typename AttentionRows<T>::Row row_[Dot::kTileRows];
+  float factors_[Dot::kTileRows];
 };
 
 template <class Dot>
 constexpr AttentionKernel attention_kernel() {
   return {
-      .max_rows = kTileRows,
+      .max_rows = Dot::kTileRows,
       .max_head_dim = INT64_MAX,
       .scratch_bytes = [](const AttentionParams& params) { return AttentionScratch<Dot>(params).bytes; },
       .run = [](const AttentionParams& params, const AttentionTask& task,

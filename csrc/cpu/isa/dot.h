@@ -12,6 +12,9 @@
 namespace moekernels::cpu {
 namespace {
 
+// Rows that are multiplied with four weight rows at a time: as many as there are registers for sums and operands.
+constexpr int kMostTileRows = MOEKERNELS_VECTOR_BYTES == 64 ? 6 : MOEKERNELS_VECTOR_BYTES == 32 ? 3 : 2;
+
 struct DotFloat32 {
   using Weight = float;
   using Packed = float;
@@ -19,6 +22,7 @@ struct DotFloat32 {
   static constexpr int kStep = kLanes;  // elements of K per step
   static constexpr int kVectors = 1;    // operands per step
   static constexpr int kChunk = 512;    // elements of K summed in registers before lanes are added up
+  static constexpr int kTileRows = kMostTileRows;
 
   static MOEKERNELS_INLINE Operand weight(const Weight* p, int) { return load(p); }
   static MOEKERNELS_INLINE Operand packed(const Packed* p, int) { return load(p); }
@@ -36,12 +40,19 @@ struct DotBFloat16 {
   static constexpr int kStep = 2 * kLanes;
   static constexpr int kVectors = 2;
   static constexpr int kChunk = 512;
+  static constexpr int kTileRows = MOEKERNELS_VECTOR_BYTES == 64 ? 5 : kMostTileRows;  // a mask takes a register
 
   static MOEKERNELS_INLINE Operand weight(const Weight* p, int vector) {
     const VecU words = *reinterpret_cast<const VecUMemory*>(p);
     return vector == 0 ? VecF(words << 16) : VecF(words & 0xffff0000u);
   }
-  static MOEKERNELS_INLINE Operand packed(const Packed* p, int vector) { return load(p + vector * kLanes); }
+  static MOEKERNELS_INLINE Operand packed(const Packed* p, int vector) {
+    VecF v = load(p + vector * kLanes);
+#if MOEKERNELS_VECTOR_BYTES == 64
+    asm("" : "+v"(v));  // GCC would load it again for each weight
+#endif
+    return v;
+  }
   static MOEKERNELS_INLINE VecF multiply_add(Operand a, Operand b, VecF c) { return fma(a, b, c); }
   static MOEKERNELS_INLINE void pack(const Weight* p, Packed* target) {
     store(target, weight(p, 0));
@@ -56,6 +67,7 @@ struct DotFloat16 {
   static constexpr int kStep = kLanes;
   static constexpr int kVectors = 1;
   static constexpr int kChunk = 512;
+  static constexpr int kTileRows = kMostTileRows;
 
   static MOEKERNELS_INLINE Operand weight(const Weight* p, int) { return load(p); }
   static MOEKERNELS_INLINE Operand packed(const Packed* p, int) { return load(p); }
@@ -71,6 +83,7 @@ struct DotBFloat16Native {
   static constexpr int kStep = 2 * kLanes;
   static constexpr int kVectors = 1;
   static constexpr int kChunk = 1024;
+  static constexpr int kTileRows = kMostTileRows;
 
   static MOEKERNELS_INLINE Operand weight(const Weight* p, int) { return *reinterpret_cast<const VecUMemory*>(p); }
   static MOEKERNELS_INLINE Operand packed(const Packed* p, int) { return weight(p, 0); }

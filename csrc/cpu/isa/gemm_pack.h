@@ -16,12 +16,15 @@ class PackedRows {
   using Packed = typename Dot::Packed;
 
   PackedRows(void* memory, int64_t rows)
-      : packed_(static_cast<Packed*>(memory)), rows_(rows), tiles_(ceil_div(rows, kTileRows)) {}
+      : packed_(static_cast<Packed*>(memory)),
+        tiles_(ceil_div(rows, Dot::kTileRows)),
+        least_(tiles_ > 0 ? rows / tiles_ : 0),
+        larger_(rows - tiles_ * least_) {}
 
-  int64_t rows() const { return rows_; }
+  int64_t rows() const { return tile_begin(tiles_); }
   int64_t tiles() const { return tiles_; }
-  int64_t tile_begin(int64_t tile) const { return rows_ * tile / tiles_; }
-  int64_t tile_rows(int64_t tile) const { return tile_begin(tile + 1) - tile_begin(tile); }
+  int64_t tile_begin(int64_t tile) const { return tile * least_ + min(tile, larger_); }
+  int64_t tile_rows(int64_t tile) const { return least_ + (tile < larger_); }
 
   // Where element k, a multiple of Dot::kStep, of a tile's rows begins.
   const Packed* at(int64_t tile, int64_t k) const { return packed_ + tile_begin(tile) * depth_ + k * tile_rows(tile); }
@@ -50,37 +53,32 @@ class PackedRows {
 
  private:
   Packed* packed_;
-  int64_t rows_, tiles_;
+  int64_t tiles_;
+  int64_t least_, larger_;  // the rows of a tile, and how many tiles have one more
   int64_t depth_ = 0;
 };
 
-// What is fetched while a panel of weights is multiplied, a chunk of K at a time.
-template <class Weight>
-struct PanelFetch {
-  const Weight* far[kTileCols];   // from memory, by the first tiles, which share them; unless has_far is false,
-                                  // and where MOEKERNELS_FETCH_FROM_MEMORY says that it pays
-  const Weight* near[kTileCols];  // from the second-level cache, by the last one; unless has_near is false
-  bool has_far = false;
-  bool has_near = false;
-};
-
-// One chunk of K of all rows times one panel of weights; `t` has the weights, n and what to do with the sums.
+// One chunk of K of the rows of tiles begin .. end times one panel of weights; `t` has the weights, n and what to do
+// with the sums. What is far is fetched by the first tiles of all, which share it, and where MOEKERNELS_FETCH_FROM_MEMORY
+// says that it pays; what is near by the last tile.
 template <class Dot>
-MOEKERNELS_INLINE void multiply_panel(const PackedRows<Dot>& rows, int64_t k, float* sums,
-                                      const PanelFetch<typename Dot::Weight>& fetch, TileOperands<Dot>& t) {
-  for (int64_t tile = 0; tile < rows.tiles(); ++tile) {
+MOEKERNELS_INLINE void multiply_panel(const PackedRows<Dot>& rows, int64_t begin, int64_t end, int64_t k, float* sums,
+                                      TileOperands<Dot>& t) {
+  const int64_t sharers = MOEKERNELS_FETCH_FROM_MEMORY ? min(rows.tiles(), kTileCols) : 0;
+  const typename Dot::Weight* far[kTileCols];
+  for (int c = 0; c < kTileCols; ++c) far[c] = t.far[c];
+  for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t tile_rows = rows.tile_rows(tile);
     t.rows = rows.at(tile, k);
     t.sums = sums + rows.tile_begin(tile) * t.sums_stride;
-    if (MOEKERNELS_FETCH_FROM_MEMORY && fetch.has_far && tile < kTileCols) {
-      const int64_t sharers = min(rows.tiles(), kTileCols);
-      for (int c = 0; c < kTileCols; ++c) t.prefetch[c] = c % sharers == tile ? fetch.far[c] : t.weight[c];
-      multiply_tile<Dot, Prefetch::kToSecondLevel>(tile_rows, t);
-    } else if (fetch.has_near && tile == rows.tiles() - 1) {
-      for (int c = 0; c < kTileCols; ++c) t.prefetch[c] = fetch.near[c];
-      multiply_tile<Dot, Prefetch::kToFirstLevel>(tile_rows, t);
+    const bool near = tile == end - 1;
+    if (tile < sharers) {
+      if (sharers > 1) {
+        for (int c = 0; c < kTileCols; ++c) t.far[c] = c % sharers == tile ? far[c] : t.weight[c];
+      }
+      near ? multiply_tile<Dot, Prefetch::kBoth>(tile_rows, t) : multiply_tile<Dot, Prefetch::kFar>(tile_rows, t);
     } else {
-      multiply_tile<Dot, Prefetch::kNone>(tile_rows, t);
+      near ? multiply_tile<Dot, Prefetch::kNear>(tile_rows, t) : multiply_tile<Dot, Prefetch::kNone>(tile_rows, t);
     }
   }
 }

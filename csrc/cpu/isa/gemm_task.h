@@ -2,9 +2,11 @@
 //
 //   pack the rows, gathering and widening                      into tiles [steps][tile rows][step]
 //   for each block of columns                                  whose sums stay in the second-level cache
-//     for each panel of 4 weight rows                          read from memory once
-//       for each chunk of K                                    panel and tile stay in the first-level cache
-//         for each tile of rows                                multiply_tile; the next panel is prefetched meanwhile
+//     for each block of panels of 4 weight rows                read from memory once, into the second-level cache
+//       for each chunk of K
+//         for each group of tiles of rows                      that stays in the first-level cache
+//           for each panel                                     which stays there, too, while it meets
+//             for each tile                                    multiply_tile; later panels are prefetched meanwhile
 //     bias, activation, gate, scale and rounding, row by row
 //
 // Where K is so long that the packed rows would not fit, the block of columns goes through K in several parts, each
@@ -20,10 +22,13 @@
 namespace moekernels::cpu {
 namespace {
 
+constexpr int64_t kBlockWeightRows = 128;  // whose sums are kept at a time
+
 template <class Dot>
 class GemmTaskRunner {
  public:
   using Weight = typename Dot::Weight;
+  static constexpr int64_t kBlockPanels = 8;
 
   GemmTaskRunner(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task, void* scratch)
       : p_(params),
@@ -40,10 +45,11 @@ class GemmTaskRunner {
     if (pack_once_) pack(0, p_.in_features);
     for (Columns cols = columns_at(task_.col_begin); cols.count > 0; cols = columns_at(cols.begin + cols.count)) {
       if (p_.in_features == 0) clear_sums(cols);
+      find_weight_rows(cols);
       for (int64_t k = 0; k < p_.in_features; k += blocking_.depth) {
-        const int64_t n = min(blocking_.depth, p_.in_features - k);
-        if (!pack_once_) pack(k, n);
-        multiply(cols, k, n);
+        const Part part{cols, k, min(blocking_.depth, p_.in_features - k)};
+        if (!pack_once_) pack(k, part.depth);
+        multiply(part);
       }
       for (int64_t row = 0; row < rows_.rows(); ++row) finish(cols, row);
     }
@@ -57,10 +63,23 @@ class GemmTaskRunner {
     int64_t sums_stride;  // twice that when gated: the gate's sums, then the value's
   };
 
+  // A block of columns, and the elements of K that are packed.
+  struct Part {
+    Columns cols;
+    int64_t k, depth;
+
+    int64_t panels() const { return cols.sums_stride / kTileCols; }
+  };
+
+  // A panel of a block, and where its chunk of K begins in the part.
+  struct Position {
+    int64_t block, panel, k;
+  };
+
   Columns columns_at(int64_t begin) const {
     Columns cols;
     cols.begin = begin;
-    cols.count = min(blocking_.cols, task_.col_end - begin);
+    cols.count = min(min(blocking_.cols, kBlockWeightRows / (p_.gated ? 2 : 1)), task_.col_end - begin);
     cols.width = round_up(cols.count, kTileCols);
     cols.sums_stride = p_.gated ? 2 * cols.width : cols.width;
     return cols;
@@ -70,45 +89,67 @@ class GemmTaskRunner {
     rows_.pack([&](int64_t row) { return source_.at(task_.row_begin + row, k); }, n);
   }
 
-  // The weight rows of a panel; gate panels come first, then value panels. Past the last column it repeats.
-  void weight_rows(const Columns& cols, int64_t panel, int64_t k, const Weight* (&weight)[kTileCols]) const {
+  // The weight rows of the panels of a block of columns, and of the first ones of the next block. Gate panels come
+  // first, then value panels. Past the last column they repeat.
+  void find_weight_rows(const Columns& cols) {
+    const int64_t panels = cols.sums_stride / kTileCols;
+    const Columns next = columns_at(cols.begin + cols.count);
+    for (int64_t panel = 0; panel < panels + kBlockPanels; ++panel) {
+      const bool ahead = panel >= panels && next.count > 0;
+      find_weight_rows(ahead ? next : cols, ahead ? panel - panels : min(panel, panels - 1), weight_rows_[panel]);
+    }
+  }
+
+  void find_weight_rows(const Columns& cols, int64_t panel, const Weight* (&weight)[kTileCols]) const {
     const bool value = panel * kTileCols >= cols.width;
     const int64_t first = panel * kTileCols - (value ? cols.width : 0);
     for (int64_t c = 0; c < kTileCols; ++c) {
-      weight[c] = weight_.row(cols.begin + min(first + c, cols.count - 1), value) + k;
+      weight[c] = weight_.row(cols.begin + min(first + c, cols.count - 1), value);
     }
   }
 
-  // The weight rows that are needed after a panel; false after the last one.
-  bool next_weight_rows(const Columns& cols, int64_t panel, int64_t k, const Weight* (&weight)[kTileCols]) const {
-    if ((panel + 1) * kTileCols < cols.sums_stride) {
-      weight_rows(cols, panel + 1, k, weight);
-      return true;
+  // So many panels later, a block at most: in the next chunk of K after the last panel of a block, and in the next block
+  // after its last chunk.
+  Position later(const Part& part, Position at, int64_t panels) const {
+    const int64_t size = min(kBlockPanels, part.panels() - at.block);
+    at.panel += panels;
+    while (at.panel >= at.block + size) {
+      if (at.k + Dot::kChunk >= part.depth) return {at.block + size, at.panel, 0};
+      at.k += Dot::kChunk;
+      at.panel -= size;
     }
-    const Columns next = columns_at(cols.begin + cols.count);
-    if (next.count <= 0 || !pack_once_) return false;
-    weight_rows(next, 0, 0, weight);
-    return true;
+    return at;
   }
 
-  void multiply(const Columns& cols, int64_t k_begin, int64_t depth) {
+  // A chunk of the rows shall stay in the first-level cache. Rows that are a little too many go through a block by
+  // halves: the second half finds its weights in the second-level cache, and both fetch the next block. Still more rows
+  // wait for their products, not for weights.
+  void multiply(const Part& part) {
+    constexpr int64_t kChunkBytes = Dot::kChunk * int64_t(sizeof(typename Dot::Packed));
+    constexpr int64_t kTogether = 36 * 1024 / kChunkBytes, kByHalves = 64 * 1024 / kChunkBytes;
+    const int64_t groups = rows_.rows() > kTogether && rows_.rows() <= kByHalves ? 2 : 1;
+    const int64_t far_panels = groups > 1 ? kBlockPanels : rows_.rows() <= kTogether ? 2 : 1;
     TileOperands<Dot> t;
-    t.sums_stride = cols.sums_stride;
-    const Weight* panel_rows[kTileCols];
-    const Weight* next_rows[kTileCols] = {};
-    for (int64_t panel = 0; panel * kTileCols < cols.sums_stride; ++panel) {
-      weight_rows(cols, panel, k_begin, panel_rows);
-      PanelFetch<Weight> fetch;
-      fetch.has_far = fetch.has_near = next_weight_rows(cols, panel, k_begin, next_rows);
-      for (int64_t k = 0; k < depth; k += Dot::kChunk) {
-        t.n = min(Dot::kChunk, depth - k);
-        t.add = k_begin + k > 0;
-        for (int c = 0; c < kTileCols; ++c) {
-          t.weight[c] = panel_rows[c] + k;
-          fetch.far[c] = next_rows[c] + k;
-          fetch.near[c] = k + Dot::kChunk < depth ? t.weight[c] + Dot::kChunk : next_rows[c];
+    t.sums_stride = part.cols.sums_stride;
+    for (Position at{}; at.block < part.panels(); at.block += kBlockPanels) {
+      const int64_t block_end = min(at.block + kBlockPanels, part.panels());
+      for (at.k = 0; at.k < part.depth; at.k += Dot::kChunk) {
+        t.n = min(Dot::kChunk, part.depth - at.k);
+        t.add = part.k + at.k > 0;
+        for (int64_t group = 0; group < groups; ++group) {
+          for (at.panel = at.block; at.panel < block_end; ++at.panel) {
+            const bool again = group + 1 < groups && at.panel + 1 == block_end;
+            const Position near = again ? Position{at.block, at.block, at.k} : later(part, at, 1);
+            const Position far = later(part, at, far_panels);
+            for (int c = 0; c < kTileCols; ++c) {
+              t.weight[c] = weight_rows_[at.panel][c] + part.k + at.k;
+              t.near[c] = weight_rows_[near.panel][c] + part.k + near.k;
+              t.far[c] = weight_rows_[far.panel][c] + part.k + far.k;
+            }
+            multiply_panel(rows_, rows_.tiles() * group / groups, rows_.tiles() * (group + 1) / groups, at.k,
+                           sums_ + at.panel * kTileCols, t);
+          }
         }
-        multiply_panel(rows_, k, sums_ + panel * kTileCols, fetch, t);
       }
     }
   }
@@ -117,7 +158,8 @@ class GemmTaskRunner {
     for (int64_t i = 0; i < rows_.rows() * cols.sums_stride; ++i) sums_[i] = 0.0f;
   }
 
-  void finish(const Columns& cols, int64_t row) {
+  // Not inlined: compilers then keep fewer constants in registers.
+  __attribute__((noinline)) void finish(const Columns& cols, int64_t row) {
     const float* sums = sums_ + row * cols.sums_stride;
     for (int64_t c = 0; c < cols.count; c += kLanes) {
       const int64_t n = cols.count - c;
@@ -134,6 +176,7 @@ class GemmTaskRunner {
   const GemmEpilogue<Weight> epilogue_;
   PackedRows<Dot> rows_;
   float* const sums_;  // [rows][sums_stride] of the current columns
+  const Weight* weight_rows_[kBlockWeightRows / kTileCols + kBlockPanels][kTileCols];
   const bool pack_once_;
 };
 

@@ -11,20 +11,22 @@ namespace moekernels::cpu {
 namespace {
 
 constexpr int kTileCols = 4;
-constexpr int kTileRows = MOEKERNELS_VECTOR_BYTES == 64 ? 6 : MOEKERNELS_VECTOR_BYTES == 32 ? 3 : 2;
 
-// What a tile fetches while it multiplies: nothing, weights of the next panel from memory, or weights of the next chunk
-// from the second-level cache. Hardware prefetchers stop at the end of a page, which here is every weight row or two.
-// Memory is fetched into the second level: the first one has too few outstanding misses to keep a memory channel busy.
-enum class Prefetch { kNone, kToSecondLevel, kToFirstLevel };
+// What a tile fetches while it multiplies: weights that are needed some panels later, from memory, and those of the next
+// panel, which mostly are in the second-level cache by then. Hardware prefetchers stop at the end of a page, which here
+// is every weight row or two; and a processor drops fetches while too many are under way, so that weights are asked for
+// twice. Memory is fetched into the second level: the first one has too few outstanding misses to keep a memory channel
+// busy.
+enum class Prefetch { kNone, kFar, kNear, kBoth };
 
 template <class Dot>
 struct TileOperands {
-  const typename Dot::Packed* rows;                 // [steps][tile rows][Dot::kStep]
-  const typename Dot::Weight* weight[kTileCols];    // each [n]
-  const typename Dot::Weight* prefetch[kTileCols];  // each [n]
-  int64_t n;                                        // elements of K
-  float* sums;                                      // [tile rows][sums_stride]
+  const typename Dot::Packed* rows;               // [steps][tile rows][Dot::kStep]
+  const typename Dot::Weight* weight[kTileCols];  // each [n]
+  const typename Dot::Weight* far[kTileCols];     // each [n]
+  const typename Dot::Weight* near[kTileCols];    // each [n]
+  int64_t n;                                      // elements of K
+  float* sums;                                    // [tile rows][sums_stride]
   int64_t sums_stride;
   bool add;  // to sums, rather than replacing them
 };
@@ -47,8 +49,11 @@ MOEKERNELS_INLINE void tile_step(const typename Dot::Packed* rows,
   }
 }
 
+// Not inlined: it has no register to spare for what surrounds it.
 template <class Dot, int kRows, Prefetch kPrefetch>
-void multiply_tile(const TileOperands<Dot>& t) {
+__attribute__((noinline)) void multiply_tile(const TileOperands<Dot>& t) {
+  constexpr bool kFar = kPrefetch == Prefetch::kFar || kPrefetch == Prefetch::kBoth;
+  constexpr bool kNear = kPrefetch == Prefetch::kNear || kPrefetch == Prefetch::kBoth;
   VecF sums[kRows][kTileCols];
   MOEKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -58,11 +63,10 @@ void multiply_tile(const TileOperands<Dot>& t) {
   const typename Dot::Packed* rows = t.rows;
   int64_t k = 0;
   for (; k + Dot::kStep <= t.n; k += Dot::kStep, rows += kRows * Dot::kStep) {
-    if constexpr (kPrefetch != Prefetch::kNone) {
-      MOEKERNELS_UNROLL
-      for (int c = 0; c < kTileCols; ++c) {
-        __builtin_prefetch(t.prefetch[c] + k, 0, kPrefetch == Prefetch::kToFirstLevel ? 3 : 2);
-      }
+    MOEKERNELS_UNROLL
+    for (int c = 0; c < kTileCols; ++c) {
+      if constexpr (kFar) __builtin_prefetch(t.far[c] + k, 0, 2);
+      if constexpr (kNear) __builtin_prefetch(t.near[c] + k, 0, 3);
     }
     tile_step<Dot, kRows>(rows, t.weight, k, sums);
   }
@@ -81,26 +85,10 @@ void multiply_tile(const TileOperands<Dot>& t) {
   }
 }
 
-template <class Dot, Prefetch kPrefetch>
+template <class Dot, Prefetch kPrefetch, int kRows = Dot::kTileRows>
 MOEKERNELS_INLINE void multiply_tile(int64_t rows, const TileOperands<Dot>& t) {
-  switch (rows) {
-    case 1:
-      return multiply_tile<Dot, 1, kPrefetch>(t);
-    case 2:
-      return multiply_tile<Dot, 2, kPrefetch>(t);
-#if MOEKERNELS_VECTOR_BYTES >= 32
-    case 3:
-      return multiply_tile<Dot, 3, kPrefetch>(t);
-#endif
-#if MOEKERNELS_VECTOR_BYTES >= 64
-    case 4:
-      return multiply_tile<Dot, 4, kPrefetch>(t);
-    case 5:
-      return multiply_tile<Dot, 5, kPrefetch>(t);
-    case 6:
-      return multiply_tile<Dot, 6, kPrefetch>(t);
-#endif
-  }
+  if (rows == kRows) return multiply_tile<Dot, kRows, kPrefetch>(t);
+  if constexpr (kRows > 1) multiply_tile<Dot, kPrefetch, kRows - 1>(rows, t);
 }
 
 }  // namespace

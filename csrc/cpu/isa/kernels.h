@@ -28,7 +28,7 @@ constexpr GemmKernel gemm_kernel() {
               .max_rows = 128,
               .padding = 0,
               .packed_bytes = 512 * 1024,
-              .weight_rows = 128,
+              .weight_rows = kBlockWeightRows,
               .min_weight_rows = 32,
               .right_bytes = 0,
           },

@@ -119,7 +119,7 @@ class SplitGemmTaskRunner {
 // By its rows alone, unless a row's bits may not depend on how many others its expert has.
 void run_float32_gemm_task(const GroupedGemmParams& params, const GemmBlocking& blocking, const GemmTask& task,
                            void* scratch) {
-  const bool few_rows = task.row_end - task.row_begin <= kTileRows;  // of a tile of the vector kernel
+  const bool few_rows = task.row_end - task.row_begin <= DotFloat32::kTileRows;  // of a tile of the vector kernel
   const bool by_vectors = few_rows || params.batch_invariant || params.in_features == 0;
   if (by_vectors) return run_gemm_task<DotFloat32>(params, blocking, task, scratch);
   SplitGemmTaskRunner runner(params, blocking, task, scratch);
