@@ -110,6 +110,19 @@ def test_numbers_of_rows_at_which_tile_registers_are_used_otherwise(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", isas())
+def test_numbers_of_rows_at_which_weights_are_read_in_another_order(isa: str, dtype: torch.dtype) -> None:
+    """Chunks of K over blocks of columns, with all rows or by halves: to the same bits."""
+    rows = torch.randn(70, 2100).to(dtype)
+    weight = (torch.randn(1, 300, 2100) * 2100**-0.5).to(dtype)
+    with moekernels.cpu_isa(isa), moekernels.batch_invariant(isa == "amx" and dtype is torch.float32):
+        together = ops.grouped_gemm(rows, weight, offsets_of([70]), activation="silu", gated=True)
+        for count in (1, 7, 16, 18, 19, 27, 32, 33):
+            some = check(rows[:count], weight, offsets_of([count]), activation="silu", gated=True)
+            assert torch.equal(some, together[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1056, 1050])
 def test_an_output_that_no_cache_holds(width: int, dtype: torch.dtype) -> None:
     """As parts of it that some do: large outputs may be written past the caches."""

@@ -108,8 +108,8 @@ class GemmTaskRunner {
     }
   }
 
-  // So many panels later, a block at most: in the next chunk of K after the last panel of a block, and in the next block
-  // after its last chunk.
+  // So many panels later, a block at most: in the next chunk of K after the last panel of a block, and in the next
+  // block after its last chunk.
   Position later(const Part& part, Position at, int64_t panels) const {
     const int64_t size = min(kBlockPanels, part.panels() - at.block);
     at.panel += panels;

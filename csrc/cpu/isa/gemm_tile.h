@@ -12,11 +12,11 @@ namespace {
 
 constexpr int kTileCols = 4;
 
-// What a tile fetches while it multiplies: weights that are needed some panels later, from memory, and those of the next
-// panel, which mostly are in the second-level cache by then. Hardware prefetchers stop at the end of a page, which here
-// is every weight row or two; and a processor drops fetches while too many are under way, so that weights are asked for
-// twice. Memory is fetched into the second level: the first one has too few outstanding misses to keep a memory channel
-// busy.
+// What a tile fetches while it multiplies: weights that are needed some panels later, from memory, and those of the
+// next panel, which mostly are in the second-level cache by then. Hardware prefetchers stop at the end of a page, which
+// here is every weight row or two; and a processor drops fetches while too many are under way, so that weights are
+// asked for twice. Memory is fetched into the second level: the first one has too few outstanding misses to keep a
+// memory channel busy.
 enum class Prefetch { kNone, kFar, kNear, kBoth };
 
 template <class Dot>
