@@ -62,11 +62,39 @@ MOEKERNELS_INLINE void pack_words(const BFloat16* source, int64_t n, uint32_t* t
   }
 }
 
+// The words of 2 * kLanes columns, from the two rows that they are made of.
+struct TwoVectorsOfWords {
+  VecU first, second;
+};
+MOEKERNELS_INLINE TwoVectorsOfWords join_rows(const BFloat16* even, const BFloat16* odd) {
+  alignas(64) static constexpr auto kPlaces = [] {
+    struct {
+      uint16_t at[4 * kLanes];
+    } places{};
+    for (int i = 0; i < 2 * kLanes; ++i) {
+      places.at[2 * i] = static_cast<uint16_t>(i);
+      places.at[2 * i + 1] = static_cast<uint16_t>(2 * kLanes + i);
+    }
+    return places;
+  }();
+  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+  return {(VecU)_mm512_permutex2var_epi16(a, _mm512_load_si512(kPlaces.at), b),
+          (VecU)_mm512_permutex2var_epi16(a, _mm512_load_si512(kPlaces.at + 2 * kLanes), b)};
+}
+
 template <class Row>
 MOEKERNELS_INLINE void pack_word(const Row& row, int64_t k, int64_t n, int64_t count, uint32_t* target) {
   const BFloat16* const even = row(2 * k);
   const BFloat16* const odd = 2 * k + 1 < n ? row(2 * k + 1) : nullptr;
-  for (int64_t i = 0; i < count; i += kLanes) {
+  int64_t i = 0;
+  if (even != nullptr && odd != nullptr) {
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      const TwoVectorsOfWords words = join_rows(even + i, odd + i);
+      *reinterpret_cast<VecUMemory*>(target + i) = words.first;
+      *reinterpret_cast<VecUMemory*>(target + i + kLanes) = words.second;
+    }
+  }
+  for (; i < count; i += kLanes) {
     *reinterpret_cast<VecUMemory*>(target + i) = halves_at(even, i, count) | halves_at(odd, i, count) << 16;
   }
 }

@@ -8,19 +8,13 @@
 //     hand the sums over, row by row
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/isa/outer_pack.h"
 #include "cpu/kernel_table.h"
 
 namespace moekernels::cpu {
 namespace {
-
-// Of a row, what a panel has. From memory to the second-level cache: few lines of a page are wanted, so that hardware
-// prefetchers do not see it coming.
-template <class T>
-MOEKERNELS_INLINE void fetch_columns(const T* row) {
-  MOEKERNELS_UNROLL
-  for (int i = 0; i < kOuterCols * int(sizeof(T)) / 64; ++i) __builtin_prefetch(row + i * 64 / int(sizeof(T)), 0, 2);
-}
 
 // How K is cut. Chunks are equal but for the last, which has a little less: a few elements alone would cost as much
 // adding as many.
@@ -35,6 +29,38 @@ struct OuterChunks {
   const int64_t packed;  // elements of the left operand at a time
 };
 
+// The panel that will be packed next, shared out among the tiles that are multiplied before. Of rows that are wide apart
+// the processor itself fetches nothing ahead.
+template <class T>
+class OuterNext {
+ public:
+  // n rows from right_row(begin, col) on; tiles multiply for so many steps each.
+  template <class RightRow>
+  void set(const RightRow& right_row, int64_t begin, int64_t n, int64_t col, int64_t tiles, int64_t steps) {
+    if constexpr (!MOEKERNELS_FETCH_FROM_MEMORY) return;
+    for (int64_t k = 0; k < n; ++k) {
+      const T* const row = right_row(begin + k, col);
+      rows_[k] = reinterpret_cast<const char*>(row != nullptr ? static_cast<const void*>(row) : rows_);
+    }
+    lines_ = n << kShift;
+    share_ = ceil_div(lines_, tiles);
+    next_ = {rows_, 0, 0, ceil_div(share_, steps), kShift};
+  }
+
+  OuterFetch share() {
+    next_.line = next_.end;
+    next_.end = min(next_.end + share_, lines_);
+    return next_;
+  }
+
+ private:
+  static constexpr int kLines = kOuterCols * int(sizeof(T)) / OuterFetch::kLine;  // of a row
+  static constexpr int kShift = kLines > 1 ? __builtin_ctz(kLines) : 0;
+  const char* rows_[2 * kOuterChunk];
+  int64_t lines_ = 0, share_ = 0;
+  OuterFetch next_{};
+};
+
 // pack_left(packed, rows, k, n) packs elements k .. k + n of all rows; right_row(k, col) is row k of right from a
 // column on, or null for zeros; finish(row, col, n, sums) takes the sums of n columns.
 template <class Outer, class PackLeft, class RightRow, class Finish>
@@ -47,6 +73,7 @@ void outer_product(const GemmBlocking& blocking, void* scratch, int64_t rows, in
   const OuterChunks chunks(blocking, depth, Outer::kElements);
   const int64_t chunk = chunks.size, packed = chunks.packed;
   const Parts tiles(rows, kOuterRows);
+  OuterNext<std::remove_cvref_t<decltype(*right_row(0, 0))>> next;
   if (chunks.pack_once) pack_left(left, rows, 0, depth);
   for (int64_t col = col_begin; col < col_end; col += blocking.cols) {
     const int64_t cols = min(blocking.cols, col_end - col);
@@ -60,25 +87,24 @@ void outer_product(const GemmBlocking& blocking, void* scratch, int64_t rows, in
       const int64_t n = min(chunk, depth - begin);
       if (!chunks.pack_once && part == 0) pack_left(left, rows, begin, min(packed, depth - begin));
       OuterOperands<Outer> t;
-      t.right = panel;
       t.n = ceil_div(n, Outer::kElements);
       t.sums_stride = stride;
       t.add = begin > 0;
+      t.right = panel;
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.begin(p) * kLanes, width = panels.size(p) * kLanes;
         const auto row = [&](int64_t k) { return right_row(begin + k, col + first); };
         for (int64_t k = 0; k < t.n; ++k) pack_word(row, k, n, min(width, cols - first), panel + k * width);
-        // What is packed next lies beside this panel, or in the next chunk.
-        const bool last = p + 1 == panels.count;
-        const int64_t next = begin + (last ? n : 0), next_col = col + (last ? 0 : first + width);
-        const Parts shares(min(chunk, depth - next), ceil_div(chunk, tiles.count));
+        // What is packed next lies beside this panel, in the next chunk, or in the next columns.
+        const bool new_chunk = p + 1 == panels.count, new_cols = new_chunk && begin + n == depth;
+        const int64_t next_begin = new_cols ? 0 : new_chunk ? begin + n : begin;
+        const int64_t next_col = col + (new_cols ? cols : new_chunk ? 0 : first + width);
+        const int64_t next_rows = next_col < col_end ? min(chunk, depth - next_begin) : 0;
+        next.set(right_row, next_begin, next_rows, next_col, tiles.count, t.n);
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
-          if (MOEKERNELS_FETCH_FROM_MEMORY && tile < shares.count) {
-            const int64_t from = next + shares.begin(tile);
-            for (int64_t k = 0; k < shares.size(tile); ++k) fetch_columns(right_row(from + k, next_col));
-          }
           left.set(t, tiles.begin(tile), part);
           t.sums = sums + tiles.begin(tile) * stride + first;
+          t.fetch = next.share();
           multiply_outer_tile<Outer>(tiles.size(tile), panels.size(p), t);
         }
       }

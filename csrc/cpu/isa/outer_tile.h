@@ -40,6 +40,23 @@ struct OuterBFloat16 {
 };
 #endif
 
+// Lines of some rows that are fetched into the second-level cache while a tile is multiplied, one or two at each step:
+// many at once would fill the processor's buffers, and multiplying would wait for them.
+struct OuterFetch {
+  static constexpr int kLine = 64;
+
+  const char* const* rows;
+  int64_t line, end;  // of all lines, 2^shift of each row
+  int64_t each;       // at a step
+  int shift;
+
+  MOEKERNELS_INLINE void step() {
+    for (int64_t i = 0; i < each && line < end; ++i, ++line) {
+      __builtin_prefetch(rows[line >> shift] + (line & ((1 << shift) - 1)) * kLine, 0, 2);
+    }
+  }
+};
+
 template <class Outer>
 struct OuterOperands {
   const typename Outer::Word* left;  // word k of row r: left[r * left_stride + k * left_step]
@@ -50,6 +67,7 @@ struct OuterOperands {
   float* sums;                        // [tile rows][sums_stride]
   int64_t sums_stride;
   bool add;  // to sums, rather than replacing them
+  OuterFetch fetch;
 };
 
 template <class Outer, int kRows, int kVectors>
@@ -64,7 +82,9 @@ void multiply_outer(const OuterOperands<Outer>& t) {
   }
   const typename Outer::Word* right = t.right;
   const int64_t step = t.left_step, end = t.n * step;
+  OuterFetch fetch = t.fetch;
   for (int64_t k = 0; k != end; k += step, right += kVectors * kLanes) {
+    if constexpr (MOEKERNELS_FETCH_FROM_MEMORY) fetch.step();
     typename Outer::Operand b[kVectors];
     MOEKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) b[v] = Outer::load_words(right + v * kLanes);
