@@ -8,8 +8,6 @@
 //     hand the sums over, row by row
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/isa/outer_pack.h"
 #include "cpu/kernel_table.h"
 
@@ -29,9 +27,9 @@ struct OuterChunks {
   const int64_t packed;  // elements of the left operand at a time
 };
 
-// The panel that will be packed next, shared out among the tiles that are multiplied before. Of rows that are wide apart
-// the processor itself fetches nothing ahead.
-template <class T>
+// The panel that will be packed next, shared out among the tiles that are multiplied before. Of rows that are wide
+// apart the processor itself fetches nothing ahead.
+template <int kElementSize>
 class OuterNext {
  public:
   // n rows from right_row(begin, col) on; tiles multiply for so many steps each.
@@ -39,7 +37,7 @@ class OuterNext {
   void set(const RightRow& right_row, int64_t begin, int64_t n, int64_t col, int64_t tiles, int64_t steps) {
     if constexpr (!MOEKERNELS_FETCH_FROM_MEMORY) return;
     for (int64_t k = 0; k < n; ++k) {
-      const T* const row = right_row(begin + k, col);
+      const auto* const row = right_row(begin + k, col);
       rows_[k] = reinterpret_cast<const char*>(row != nullptr ? static_cast<const void*>(row) : rows_);
     }
     lines_ = n << kShift;
@@ -54,7 +52,7 @@ class OuterNext {
   }
 
  private:
-  static constexpr int kLines = kOuterCols * int(sizeof(T)) / OuterFetch::kLine;  // of a row
+  static constexpr int kLines = kOuterCols * kElementSize / OuterFetch::kLine;  // of a row
   static constexpr int kShift = kLines > 1 ? __builtin_ctz(kLines) : 0;
   const char* rows_[2 * kOuterChunk];
   int64_t lines_ = 0, share_ = 0;
@@ -73,7 +71,7 @@ void outer_product(const GemmBlocking& blocking, void* scratch, int64_t rows, in
   const OuterChunks chunks(blocking, depth, Outer::kElements);
   const int64_t chunk = chunks.size, packed = chunks.packed;
   const Parts tiles(rows, kOuterRows);
-  OuterNext<std::remove_cvref_t<decltype(*right_row(0, 0))>> next;
+  OuterNext<sizeof(*right_row(0, 0))> next;
   if (chunks.pack_once) pack_left(left, rows, 0, depth);
   for (int64_t col = col_begin; col < col_end; col += blocking.cols) {
     const int64_t cols = min(blocking.cols, col_end - col);
