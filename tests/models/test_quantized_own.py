@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import moekernels as mk
 from moekernels import ops
-from moekernels.checkpoint import CheckpointError
+from moekernels.checkpoint import CheckpointError, CheckpointReader
+from moekernels.checkpoint.quantized import QuantizedReader
 from moekernels.cli import main
 from moekernels.models import converting
 from moekernels.models.converting import quantize_checkpoint
@@ -172,6 +173,37 @@ def test_asked_for_twice(whole: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="its weights are quantised already; they stay as they are"):
         again = _load("olmoe", tmp_path, load_in_8bit=True)
     _equal(model, again)
+
+
+def _mapped(path: Path) -> int:
+    """Bytes of a file that count as this process's memory."""
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        field = line.split()[0]
+        if not field.endswith(":"):
+            inside = line.endswith(str(path.resolve()))
+        elif inside and field == "Rss:":
+            resident += int(line.split()[1]) * 1024
+    return resident
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of mapped memory")
+@pytest.mark.parametrize("config", [{"format": "int4"}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_what_has_been_read_is_given_back(config: dict[str, Any], tmp_path: Path) -> None:
+    """A weight waits for its last part; its others are not to stay mapped meanwhile, nor come back."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_experts": 16, "num_hidden_layers": 4}
+    model = mk.OlmoeForCausalLM(mk.OlmoeConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, vocab_size=64))
+    model.save_pretrained(tmp_path / "whole")
+    _load("olmoe", tmp_path / "whole", quantization_config=config).save_pretrained(tmp_path / "few")
+    (path,) = (tmp_path / "few").glob("*.safetensors")
+    settings = json.loads((tmp_path / "few" / "config.json").read_text())["quantization_config"]
+    most = 0
+    for shard in QuantizedReader(CheckpointReader(tmp_path / "few"), settings).shards():
+        for _, tensor in shard:
+            parts = tensor.parts.values() if isinstance(tensor, QuantizedWeight) else [tensor]
+            sum(float(part.float().sum()) for part in parts)
+            most = max(most, _mapped(path))
+    assert 0 < most < path.stat().st_size / 3
 
 
 def test_command(whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

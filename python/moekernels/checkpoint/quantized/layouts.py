@@ -124,9 +124,6 @@ class QuantizedReader:
         )
         for shard in self._reader.shards(names):
             yield self._joined(shard, waiting)
-            # The rest of the shard is read where not all of it was asked for.
-            for parts in waiting.values():
-                parts.update({name: tensor.clone() for name, tensor in parts.items()})
 
     def _joined(
         self, shard: Iterator[tuple[str, Tensor]], waiting: dict[str, dict[str, Tensor]]
@@ -137,10 +134,13 @@ class QuantizedReader:
                 continue
             weight, part = self._part_of[name]
             tensors = waiting.setdefault(weight, {})
-            tensors[part] = tensor
             stored = self._weights[weight]
-            if len(tensors) == len(stored.names):
-                del waiting[weight]
-                where = f"{self.tensors[weight].file}: {weight!r}"
-                parts = stored.checked_parts(tensors, where)
-                yield weight, QuantizedWeight(parts, stored.format, stored.shape)
+            if len(tensors) + 1 < len(stored.names):
+                tensors[part] = tensor.clone()  # before the reader gives back the memory that maps it
+                continue
+            tensors[part] = tensor
+            del waiting[weight]
+            where = f"{self.tensors[weight].file}: {weight!r}"
+            parts = stored.checked_parts(tensors, where)
+            del tensors
+            yield weight, QuantizedWeight(parts, stored.format, stored.shape)
