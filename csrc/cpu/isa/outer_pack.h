@@ -67,19 +67,12 @@ struct TwoVectorsOfWords {
   VecU first, second;
 };
 MOEKERNELS_INLINE TwoVectorsOfWords join_rows(const BFloat16* even, const BFloat16* odd) {
-  alignas(64) static constexpr auto kPlaces = [] {
-    struct {
-      uint16_t at[4 * kLanes];
-    } places{};
-    for (int i = 0; i < 2 * kLanes; ++i) {
-      places.at[2 * i] = static_cast<uint16_t>(i);
-      places.at[2 * i + 1] = static_cast<uint16_t>(2 * kLanes + i);
-    }
-    return places;
-  }();
+  const VecU lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const VecU first = lanes | (lanes + 2 * kLanes) << 16;  // odd has the places from 32 on
+  const VecU second = first + (kLanes | kLanes << 16);
   const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-  return {(VecU)_mm512_permutex2var_epi16(a, _mm512_load_si512(kPlaces.at), b),
-          (VecU)_mm512_permutex2var_epi16(a, _mm512_load_si512(kPlaces.at + 2 * kLanes), b)};
+  return {(VecU)_mm512_permutex2var_epi16(a, (__m512i)first, b),
+          (VecU)_mm512_permutex2var_epi16(a, (__m512i)second, b)};
 }
 
 template <class Row>
