@@ -204,9 +204,12 @@ def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_stops_reading() -> None:
+    """Whether each line is written at once, or all of them as the command ends."""
     command = f"{sys.executable} -m moekernels info | true; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stderr) == (0, "")
+    for unbuffered in ("", "1"):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, env=environment)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ Tensor grouped_gemm(const Checks& check, const GemmInputs& in) {
   const int64_t in_features = in.transposed ? in.weight.rows() : in.weight.columns();
   check.that(in.rows.size(1) == in_features, in.rows_name, " must have the in_features of ", in.weight.name(), ", ",
              in_features, ", got ", in.rows.size(1));
-  if (in.gated) in.weight.check_gated(check);
+  if (in.gated && !in.transposed) in.weight.check_gated(check);
   // What the epilogue does not have is an op of its own.
   const bool is_interleaved = params.activation == Activation::kSwiglu && params.swiglu.interleaved;
   const bool lacks_registers =

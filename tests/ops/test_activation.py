@@ -44,6 +44,21 @@ def test_gate_and_its_gradient(unit: torch.device, dtype: torch.dtype, gate: ops
         torch.testing.assert_close(truth[1], gradient(lambda x: by_hand(gate, x), x.double(), direction)[1])
 
 
+@pytest.mark.parametrize("in_features", [7, 9])
+def test_a_gate_of_transposed_matrices(unit: torch.device, in_features: int) -> None:
+    """Gate and value lie beside one another: in_features may be odd, and cut into an odd number of matrices."""
+    rows, weight = torch.randn(5, in_features).to(unit), torch.randn(2, in_features, 8).to(unit)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=unit)
+    options = {"activation": "silu", "gated": True, "transposed": True}
+    truth = reference.grouped_gemm(rows.double(), weight.double(), offsets, **options)
+    plain = reference.grouped_gemm(rows, weight, offsets, **options)
+    for matrices in (weight, list(weight), [part for matrix in weight for part in matrix.chunk(3)]):
+        if not isinstance(matrices, list) or len(matrices) == 2 or in_features == 9:
+            assert_accurate(ops.grouped_gemm(rows, matrices, offsets, **options), truth, plain)
+    with pytest.raises(ValueError, match="even"):
+        ops.grouped_gemm(rows, weight[..., :7].contiguous(), offsets, **options)
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

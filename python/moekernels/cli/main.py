@@ -63,7 +63,9 @@ def _run(args: argparse.Namespace, setting: AbstractContextManager[None]) -> int
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             with setting:
-                return args.run(args)
+                code: int = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except BrokenPipeError:
         # The reader has seen enough; what is left to flush must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

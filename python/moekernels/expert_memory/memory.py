@@ -80,7 +80,9 @@ class Slot:
         """Fill the constant's place with it."""
         if self._last_use is not None:
             self._last_use.synchronize()
-        self._memory[constant.target :][: constant.nbytes].view(constant.dtype).fill_(constant.value)
+        place = self._memory[constant.target :][: constant.nbytes].view(constant.dtype)
+        # Copied, which waits for a GPU to have it, as filling there would not.
+        place.copy_(torch.full(place.shape, constant.value, dtype=constant.dtype))
 
 
 class _Buffers(threading.local):

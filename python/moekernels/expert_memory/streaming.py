@@ -173,6 +173,7 @@ def _format_of(name: str, shape: tuple[int, ...], tensors: Mapping[tuple[int | N
         return first
     kinds = ", ".join(sorted("whole" if kind is None else kind.name for kind in formats))
     raise CheckpointError(
-        f"{name}: the checkpoint holds its parts differently, or in blocks that two of them share ({kinds}), so that "
-        "it cannot be read expert by expert"
+        f"{name}: the checkpoint holds its parts differently, or in blocks that two of them share ({kinds}, perhaps "
+        "with double quantisation), so that it cannot be read expert by expert; load the model without expert_memory "
+        "and save it, which stores it so that it can"
     )

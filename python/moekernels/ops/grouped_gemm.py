@@ -54,9 +54,9 @@ def grouped_gemm(
             ``[T, in_features]`` in token order.
         weight: ``[E, out_features, in_features]``, same dtype. Gated: the gate's rows first, then the value's.
             Transposed: ``[E, in_features, out_features]``. Or a sequence of ``E * P`` matrices, expert slowest, the
-            rows of an expert's P parts following one another (gated: P is 1 or even). They may lie anywhere with any
-            strides, and nothing is copied but a matrix whose rows are not dense. A stack or the matrices may be
-            quantised, whatever their dtype; then there is a gradient of all else.
+            rows of an expert's P parts following one another (gated and not transposed: P is 1 or even). They may lie
+            anywhere with any strides, and nothing is copied but a matrix whose rows are not dense. A stack or the
+            matrices may be quantised, whatever their dtype; then there is a gradient of all else.
         expert_offsets: ``[E + 1]`` int32: expert e owns the rows ``expert_offsets[e] .. expert_offsets[e + 1]``. Output
             rows past the last offset are zero.
         bias: ``[E, out_features]``, same dtype; or, unless transposed, as many vectors as there are matrices.
