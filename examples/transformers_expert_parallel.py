@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch.distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
@@ -34,3 +35,4 @@ inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
 tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
 if os.environ["RANK"] == "0":
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+torch.distributed.destroy_process_group()  # none leaves while another still sends
