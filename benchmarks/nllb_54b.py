@@ -1,13 +1,17 @@
 """NLLB-MoE-54B with its experts on the disk: a checkpoint of its real sizes, and translations with it.
 
+    python benchmarks/nllb_54b.py --make DIR --weights int4        # all of it: 32 GB
     python benchmarks/nllb_54b.py --make DIR --sparse-step 24      # 16 bits: 5.9 GB, and 8.6 GB for every sparse layer
+    python benchmarks/nllb_54b.py --make DIR --model olmoe-1b-7b   # 14 GB; with --weights int4 4 GB
     python benchmarks/nllb_54b.py --run DIR --expert-memory 8GiB --save out.md
     python benchmarks/nllb_54b.py --overhead                       # OLMoE layers that all fit, beside in-memory ones
 
-The weights are pseudo-random, the same each time, so that routing is as good as uniform: no expert is visited more
-often than others, as they are in a trained model, and the cache hits as rarely as it can. Of the real 12 sparse layers
-`--sparse-step` leaves fewer (24: one of the encoder, one of the decoder) where the disk has no room; then the budget
-that stands for a real one is that times their share, and a line of the table scales to all layers and says so.
+The weights are pseudo-random, the same each time. Left alone, they send most tokens of a text to the same few experts;
+with embeddings that outweigh what the layers add, each token goes its own way, and no expert is visited more often than
+others: the cache hits as rarely as it can. A trained model lies between. Both are measured, as `few` and `even`.
+
+Where the disk has no room for the 12 sparse layers, `--sparse-step` leaves fewer (24: one of the encoder, one of the
+decoder); then the budget that stands for a real one is that times their share, and a column scales to all layers.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,15 +40,21 @@ from moekernels.checkpoint import KEY_MAPS, parse_size, replace_files
 from moekernels.checkpoint.packed import Group, TensorHeader, packed_size, write_packed
 from moekernels.expert_memory.cache import READERS
 from moekernels.expert_memory.memory import PIECE
-from moekernels.models import NllbMoeConfig, NllbMoeForConditionalGeneration, OlmoeConfig, OlmoeForCausalLM
+from moekernels.models import AutoConfig, NllbMoeConfig, OlmoeConfig, OlmoeForCausalLM, QuantizationConfig
+from moekernels.models.auto import model_class
+from moekernels.models.quantized import describe_quantization, packing_of
+from moekernels.quantization import Format
 
-SPARSE_STEP = 4  # of the real model
+SPARSE_STEP = 4  # of the real NLLB-MoE-54B
 _POOL = 2**25  # weights that all tensors are cut from
+_ROW = 64  # they are cut at multiples of this, which no group of a format crosses
 _WORDS = 30
 
 
-def configuration(sparse_step: int) -> NllbMoeConfig:
-    """That of facebook/nllb-moe-54b."""
+def configuration(model: str, sparse_step: int) -> NllbMoeConfig | OlmoeConfig:
+    """That of facebook/nllb-moe-54b, or of allenai/OLMoE-1B-7B-0924."""
+    if model == "olmoe-1b-7b":
+        return OlmoeConfig(intermediate_size=1024, dtype="bfloat16")
     return NllbMoeConfig(
         vocab_size=256206,
         d_model=2048,
@@ -66,28 +76,63 @@ def configuration(sparse_step: int) -> NllbMoeConfig:
 class Weights:
     """Pseudo-random tensors: pieces of one pool that begin where a tensor's name says."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, format: Format | None) -> None:
         pool = torch.empty(_POOL, dtype=torch.float32).normal_(generator=torch.Generator().manual_seed(54))
         self._pool = torch.cat([pool, pool]).to(dtype)
+        parts = {} if format is None else format.quantize(pool.view(-1, _ROW))
+        self._parts = {part: torch.cat([values, values]) for part, values in parts.items()}
 
     def of(self, header: TensorHeader) -> Tensor:
         name, shape, dtype = header
-        if "layer_norm" in name:
+        if len(shape) == 1 and (name.endswith("weight") or "norm" in name):
             return torch.full(shape, float(name.endswith("weight")), dtype=dtype)
-        size = torch.Size(shape).numel()
-        begin = random.Random(name).randrange(_POOL)
-        pieces = [self._pool[begin : begin + min(_POOL, size - done)] for done in range(0, size, _POOL)]
         # Sums of unit size keep 24 layers of random weights apart from zero and infinity.
-        return torch.cat(pieces).mul_(shape[-1] ** -0.5 if len(shape) > 1 else 0.02).view(shape)
+        values = self._cut(self._pool, name, shape, 1)
+        return values.mul_(shape[-1] ** -0.5 if len(shape) > 1 else 0.02).view(shape)
+
+    def part(self, weight: str, columns: int, header: TensorHeader) -> Tensor:
+        """A part of a quantised weight."""
+        name, shape, _ = header
+        part = name.rpartition(".")[2]
+        values = self._cut(self._parts[part], weight, shape, 2 * _POOL // len(self._parts[part]))
+        return (values.mul_(columns**-0.5) if values.is_floating_point() else values).view(shape)
+
+    @staticmethod
+    def _cut(pool: Tensor, name: str, shape: tuple[int, ...], per_entry: int) -> Tensor:
+        """Entries of a pool, each of so many weights."""
+        size, length = torch.Size(shape).numel(), _POOL // per_entry
+        begin = random.Random(name).randrange(_POOL // _ROW) * _ROW // per_entry
+        return torch.cat([pool[begin : begin + min(length, size - done)] for done in range(0, size, length)])
 
 
-def make(directory: Path, sparse_step: int) -> None:
-    config = configuration(sparse_step)
+def quantized_group(weights: Weights, name: str, shape: tuple[int, ...], format: Format) -> Group:
+    """A quantised weight in the layout of :mod:`moekernels.checkpoint.quantized.own`."""
+    *stack, rows, columns = shape
+    sizes = {part: (kind.size(rows * columns), kind.dtype) for part, kind in format.parts(columns).items()}
+    headers = [TensorHeader(f"{name}.{part}", (*stack, size), dtype) for part, (size, dtype) in sizes.items()]
+    about = TensorHeader(f"{name}.shape", (len(shape),), torch.int64)
+
+    def tensors() -> Iterator[Tensor]:
+        for header in headers:
+            yield weights.part(name, columns, header)
+        yield torch.tensor(shape)
+
+    return Group((*headers, about), tensors)
+
+
+def make(directory: Path, config: NllbMoeConfig | OlmoeConfig, quantize_to: str | None) -> None:
     with torch.device("meta"):
-        model = NllbMoeForConditionalGeneration(config)
-    weights, key_map = Weights(torch.bfloat16), KEY_MAPS[config.model_type]
+        model: Any = model_class(config)(config)
+    config, key_map = model.config, KEY_MAPS[config.model_type]
+    quantization = None if quantize_to is None else QuantizationConfig(quantize_to).quantization()
+    weights = Weights(torch.bfloat16, quantization and quantization.format)
+    format_of = packing_of(model, key_map, quantization).format
+    formats = {name: format for name, _ in model.named_parameters() if (format := format_of(name)) is not None}
+    describe_quantization(model, formats)
     groups: dict[object, list[TensorHeader]] = {}
     for name, parameter in model.named_parameters():
+        if name in formats:
+            continue
         canonical = key_map.canonical(name)
         prefix = name.removesuffix(canonical)
         for key, place in key_map.checkpoint_names(canonical, tuple(parameter.shape)):
@@ -100,9 +145,11 @@ def make(directory: Path, sparse_step: int) -> None:
         return Group(tuple(headers), lambda: map(weights.of, headers))
 
     packed = [group_of(headers) for headers in groups.values()]
+    for name, format in formats.items():
+        packed.append(quantized_group(weights, name, tuple(model.get_parameter(name).shape), format))
     print(f"writing {packed_size(packed) / 1e9:.1f} GB to {directory}", file=sys.stderr)
     with replace_files(directory) as stage:
-        config.architectures = ["NllbMoeForConditionalGeneration"]
+        config.architectures = [type(model).__name__]
         config.to_json_file(stage / "config.json")
         write_packed(stage, packed, parse_size("5GB"))
 
@@ -140,30 +187,65 @@ def bandwidth(cache: Any, seconds: float = 4.0) -> float:
     return total / (time.perf_counter() - start)
 
 
-def row(model: Any, title: str, sentences: int, beams: int, new_tokens: int, disk: float) -> list[str]:
-    """A line of the table. Tokens are drawn: the likeliest one of random weights is always the same, and so are its
-    experts."""
-    ids = torch.randint(4, model.config.vocab_size, (sentences, _WORDS), generator=torch.Generator().manual_seed(1))
-    cache, config = model.expert_cache, model.config
+def even(model: Any) -> float:
+    """Let embeddings outweigh what the layers add, so that a token's experts depend on the token. Returns a factor by
+    which the logits of a tied head have grown."""
+    factor = 10.0 if getattr(model.config, "scale_embedding", False) else 10.0 * model.config.hidden_size**0.5
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(factor)
+    return factor
+
+
+def translate(model: Any, ids: Tensor, beams: int, new_tokens: int, temperature: float) -> tuple[float, float]:
+    """Seconds of the encoder, and of a step of the decoder. Tokens are drawn: the likeliest one of random weights is
+    always the same, and so are its experts."""
     start = time.perf_counter()
     with torch.no_grad():
         encoded = model.get_encoder()(input_ids=ids, return_dict=True)
     encoder = time.perf_counter() - start
-    options = {"num_beams": beams, "do_sample": True, "top_k": 0, "temperature": 10.0, "seed": 1}
+    options = {"num_beams": beams, "do_sample": True, "top_k": 0, "temperature": temperature, "seed": 1}
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    cache.reset_stats()
+    model.expert_cache.reset_stats()
     start = time.perf_counter()
     model.generate(encoder_outputs=encoded, **options, **lengths)
-    step, stats = (time.perf_counter() - start) / new_tokens, cache.stats()
+    return encoder, (time.perf_counter() - start) / new_tokens
+
+
+@torch.no_grad()
+def go_on(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prompt, and of one further token, which is drawn."""
+    drawn = torch.randint(
+        4, model.config.vocab_size, (new_tokens, len(ids), 1), generator=torch.Generator().manual_seed(2)
+    )
+    start = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True)
+    prompt = time.perf_counter() - start
+    model.expert_cache.reset_stats()
+    start = time.perf_counter()
+    for token in drawn:
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return prompt, (time.perf_counter() - start) / new_tokens
+
+
+def row(model: Any, routing: str, rows: int, beams: int, new_tokens: int, temperature: float, disk: float) -> list[str]:
+    """A line of the table."""
+    ids = torch.randint(4, model.config.vocab_size, (rows, _WORDS), generator=torch.Generator().manual_seed(1))
+    config, scale = model.config, 1.0
+    if isinstance(config, NllbMoeConfig):
+        first, step = translate(model, ids, beams, new_tokens, temperature)
+        scale = (config.decoder_layers // SPARSE_STEP) / (config.decoder_layers // config.decoder_sparse_step)
+    else:
+        first, step = go_on(model, ids, new_tokens)
+    stats = model.expert_cache.stats()
     waited, rate = stats.seconds_waited / new_tokens, stats.bytes_read / max(stats.seconds_reading, 1e-9)
-    scale = (config.decoder_layers // SPARSE_STEP) / (config.decoder_layers // config.decoder_sparse_step)
     return [
-        title,
-        f"{encoder:.1f}",
+        f"{rows}{f', {beams} beams' if beams > 1 else ''}",
+        routing,
+        f"{first:.1f}",
         f"{step:.3f}",
         f"{waited:.3f}",
         f"{step + waited * (scale - 1):.3f}",
-        f"{sentences / step:.2f}",
+        f"{rows / step:.2f}",
         f"{stats.hits} / {stats.misses}",
         f"{stats.bytes_read / 1e9:.1f}",
         f"{rate / 1e9:.2f} ({rate / disk:.0%})",
@@ -171,11 +253,12 @@ def row(model: Any, title: str, sentences: int, beams: int, new_tokens: int, dis
 
 
 _COLUMNS = (
-    "translation of 30 words",
-    "encoder s",
-    "a step of the decoder s",
+    f"texts of {_WORDS} words",
+    "experts",
+    "encoder or prompt s",
+    "a step s",
     "of which waited s",
-    "step with 6 sparse layers s",
+    "step with all sparse layers s",
     "tokens/s",
     "hits / misses",
     "GB read",
@@ -186,22 +269,25 @@ _COLUMNS = (
 def run(directory: Path, expert_memory: str, new_tokens: int, many: int) -> str:
     """The table, with what stands beside it."""
     NllbMoeConfig()  # what is loaded but once
+    cls: Any = model_class(AutoConfig.from_pretrained(directory))
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    model = NllbMoeForConditionalGeneration.from_pretrained(directory, expert_memory=expert_memory)
+    model = cls.from_pretrained(directory, expert_memory=expert_memory)
     dense, cache = model.get_memory_footprint(), model.expert_cache
     disk = bandwidth(cache)
-    cases = [("1 sentence", 1, 1), ("1 sentence, 5 beams", 1, 5)]
-    cases += [(f"{many} sentences", many, 1)] if many else []
-    lines = [row(model, *case, new_tokens, disk) for case in cases]
-    peak, budget = resident("VmHWM") - before, cache.stats().budget
+    cases = [(1, 1), *([(1, 5)] if model.config.is_encoder_decoder else []), *([(many, 1)] if many else [])]
+    lines = [row(model, "few", *case, new_tokens, 10.0, disk) for case in cases]
+    temperature = 10.0 * even(model)
+    lines += [row(model, "even", *case, new_tokens, temperature, disk) for case in cases]
+    peak, stats = resident("VmHWM") - before, cache.stats()
+    sparse = getattr(model.config, "decoder_sparse_step", 1)
     return "\n".join(
         [
-            f"disk: {disk / 1e9:.2f} GB/s past the page cache; {model.num_parameters() / 1e9:.1f} G weights, "
-            f"{cache.stats().num_experts} experts; every {model.config.decoder_sparse_step}th layer is sparse",
+            f"{model.config.model_type}, {model.num_parameters() / 1e9:.1f} G weights, {stats.num_experts} experts, "
+            f"every {sparse}th layer is sparse; disk: {disk / 1e9:.2f} GB/s past the page cache",
             "",
             f"resident memory, peak: {peak / 2**30:.2f} GiB; dense part and budget: {dense / 2**30:.2f} + "
-            f"{budget / 2**30:.2f} GiB ({peak / (dense + budget) - 1:+.1%})",
+            f"{stats.budget / 2**30:.2f} GiB ({peak / (dense + stats.budget) - 1:+.1%})",
             "",
             *(f"| {' | '.join(cells)} |" for cells in (_COLUMNS, ["---"] * len(_COLUMNS), *lines)),
         ]
@@ -235,6 +321,8 @@ def overhead() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", type=Path, metavar="DIR", help="write the checkpoint")
+    parser.add_argument("--weights", choices=["int4", "q8_0"], help="quantise Linears and experts of --make")
+    parser.add_argument("--model", choices=["nllb-moe-54b", "olmoe-1b-7b"], default="nllb-moe-54b", help="of --make")
     parser.add_argument("--sparse-step", type=int, default=SPARSE_STEP, help="every so many-th layer is sparse")
     parser.add_argument("--run", type=Path, metavar="DIR", help="translate with it")
     parser.add_argument("--expert-memory", default="8GiB", metavar="SIZE")
@@ -244,7 +332,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the result as Markdown")
     args = parser.parse_args()
     if args.make is not None:
-        make(args.make, args.sparse_step)
+        make(args.make, configuration(args.model, args.sparse_step), args.weights)
     parts = []
     if args.run is not None:
         parts.append(run(args.run, args.expert_memory, args.new_tokens, args.many))

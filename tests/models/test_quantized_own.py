@@ -114,6 +114,13 @@ def test_while_loading_and_saved(whole: Any, kind: str, config: dict[str, Any], 
     _equal(model, _load(kind, tmp_path / "converted"))
 
 
+def test_only_modules_that_could_be_quantised_are_named(whole: Any, tmp_path: Path) -> None:
+    """Biases of experts are a matrix here, and vectors of many modules in a file."""
+    _load("nllb-moe", whole("nllb-moe"), quantization_config={"format": "int4"}).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert settings["skip_modules"] == ["lm_head", "classifier"]
+
+
 def test_a_state_dict(whole: Any) -> None:
     model = _load("olmoe", whole("olmoe"), quantization_config={"format": "int4"})
     again = mk.OlmoeForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())

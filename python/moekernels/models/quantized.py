@@ -64,11 +64,12 @@ def packing_of(
 
 
 def _modules(name: str, shape: tuple[int, ...], key_map: KeyMap) -> Iterator[str]:
-    """The modules of transformers that hold a parameter of ours."""
+    """The modules of transformers that hold a parameter of ours as their weight; biases of experts are none."""
     canonical = key_map.canonical(name)
     prefix = name.removesuffix(canonical)
     for key, _ in key_map.checkpoint_names(canonical, shape):
-        yield (prefix + key).removesuffix(".weight")
+        if key.endswith(".weight"):
+            yield prefix + key.removesuffix(".weight")
 
 
 def quantize_model(model: Any, quantization: Quantization) -> None:
