@@ -4,7 +4,7 @@
     python benchmarks/peers/m2m_100.py --dtypes bfloat16 --weights int8 --activations int8
 
 With `--weights` our Linears are quantised to that format, and CTranslate2 computes in int8, with rows rounded to 8 bits
-as ours are with `--activations int8` only.
+as ours are with `--activations int8` only. It quantises the head and its embedding too, as ours are with `--head`.
 
 CTranslate2 gets the same weights in the same precision, threads, beams and length, in the same process; transformers
 converts them and is measured too. For each row it is said on how many tokens both agree: the weights are random, so
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--weights", choices=["int8", "int4", "nf4", "q8_0"], help="the format of our Linears")
     parser.add_argument("--activations", choices=["int8"], help="round rows too; with int4 and int8")
+    parser.add_argument("--head", action="store_true", help="quantise the head and the embedding it is tied to")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sentences")
     parser.add_argument("--source-length", type=int, default=32)
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
@@ -89,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {"activations": args.activations} if args.activations else {}
     format = parse_format(args.weights, **options) if args.weights else None
-    weights = (args.weights or "") + (" int8 rows" if options else "")
+    weights = (args.weights or "") + (" int8 rows" if options else "") + (" and head" if args.head else "")
     warnings.filterwarnings("ignore")
     ctranslate2, *_ = required(args.install, ctranslate2="ctranslate2", transformers="transformers==4.56.2")
 
@@ -101,7 +102,7 @@ def main() -> None:
         pair = build("m2m100_418M", dtype, device, args.layers, with_transformers=True)
         translator = translator_of(pair, "int8" if args.weights else name_of(dtype), ctranslate2)
         if format is not None:
-            quantize_model(pair.ours, Quantization(format))
+            quantize_model(pair.ours, Quantization(format, () if args.head else None, tied=args.head))
         for batch in args.batch:
             ids = torch.randint(4, 32000, (batch, args.source_length))
             sources = [[f"t{index}" for index in row] for row in ids.tolist()]

@@ -82,8 +82,9 @@ def gguf_tensors(model: OlmoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
             yield f"blk.{number}.{name}.weight", tensor
 
 
-def write_gguf(path: Path, model: OlmoeForCausalLM, gguf: ModuleType, weights: str | None = None) -> None:
-    """The model without a vocabulary: it is given ids. `weights` is the type of attention and experts."""
+def write_gguf(path: Path, model: OlmoeForCausalLM, gguf: ModuleType, weights: str | None, head: bool) -> None:
+    """The model without a vocabulary: it is given ids. `weights` is the type of attention and experts, and of the head
+    if that is asked for."""
     config = model.config
     writer = gguf.GGUFWriter(path, "olmoe")
     writer.add_block_count(config.num_hidden_layers)
@@ -100,7 +101,8 @@ def write_gguf(path: Path, model: OlmoeForCausalLM, gguf: ModuleType, weights: s
     writer.add_tokenizer_model("no_vocab")
     types = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
     for name, tensor in gguf_tensors(model):
-        if weights is not None and tensor.ndim > 1 and name.startswith("blk.") and "gate_inp" not in name:
+        packed = (name.startswith("blk.") and "gate_inp" not in name) or (head and name == "output.weight")
+        if weights is not None and tensor.ndim > 1 and packed:
             kind = gguf.GGMLQuantizationType[weights]
             writer.add_tensor(name, gguf.quantize(tensor.detach().float().contiguous().numpy(), kind), raw_dtype=kind)
             continue
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
     parser.add_argument("--weights", choices=WEIGHTS, help="the format of attention and experts")
     parser.add_argument("--activations", choices=["int8"], help="round rows too; with int4 and int8")
+    parser.add_argument("--head", action="store_true", help="the head too, here and there")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of measuring per row")
@@ -209,9 +212,9 @@ def main() -> None:
     ids = torch.randint(model.config.vocab_size, (args.prompt,)).tolist()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "olmoe.gguf"
-        write_gguf(path, model, gguf, args.weights and WEIGHTS[args.weights])
+        write_gguf(path, model, gguf, args.weights and WEIGHTS[args.weights], args.head)
         if format is not None:
-            quantize_model(model, Quantization(format))
+            quantize_model(model, Quantization(format, () if args.head else None))
         engines = {"moekernels": Ours(model), NAME: Theirs(path, args.prompt + 1, llama_cpp)}
         mine, theirs = (engine.prefill(ids) for engine in engines.values())
         apart = ((mine - theirs).norm() / mine.norm()).item()
@@ -220,7 +223,7 @@ def main() -> None:
             raise SystemExit(f"{NAME} computes something else")
         prefill = {name: lambda engine=engine: engine.prefill(ids) for name, engine in engines.items()}
         step = {name: lambda engine=engine: engine.step(ids[0], args.prompt) for name, engine in engines.items()}
-        weights = args.weights and args.weights + (" int8 rows" if options else "")
+        weights = args.weights and args.weights + (" int8 rows" if options else "") + (" and head" if args.head else "")
         rows = [
             measure("prefill", args.prompt, prefill, model, args.dtype, weights, roofs, args.budget),
             measure("decoding step", 1, step, model, args.dtype, weights, roofs, args.budget),

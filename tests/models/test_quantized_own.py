@@ -121,6 +121,58 @@ def test_only_modules_that_could_be_quantised_are_named(whole: Any, tmp_path: Pa
     assert settings["skip_modules"] == ["lm_head", "classifier"]
 
 
+@pytest.mark.parametrize("format", ["int4", "q8_0", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["m2m_100", "switch_transformers"])
+def test_a_tied_head(whole: Any, kind: str, format: str, tmp_path: Path) -> None:
+    """Head and embedding are one weight, quantised where nothing is to be skipped."""
+    config = {"format": format, "skip_modules": []}
+    model = _load(kind, whole(kind), quantization_config=config).eval()
+    shared = model.get_input_embeddings().weight
+    assert isinstance(shared, QuantizedWeight) and model.lm_head.weight is shared
+    assert model.get_encoder().embed_tokens.weight is shared and model.get_decoder().embed_tokens.weight is shared
+    ids = torch.randint(3, 20, (2, 5))
+    logits = model(input_ids=ids, decoder_input_ids=ids).logits
+
+    in_memory = _load(kind, whole(kind)).eval()
+    quantize_model(in_memory, mk.QuantizationConfig(format, skip_modules=[]).quantization())
+    assert in_memory.lm_head.weight is in_memory.get_input_embeddings().weight
+    assert torch.equal(in_memory(input_ids=ids, decoder_input_ids=ids).logits, logits)
+
+    values = _load(kind, whole(kind)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = parameter.dequantize() if isinstance(parameter, QuantizedWeight) else parameter
+            values.get_parameter(name).copy_(value)
+    torch.testing.assert_close(values(input_ids=ids, decoder_input_ids=ids).logits, logits)
+
+    model.save_pretrained(tmp_path / "saved")
+    quantize_checkpoint(whole(kind), tmp_path / "written", mk.QuantizationConfig(format, skip_modules=[]))
+    for directory in (tmp_path / "saved", tmp_path / "written"):
+        again = _load(kind, directory).eval()
+        _equal(model, again)
+        assert again.lm_head.weight is again.get_input_embeddings().weight
+    with pytest.raises(ValueError, match=f"the weight of .*Embedding is quantised \\({format}\\) and cannot get rows"):
+        model.resize_token_embeddings(200)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"format": "int4"},
+        {"format": "int4", "skip_modules": ["lm_head"]},
+        {"format": "int4", "skip_modules": ["shared"]},
+        {"format": "int4", "skip_modules": [], "compute_dtype": "bfloat16"},
+        {"format": "nf4", "skip_modules": [], "double_quant": True},
+        {"load_in_8bit": True, "llm_int8_skip_modules": []},
+    ],
+)
+def test_a_tied_head_that_stays_whole(whole: Any, config: dict[str, Any]) -> None:
+    model = _load("m2m_100", whole("m2m_100"), quantization_config=config)
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert isinstance(model.get_decoder().layers[0].fc1.weight, QuantizedWeight)
+
+
 def test_a_state_dict(whole: Any) -> None:
     model = _load("olmoe", whole("olmoe"), quantization_config={"format": "int4"})
     again = mk.OlmoeForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())

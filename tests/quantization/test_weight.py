@@ -81,6 +81,27 @@ def test_rows_with_nested_scales() -> None:
         torch.cat([ops.quantize(torch.randn(8, 512), "nf4", double_quant=True)] * 2)
 
 
+@pytest.mark.parametrize("format", [*MADE, "q6_k"])
+def test_as_an_embedding(format: str) -> None:
+    if format == "q6_k":  # which is read only
+        blocks = torch.randint(0, 100, (10 * 2 * 210,), dtype=torch.uint8)
+        weight = QuantizedWeight({"blocks": blocks}, FORMATS[format](), (10, 512), dtype=torch.bfloat16)
+    else:
+        weight = ops.quantize(torch.randn(10, 64), format, dtype=torch.bfloat16)
+    ids = torch.tensor([[9, 0, 3], [3, 3, 1]])
+    assert torch.equal(nn.functional.embedding(ids, weight), weight.dequantize()[ids])
+    assert nn.functional.embedding(ids[:0], weight).shape == (0, 3, weight.shape[1])
+    for wrong in (10, -1):
+        with pytest.raises(IndexError):
+            nn.functional.embedding(torch.tensor([wrong]), weight)
+
+
+def test_an_embedding_whose_rows_share_scales() -> None:
+    weight = ops.quantize(torch.randn(10, 96), "nf4")
+    with pytest.raises(ValueError, match="nf4: rows of 96 weights share their scales, and cannot be taken"):
+        nn.functional.embedding(torch.tensor([1]), weight)
+
+
 def test_as_a_parameter() -> None:
     module = _module()
     assert isinstance(module.weight, nn.Parameter)

@@ -51,12 +51,12 @@ class Packing(NamedTuple):
 
     Attributes:
         format: that in which the parameter of a name is to be held, if the checkpoint has it whole; None is whole.
-        is_packable: whether the parameter of a name can be held as the checkpoint has it, if that is quantised.
+        is_packable: whether the parameter of a name can be held in the format in which the checkpoint has it.
         compute_dtype: what products with quantised weights are computed in; None is the dtype of the other parameters.
     """
 
     format: Callable[[str], Format | None] = lambda name: None
-    is_packable: Callable[[str], bool] = lambda name: False
+    is_packable: Callable[[str, Format], bool] = lambda name, format: False
     compute_dtype: torch.dtype | None = None
 
 
@@ -307,9 +307,9 @@ def _format_of(target: _Target, reader: Reader, packing: Packing) -> Format | No
                 f"of {format}"
             )
         return found
-    if not packing.is_packable(name):
-        return None
     format = stored[0]
+    if format is not None and not packing.is_packable(name, format):
+        return None
     found = fitting(format, shape, parts) if format is not None and len(set(stored)) == 1 else None
     if found is None:
         kinds = ", ".join(sorted({"whole" if kind is None else kind.name for kind in stored}))

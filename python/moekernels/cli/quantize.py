@@ -29,8 +29,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help="int4: weights that share a scale, 32 or 64")
     parser.add_argument("--double-quant", action="store_true", help="nf4, fp4: quantise the scales too")
     parser.add_argument(
-        "--skip-modules", nargs="+", metavar="NAME", help="modules that stay whole (default: the head), by name or path"
-    )
+        "--skip-modules", nargs="*", metavar="NAME",
+        help="modules that stay whole (default: the head), by name or path; without a name the head is quantised too",
+    )  # fmt: skip
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of a file (default: 2GB)")
     parser.set_defaults(run=run)
 

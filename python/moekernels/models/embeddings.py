@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from moekernels.quantization import QuantizedWeight
+
 
 class TokenEmbeddingsMixin(nn.Module):
     """Access to the embedding and the head. A model whose embedding has another name overrides the first two."""
@@ -87,13 +89,19 @@ class TokenEmbeddingsMixin(nn.Module):
             raise ValueError(f"resize_token_embeddings: the vocabulary must have at least one token, got {size}")
         if size == old.num_embeddings:
             return old
+        head = self.get_output_embeddings()
+        for module in (*self._embeddings(), *([] if head is None else [head])):
+            if isinstance(module.weight, QuantizedWeight):
+                raise ValueError(
+                    f"resize_token_embeddings: the weight of {type(module).__name__} is quantised "
+                    f"({module.weight.format.name}) and cannot get rows; resize before quantising"
+                )
         fill = _fill_with_mean if mean_resizing else self._fill_with_noise
         for embeddings in self._embeddings():
             embeddings.weight = _resized(embeddings.weight, size, fill)
             embeddings.num_embeddings = size
             if embeddings.padding_idx is not None and embeddings.padding_idx >= size:
                 embeddings.padding_idx = None
-        head = self.get_output_embeddings()
         if head is not None and not self.config.tie_word_embeddings:
             head.weight = _resized(head.weight, size, fill)
             if head.bias is not None:

@@ -128,7 +128,9 @@ class QuantizationConfig:
         options: of the format, such as `group_size` of "int4", `blocksize` of "nf4", and `activations` of "int4" and
             "int8", which may be "int8". As keywords of
             :meth:`from_dict` they stand beside the others.
-        skip_modules: as `llm_int8_skip_modules` of :class:`BitsAndBytesConfig`.
+        skip_modules: as `llm_int8_skip_modules` of :class:`BitsAndBytesConfig`; an empty list quantises the head too. A
+            head that is tied takes the embedding with it, of which rows are then dequantised as they are looked up
+            (unless rows share scales, or there is a `compute_dtype`: then both stay whole).
         compute_dtype: the dtype in which a layer multiplies; None is that of its input.
 
     Raises:
@@ -166,7 +168,7 @@ class QuantizationConfig:
         """What to do with the weights."""
         skip = None if self.skip_modules is None else tuple(self.skip_modules)
         assert self.compute_dtype is None or isinstance(self.compute_dtype, torch.dtype)
-        return Quantization(parse_format(self.format, **self.options), skip, self.compute_dtype)
+        return Quantization(parse_format(self.format, **self.options), skip, self.compute_dtype, tied=True)
 
 
 class Quantization(NamedTuple):
@@ -176,11 +178,13 @@ class Quantization(NamedTuple):
         format: that they get.
         skip: names of modules that stay whole; None is the heads.
         compute_dtype: the dtype in which layers multiply; None is that of their input.
+        tied: whether a head that is tied to the embedding counts as a module that can be quantised; both are then.
     """
 
     format: Format
     skip: tuple[str, ...] | None = None
     compute_dtype: torch.dtype | None = None
+    tied: bool = False
 
     def skips(self, module: str) -> bool:
         """Whether `skip` names a module: by its path, a part of the path that ends before it, or its last name."""

@@ -19,21 +19,23 @@ _ROUTER = "router"
 _BITSANDBYTES = ("nf4", "fp4", "int8")
 
 
-def packable_weights(model: nn.Module) -> set[str]:
-    """The names of the parameters that can be quantised: weights of Linears and stacks of experts.
+def packable_weights(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters that can be quantised, and the modules that have them: Linears, stacks of experts, and embeddings
+    that a head is tied to.
 
-    Not the routers', whose rounding would send tokens to other experts, nor what is an embedding too.
+    Not the routers', whose rounding would send tokens to other experts, nor other embeddings.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = set()
+    found: dict[int, list[str]] = {}
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for path, module in model.named_modules():
         if _ROUTER in path.split("."):
             continue
-        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings:
-            found.add(f"{path}.weight")
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and id(module.weight) in heads):
+            found.setdefault(id(module.weight), []).append(path)
         elif isinstance(module, GroupedExperts):
-            found |= {f"{path}.{module._up_name}", f"{path}.down_proj"}
-    return found
+            for name in (module._up_name, "down_proj"):
+                found[id(module.get_parameter(name))] = [f"{path}.{name}"]
+    return {name: found[id(weight)] for name, weight in model.named_parameters() if id(weight) in found}
 
 
 def packing_of(
@@ -49,18 +51,31 @@ def packing_of(
     """
     packable = packable_weights(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in packable}
+    embeddings = {name for name in packable if _is_embedding(model, name)}
+    if quantization is not None:
+        compute_dtype = quantization.compute_dtype
+
+    def is_packable(name: str, format: Format) -> bool:
+        if name in embeddings:  # whose rows are looked up one by one, and give the model's dtype
+            return compute_dtype is None and format.rows_are_apart(shapes[name][-1])
+        return name in packable
 
     def format_of(name: str) -> Format | None:
-        if quantization is None or name not in packable:
+        if quantization is None or not is_packable(name, quantization.format):
             return None
-        modules = [name.removesuffix(".weight"), *_modules(name, shapes[name], key_map)]
+        if name in embeddings and not quantization.tied:
+            return None
         if quantization.skip is None:
-            is_skipped = key_map.canonical(name) in key_map.heads
+            is_skipped = name in embeddings or key_map.canonical(name) in key_map.heads
         else:
-            is_skipped = any(map(quantization.skips, modules))
+            is_skipped = any(map(quantization.skips, (*packable[name], *_modules(name, shapes[name], key_map))))
         return None if is_skipped else quantization.format
 
-    return Packing(format_of, packable.__contains__, quantization.compute_dtype if quantization else compute_dtype)
+    return Packing(format_of, is_packable, compute_dtype)
+
+
+def _is_embedding(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
 
 
 def _modules(name: str, shape: tuple[int, ...], key_map: KeyMap) -> Iterator[str]:
@@ -87,11 +102,14 @@ def quantize_model(model: Any, quantization: Quantization) -> None:
     for name, format in chosen.items():
         format.check_shape(model.get_parameter(name).shape, f"quantize_model: {name}")
     for name, format in chosen.items():
-        owner, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        weight = getattr(owner, last)
-        if not isinstance(weight, QuantizedWeight):
-            packed = QuantizedWeight.quantize(weight.detach(), format, dtype=quantization.compute_dtype)
-            setattr(owner, last, nn.Parameter(packed, requires_grad=False))
+        weight = model.get_parameter(name)
+        if isinstance(weight, QuantizedWeight):
+            continue
+        packed = QuantizedWeight.quantize(weight.detach(), format, dtype=quantization.compute_dtype)
+        parameter = nn.Parameter(packed, requires_grad=False)
+        for module in model.modules():  # a tied one has several
+            for last in [last for last, other in module._parameters.items() if other is weight]:
+                module._parameters[last] = parameter
 
 
 def quantized_formats(weights: Mapping[str, Tensor]) -> dict[str, Format]:
@@ -114,7 +132,8 @@ def describe_quantization(model: Any, formats: Mapping[str, Format]) -> torch.dt
         return None
     whole = _whole_modules(model, set(formats), model.key_map)
     names = {format.name for format in formats.values()}
-    if len(names) == 1 and names <= set(_BITSANDBYTES):
+    has_embedding = any(_is_embedding(model, name) for name in formats)  # which bitsandbytes' layout cannot hold
+    if len(names) == 1 and names <= set(_BITSANDBYTES) and not has_embedding:
         kept = BitsAndBytesConfig.from_dict(before)
         config = _bitsandbytes_config(kept, next(iter(formats.values())), whole)
         model.config.quantization_config = config.to_dict()
@@ -150,7 +169,7 @@ def _whole_modules(model: nn.Module, quantized: set[str], key_map: KeyMap) -> li
         modules = list(_modules(name, tuple(parameter.shape), key_map))
         if _ROUTER in name.split("."):
             modules = [module.rpartition(".")[2] for module in modules]
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+        elif _is_embedding(model, name):
             # A head that is tied has the embedding's name.
             modules = [path for path, module in model.named_modules() if _is_tied_head(module, parameter)]
         found.update(dict.fromkeys(modules))

@@ -135,6 +135,19 @@ def _index_select(weight: QuantizedWeight, dim: int, index: Tensor) -> Quantized
     return weight._like(parts, (next(iter(parts.values())).shape[0], *weight.logical_shape[1:]))
 
 
+@_handles(_aten.embedding.default)
+def _embedding(
+    weight: QuantizedWeight, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:  # fmt: skip
+    """Only the rows that are looked up are dequantised."""
+    columns = weight.logical_shape[-1]
+    if indices.numel() == 0:
+        return torch.empty(*indices.shape, columns, dtype=weight.dtype, device=indices.device)
+    parts = weight.format.take(weight.parts, columns, indices.reshape(-1))
+    return weight._like(parts, (indices.numel(), columns)).dequantize().view(*indices.shape, columns)
+
+
 def _alike(weights: Sequence[Any], what: str) -> None:
     first = weights[0]
     for weight in weights:

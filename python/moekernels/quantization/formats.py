@@ -144,6 +144,22 @@ class Format(ABC):
             views[name] = parts[name][..., bounds[0] : bounds[1]]
         return views
 
+    def rows_are_apart(self, columns: int) -> bool:
+        """Whether nothing that is stored once covers weights of two rows of so many columns."""
+        return all(columns % part.weights == 0 for part in self.parts(columns).values())
+
+    def take(self, parts: Parts, columns: int, rows: Tensor) -> dict[str, Tensor]:
+        """Copies of the parts of some rows of a matrix, in the order of the vector `rows`.
+
+        Raises:
+            ValueError: rows are not apart.
+            IndexError: there is no such row.
+        """
+        if not self.rows_are_apart(columns):
+            raise ValueError(f"{self.name}: rows of {columns} weights share their scales, and cannot be taken")
+        sizes = {name: part.size(columns) for name, part in self.parts(columns).items()}
+        return {name: parts[name].view(-1, size).index_select(0, rows).view(-1) for name, size in sizes.items()}
+
     def join(self, pieces: Sequence[Parts], columns: int, rows: Sequence[int]) -> dict[str, Tensor]:
         """The parts of matrices (or stacks) one below the other.
 
