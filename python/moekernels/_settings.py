@@ -93,9 +93,10 @@ _is_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autoca
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast asks for on a device; None where it is off or unknown (the meta device)."""
+    """The dtype that autocast asks for on a device; None where it is off, and where there are no kernels."""
     if not _is_any_autocast_enabled():
         return None
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    # torch.amp.is_autocast_available would say so of all others; the compiler of torch 2.11 cannot look into it.
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 from typing import Any
@@ -10,7 +11,7 @@ from unittest import mock
 
 from moekernels.cli import main as command_line
 
-MAIN = "moekernels.cli.main"
+MAIN = importlib.import_module("moekernels.cli.main")  # by its name it would be the function that the package has
 
 
 def run(rank: int, commands: dict[str, tuple[list[str], str]]) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run(rank: int, commands: dict[str, tuple[list[str], str]]) -> dict[str, Any]
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(errors),
             mock.patch("sys.stdin", given),
-            mock.patch(f"{MAIN}.leave", codes.append),
+            mock.patch.object(MAIN, "leave", codes.append),
         ):
             command_line([*arguments, "--expert-parallel"])
         found[name] = (codes, out.getvalue(), errors.getvalue())

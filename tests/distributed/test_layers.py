@@ -60,7 +60,7 @@ def test_choices_beyond_a_fixed_number_of_rows_are_dropped(found: list[dict[str,
 
 
 def test_with_a_fixed_number_of_rows_no_sizes_are_exchanged(found: list[dict[str, Any]]) -> None:
-    rows = [f"{what} of a sparse layer" for what in ("tokens", "routing", "outputs")]
+    rows = [f"{what} of a sparse layer" for what in ("tokens", "outputs")]
     for rank in found:
         assert rank["exchanges"]["exact, fixed rows"] == rows
         assert rank["exchanges"]["exact"] == ["the numbers of tokens of a sparse layer", *rows]

@@ -44,17 +44,24 @@ def check(
     """Compare the gradients; `scale` as in :func:`assert_accurate`.
 
     The first leaf has the dtype that is computed in; a float32 gradient that comes of half-precision rows is as
-    accurate as they are.
+    accurate as they are. PyTorch's error in a handful of elements is chance: theirs counts as that of the others.
     """
     dtype = leaves[0].dtype
     direction = direction.to(dtype)
     actual = gradients(op, leaves, direction)
     truth = gradients(definition, [leaf.double() for leaf in leaves], direction)
-    expected = gradients(plain, leaves, direction)
-    for a, t, p, leaf in zip(actual, truth, expected, leaves, strict=True):
+    expected = [p.to(dtype) for p in gradients(plain, leaves, direction)]
+    largest = [t.abs().max().item() if t.numel() else 0.0 for t in truth]
+    off = [(p.double() - t).abs().max().item() if t.numel() else 0.0 for p, t in zip(expected, truth, strict=True)]
+    others = max(error / most for error, most in zip(off, largest, strict=True) if most) if any(largest) else 0.0
+    for a, t, p, leaf, most in zip(actual, truth, expected, leaves, largest, strict=True):
         assert a.dtype == leaf.dtype
-        assert_accurate(a.to(dtype), t, p.to(dtype), scale)
+        few = t.numel() < _FEW
+        assert_accurate(a.to(dtype), t, (t + others * most).to(dtype) if few else p, scale)
     return actual
+
+
+_FEW = 8
 
 
 def tensors_of(x: LayerInputs) -> dict[str, Tensor]:

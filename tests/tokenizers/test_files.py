@@ -17,7 +17,7 @@ NOT_JSON = [
     (b'{"a": 1,', r"line 1 column 9"),
     (b'{"a": "\xff"}', r"not UTF-8 at byte 7"),
     (b"[" * 100_000, r"nested too deeply|not an object"),
-    (b'{"n": ' + b"9" * 5000 + b"}", r"4300 digits"),
+    (b'{"n": ' + b"9" * 5000 + b"}", r"limit \(4300"),
     (b"[1]", r"must hold a JSON object, got list"),
 ]
 

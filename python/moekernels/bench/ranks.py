@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,14 @@ class _Counted(Ranks):
         super().__init__(ranks.mesh)
         self.sent = 0
 
-    def _all_to_all(self, rows: Tensor, sent: list[int] | None, received: list[int] | None, what: str) -> Tensor:
-        counts = sent or [rows.shape[0] // self.size] * self.size
-        row_bytes = rows.nbytes // max(rows.shape[0], 1)
+    def _all_to_all(
+        self, tensors: Sequence[Tensor], sent: list[int] | None, received: list[int] | None, what: str
+    ) -> tuple[Tensor, ...]:
+        num_rows = tensors[0].shape[0]
+        counts = sent or [num_rows // self.size] * self.size
+        row_bytes = sum(tensor.nbytes for tensor in tensors) // max(num_rows, 1)
         self.sent += row_bytes * (sum(counts) - counts[self.rank])
-        return super()._all_to_all(rows, sent, received, what)
+        return super()._all_to_all(tensors, sent, received, what)
 
     def _all_reduce(self, tensor: Tensor, what: str) -> Tensor:
         self.sent += 2 * tensor.nbytes * (self.size - 1) // self.size  # a ring

@@ -1,6 +1,10 @@
 """What the processes of a group exchange. An error says which of them was in which operation.
 
 All are functional collectives, which torch.compile sees, and wait for nothing but their own result.
+
+Ranks meet in them in one order, in the backward pass too. There the graph alone decides what comes first: two nodes
+that wait for the same gradients may run either way round, and not the same way on every rank. So what a layer brings
+to the others at one point is one node, whatever the number of tensors.
 """
 
 from __future__ import annotations
@@ -43,19 +47,21 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
 
-    def exchange(self, rows: Tensor, sent: list[int] | None, received: list[int] | None, what: str) -> Tensor:
+    def exchange(
+        self, tensors: tuple[Tensor, ...], sent: list[int] | None, received: list[int] | None, what: str
+    ) -> tuple[Tensor, ...]:
         """All-to-all: the first ``sent[0]`` rows to rank 0, the next ``sent[1]`` to rank 1 and so on; as many as
         `received` says come back, in the order of their ranks. None divides the rows evenly. The gradient goes the
-        other way."""
-        return _Exchange.apply(rows, sent, received, self, what)
+        other way. Tensors ``[N, ...]`` of as many rows travel together, row by row."""
+        return _Exchange.apply(sent, received, self, what, *tensors)
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """The sum of the tensors of all ranks; its gradient is the sum of their gradients."""
         return _Sum.apply(tensor, self, what)
 
-    def enter(self, tensor: Tensor, what: str) -> Tensor:
-        """A tensor that is the same on all ranks, of which each then uses a part: the gradients are summed."""
-        return _Enter.apply(tensor, self, what)
+    def enter(self, tensors: tuple[Tensor, ...], what: str) -> tuple[Tensor, ...]:
+        """Tensors that are the same on all ranks, of which each then uses a part: the gradients are summed."""
+        return _Enter.apply(self, what, *tensors)
 
     def leave(self, tensor: Tensor, what: str) -> Tensor:
         """The sum of the parts, which is the same on all ranks, and so is its gradient."""
@@ -75,8 +81,17 @@ class Ranks:
             raise self._failed(what, error) from error
         return found
 
-    def _all_to_all(self, rows: Tensor, sent: list[int] | None, received: list[int] | None, what: str) -> Tensor:
-        return self._run(what, functional.all_to_all_single, rows.contiguous(), received, sent)
+    def _all_to_all(
+        self, tensors: Sequence[Tensor], sent: list[int] | None, received: list[int] | None, what: str
+    ) -> tuple[Tensor, ...]:
+        if len(tensors) == 1:
+            return (self._run(what, functional.all_to_all_single, tensors[0].contiguous(), received, sent),)
+        parts = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
+        rows = self._run(what, functional.all_to_all_single, torch.cat(parts, dim=1), received, sent)
+        arrived = rows.split([part.shape[1] for part in parts], dim=1)
+        # A copy of its own begins where its dtype may.
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in arrived]
+        return tuple(copy.view(tensor.dtype) for copy, tensor in zip(copies, tensors, strict=True))
 
     def _all_reduce(self, tensor: Tensor, what: str) -> Tensor:
         return self._run(what, functional.all_reduce, tensor, "sum")
@@ -104,14 +119,14 @@ def swapped(what: str) -> str:
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, sent: list[int] | None, received: list[int] | None, ranks: Ranks, what: str
-    ) -> Tensor:
+        ctx: Any, sent: list[int] | None, received: list[int] | None, ranks: Ranks, what: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.splits, ctx.ranks, ctx.what = (received, sent), ranks, what
-        return ranks._all_to_all(rows, sent, received, what)
+        return ranks._all_to_all(tensors, sent, received, what)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.ranks._all_to_all(grads[0], *ctx.splits, swapped(ctx.what)), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, *ctx.ranks._all_to_all(grads, *ctx.splits, swapped(ctx.what))
 
 
 class _Sum(torch.autograd.Function):
@@ -127,13 +142,13 @@ class _Sum(torch.autograd.Function):
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
+    def forward(ctx: Any, ranks: Ranks, what: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.ranks, ctx.what = ranks, what
-        return tensor.view_as(tensor)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks._all_reduce(grads[0], swapped(ctx.what)), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(ctx.ranks._all_reduce(grad, swapped(ctx.what)) for grad in grads)
 
 
 class _Leave(torch.autograd.Function):

@@ -85,8 +85,7 @@ class SummingDispatcher(_ShardedDispatcher):
         """See :meth:`moekernels.nn.Dispatcher.run`."""
         ids = self._claim_places(routing.expert_ids, LOCAL)
         ids = torch.where((ids >= self.first) & (ids < self.first + self.num_held), ids - self.first, -1)
-        hidden = self.ranks.enter(hidden, self._what("tokens"))
-        weights = self.ranks.enter(routing.routing_weights, self._what("routing weights"))
+        hidden, weights = self.ranks.enter((hidden, routing.routing_weights), self._what("tokens"))
         return self.ranks.leave(self._served(hidden, weights, ids, experts), self._what("outputs"))
 
     def _served(self, hidden: Tensor, weights: Tensor, ids: Tensor, experts: Experts) -> Tensor:
@@ -184,10 +183,9 @@ class ExchangingDispatcher(_ShardedDispatcher):
 
         rows = ops.permute(hidden, parcels.sends.token_of_row[: sizes.num_sent], parcels.sends.row_of_slot)
         labels = self._labels(ids, torch.where(is_summed, weights, 1.0), parcels, sizes.num_sent)
-        rows = self.ranks.exchange(rows, sizes.sent, sizes.received, self._what("tokens"))
-        labels = self.ranks.exchange(labels, sizes.sent, sizes.received, self._what("routing"))
+        rows, labels = self.ranks.exchange((rows, labels), sizes.sent, sizes.received, self._what("tokens"))
         served = self._serve(rows, labels, sizes, experts)
-        back = self.ranks.exchange(served, sizes.answers, sizes.asked, self._what("outputs"))
+        (back,) = self.ranks.exchange((served,), sizes.answers, sizes.asked, self._what("outputs"))
         return ops.unpermute(back, parcels.answers.row_of_slot, torch.where(is_summed, 1.0, weights))
 
     def _parcels(self, ids: Tensor) -> _Parcels:
@@ -237,7 +235,7 @@ class ExchangingDispatcher(_ShardedDispatcher):
         choices.scatter_add_(0, owners, torch.ones_like(owners))
         counts = [parcels.sends.expert_offsets.diff(), parcels.answers.expert_offsets.diff(), choices[:-1]]
         own = torch.stack([*counts, torch.full_like(choices[:-1], signature)], dim=1).long()
-        theirs = self.ranks.exchange(own, None, None, self._what("the numbers of tokens"))
+        (theirs,) = self.ranks.exchange((own,), None, None, self._what("the numbers of tokens"))
         sent, received = torch.stack((own, theirs)).tolist()  # the one place where the host waits
         others = [rank for rank, row in enumerate(received) if row[3] != signature]
         if others:

@@ -32,7 +32,9 @@ class ShardedExperts(GroupedExperts):
         if stacks[0].shape[0]:
             return super().forward(hidden, routing_weights, plan, **dropouts)
         # Nothing, but with gradients: an optimizer or a norm that leaves a parameter out on one rank waits on others.
-        nothing = torch.stack([stack.sum() for stack in stacks if stack is not None]).sum()
+        # They are products, and so have memory of their own as other ranks' have: to keep one that is expanded, DTensor
+        # of torch 2.11 would ask the others, which do not come.
+        nothing = torch.stack([(stack * 0).sum() for stack in stacks if stack is not None]).sum()
         never = torch.zeros((), dtype=torch.bool, device=hidden.device)
         unused = torch.where(never, routing_weights, 0).sum().to(hidden.dtype)
         return torch.where(never, hidden, nothing.to(hidden.dtype) + unused)
