@@ -30,14 +30,16 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
       "router_stats(Tensor logits, SymInt num_groups, int top_k, Tensor? mask=None) "
       "-> (Tensor counts, Tensor prob_sums, Tensor z_sums)");
 
-  // On the CPU, and without gradients: the Python functions leave everything else to torch.
-  m.def(
-      "linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none', bool batch_invariant=False) -> "
-      "Tensor");
+  // Without gradients: the Python functions dequantise the weight where it has no kernel.
   m.def(
       "quantized_gemm(Tensor rows, Tensor codes, Tensor scales, Tensor[] tables, str order, int group, float unit, "
       "int out_features, Tensor expert_offsets, Tensor? bias=None, str activation='none', bool gated=False, "
       "Tensor? row_scale=None, Tensor? token_of_row=None, bool batch_invariant=False, bool int8_rows=False) -> Tensor");
+
+  // On the CPU, and without gradients: the Python functions leave everything else to torch.
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none', bool batch_invariant=False) -> "
+      "Tensor");
   m.def(
       "choose(Tensor scores, Tensor? bias, Tensor? mask, int top_k, int num_groups, int top_groups, bool renormalize, "
       "float scale) -> (Tensor weights, Tensor expert_ids)");
@@ -70,6 +72,7 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("plan", MOEKERNELS_BOX(plan));
   m.impl("permute", MOEKERNELS_BOX(permute));
   m.impl("grouped_gemm", MOEKERNELS_BOX(grouped_gemm));
+  m.impl("quantized_gemm", MOEKERNELS_BOX(quantized_gemm));
   m.impl("grouped_weight_grad", MOEKERNELS_BOX(grouped_weight_grad));
   m.impl("unpermute", MOEKERNELS_BOX(unpermute));
   m.impl("sparse_mlp", MOEKERNELS_BOX(sparse_mlp));
@@ -87,7 +90,6 @@ void register_all(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
   register_all(m);
   m.impl("linear", MOEKERNELS_BOX(linear));
-  m.impl("quantized_gemm", MOEKERNELS_BOX(quantized_gemm));
   m.impl("choose", MOEKERNELS_BOX(choose));
   m.impl("rms_norm", MOEKERNELS_BOX(rms_norm));
   m.impl("attention", MOEKERNELS_BOX(attention));

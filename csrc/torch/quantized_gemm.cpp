@@ -1,3 +1,5 @@
+#include <torch/csrc/stable/ops.h>
+
 #include <vector>
 
 #include "allocate.h"
@@ -23,6 +25,19 @@ void check_part(const Checks& check, const char* name, const Tensor& tensor, Sca
              " must have shape [", num_experts, ", ", entries, "]");
   check.dtype(name, tensor, dtype);
   check.same_device(name, tensor);
+}
+
+// What lies between the rows; of a single one that is as torch happens to say.
+int64_t stride_of_rows(const Tensor& tensor) {
+  return tensor.size(0) == 1 ? tensor.size(1) : tensor.stride(0);
+}
+
+// A tensor of dense rows that start at multiples of 16 bytes, as kernels for GPUs read them: itself, or a copy.
+Tensor aligned_rows(const Tensor& tensor, int64_t element_size) {
+  const Tensor rows = dense_rows(tensor);
+  const bool is_aligned =
+      reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0 && stride_of_rows(rows) * element_size % 16 == 0;
+  return is_aligned ? rows : torch::stable::clone(rows);
 }
 
 constexpr int64_t kMostIntegers = 65536;  // whose products with codes of 8 bits add up to less than 2^31
@@ -72,6 +87,10 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
   check.that(!int8_rows || in_features <= kMostIntegers, "rows that are rounded to 8 bits must have at most ",
              kMostIntegers, " columns, got ", in_features);
   params.int8_rows = int8_rows;
+  const bool on_gpu = rows.is_cuda();
+  check.that(!on_gpu || !int8_rows, "on CUDA rows are not rounded to 8 bits");
+  check.that(!on_gpu || is_nibbles || in_features % 16 == 0,
+             "on CUDA rows must have a multiple of 16 columns beside codes of 8 bits, got ", in_features);
   if (!tables.empty()) check.float_shape("tables[0]", tables[0], {16}, "[16]");
   if (is_nested) {
     check.float_shape("tables[1]", tables[1], {256}, "[256]");
@@ -85,17 +104,25 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
     check.same_device("bias", *bias);
   }
   if (row_scale.has_value()) check.float_shape("row_scale", *row_scale, {gemm.num_rows}, "[num_rows]");
+  if (on_gpu && gemm.activation == Activation::kRelu2) {  // the epilogue has no registers for it
+    check.that(!row_scale.has_value(), "row_scale goes with no relu2 on CUDA");
+    return moekernels::activation(
+        quantized_gemm(rows, codes, scales, tables, order, group, unit, out_features, expert_offsets, bias, "none",
+                       false, std::nullopt, token_of_row, batch_invariant, int8_rows),
+        activation, gated);
+  }
   Tensor out = moekernels::new_empty(rows, {gemm.num_rows, gated ? out_features / 2 : out_features});
   if (out.numel() == 0) return out;
 
-  const Tensor source = dense_rows(rows), offsets = dense(expert_offsets);
-  const Tensor dense_codes = dense_rows(codes), dense_scales = dense_rows(scales);
+  const Tensor source = on_gpu ? aligned_rows(rows, size_of(gemm.dtype)) : dense_rows(rows);
+  const Tensor dense_codes = on_gpu ? aligned_rows(codes, 1) : dense_rows(codes);
+  const Tensor offsets = dense(expert_offsets), dense_scales = dense_rows(scales);
   const std::optional<Tensor> dense_bias = dense_rows(bias), tokens = dense(token_of_row), factors = dense(row_scale);
   std::vector<Tensor> dense_tables;
   for (const Tensor& table : tables) dense_tables.push_back(dense(table));
   weight.codes = dense_codes.data_ptr();
   weight.scales = dense_scales.data_ptr();
-  weight.codes_stride = dense_codes.stride(0);
+  weight.codes_stride = stride_of_rows(dense_codes);
   weight.scales_stride = dense_scales.stride(0);
   weight.scales_dtype = is_half ? DType::kFloat16 : DType::kFloat32;
   weight.group = group;
@@ -108,7 +135,7 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
     weight.nested_stride = dense_tables[2].size(1);
   }
   gemm.rows = source.data_ptr();
-  gemm.row_stride = source.stride(0);
+  gemm.row_stride = stride_of_rows(source);
   gemm.token_of_row = tokens ? tokens->const_data_ptr<int32_t>() : nullptr;
   gemm.row_scale = factors ? factors->const_data_ptr<float>() : nullptr;
   gemm.expert_offsets = offsets.const_data_ptr<int32_t>();

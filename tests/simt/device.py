@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.simt.build import Builder
 from tests.simt.params import STRUCTS, DType, InputPointer, OutputPointer, WeightPart
 
-Field: TypeAlias = Tensor | list[Tensor] | int | float | torch.dtype | None
+Field: TypeAlias = Tensor | list[Tensor] | int | float | torch.dtype | dict[str, Any] | None
 Timing = Literal["eager", "late", "random"]
 _TIMINGS: dict[Timing, int] = {"eager": 0, "late": 1, "random": 2}
 _LOCATION = re.compile(r"(/\S+\.so)\+0x([0-9a-f]+)")
@@ -136,7 +136,8 @@ class SimtLibrary:
     def run(self, op: str, *, settings: Settings | None = None, **fields: Field) -> None:
         """Calls the ``moekernels::run(params, stream)`` of this op.
 
-        Every field of the op's struct is an argument: a tensor or None for a pointer, a torch dtype for a dtype. Where
+        Every field of the op's struct is an argument: a tensor or None for a pointer, a torch dtype for a dtype, a
+        dictionary for a struct. Where
         the op has a workspace and none is given, one of ``workspace_bytes(params)`` is made.
 
         Raises:
@@ -184,7 +185,9 @@ class SimtLibrary:
             if name not in fields and not pointer:
                 raise TypeError(f"{struct.__name__}.{name} is missing")
             value: Any = fields.get(name)
-            if isinstance(value, Tensor):
+            if isinstance(value, dict):
+                value = self._fill(kind, value)
+            elif isinstance(value, Tensor):
                 self._add_buffer(name, value, writable=issubclass(kind, OutputPointer))
                 value = value.data_ptr()
             elif isinstance(value, torch.dtype):

@@ -167,6 +167,27 @@ def experts(p: Problem, inputs: Inputs) -> dict[str, Tensor | list[Tensor] | int
     }
 
 
+def other_fields(p: Problem, inputs: Inputs, out: Tensor) -> dict[str, Any]:
+    """The fields that say nothing of weight and bias."""
+    return {
+        "rows": inputs.rows,
+        "token_of_row": inputs.token_of_row,
+        "row_scale": inputs.row_scale,
+        "expert_offsets": inputs.expert_offsets,
+        "out": out,
+        "num_rows": p.num_rows,
+        "num_source_rows": inputs.rows.shape[0],
+        "row_stride": inputs.rows.stride(0),
+        "out_features": p.out_features,
+        "in_features": p.in_features,
+        "num_experts": len(p.counts),
+        **activation_fields(p.activation),
+        "gated": p.gated,
+        "transposed": p.transposed,
+        "dtype": p.dtype,
+    }
+
+
 def launch(
     library: SimtLibrary,
     p: Problem,
@@ -185,24 +206,10 @@ def launch(
     library.run(
         "grouped_gemm",
         settings=settings,
-        rows=inputs.rows,
-        token_of_row=inputs.token_of_row,
         **(experts(p, inputs) if fields is None else fields),
-        row_scale=inputs.row_scale,
-        expert_offsets=inputs.expert_offsets,
-        out=out,
-        num_rows=p.num_rows,
-        num_source_rows=inputs.rows.shape[0],
-        row_stride=inputs.rows.stride(0),
-        out_features=p.out_features,
-        in_features=p.in_features,
-        num_experts=len(p.counts),
-        **activation_fields(p.activation),
-        gated=p.gated,
-        transposed=p.transposed,
+        **other_fields(p, inputs, out),
         allow_tf32=allow_tf32,
         batch_invariant=batch_invariant,
-        dtype=p.dtype,
     )
     return out
 

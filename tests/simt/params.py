@@ -138,6 +138,38 @@ class GroupedGemmParams(ctypes.Structure):
     ]
 
 
+class CodeOrder(IntEnum):
+    PAIRS = 0
+    HALVES = 1
+    BYTES = 2
+
+
+class QuantizedWeightParams(ctypes.Structure):
+    _fields_ = [
+        ("codes", InputPointer),
+        ("scales", InputPointer),
+        ("table", InputPointer),
+        ("map", InputPointer),
+        ("nested", InputPointer),
+        ("offset", InputPointer),
+        ("codes_stride", c_int64),
+        ("scales_stride", c_int64),
+        ("nested_stride", c_int64),
+        ("group", c_int64),
+        ("unit", c_float),
+        ("order", c_int32),
+        ("scales_dtype", c_int32),
+    ]
+
+
+class QuantizedGemmParams(ctypes.Structure):
+    _fields_ = [
+        ("gemm", GroupedGemmParams),
+        ("weight", QuantizedWeightParams),
+        ("int8_rows", c_bool),
+    ]
+
+
 class UnpermuteParams(ctypes.Structure):
     _fields_ = [
         ("rows", InputPointer),
@@ -282,6 +314,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "plan": PlanParams,
     "permute": PermuteParams,
     "grouped_gemm": GroupedGemmParams,
+    "quantized_weight": QuantizedWeightParams,  # no op: part of the following
+    "quantized_gemm": QuantizedGemmParams,
     "unpermute": UnpermuteParams,
     "grouped_weight_grad": GroupedWeightGradParams,
     "activation": ActivationParams,

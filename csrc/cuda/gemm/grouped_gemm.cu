@@ -40,25 +40,12 @@ GroupedGemmParams some_experts(GroupedGemmParams params, int32_t first, int32_t 
   return params;
 }
 
-bool is_empty(const GroupedGemmParams& params) {
-  return params.num_rows == 0 || output_width(params) == 0;
-}
-
-// What the epilogues have no registers for; see params.h.
-bool is_beyond_epilogue(const GroupedGemmParams& params) {
-  return params.activation == Activation::kRelu2 || params.activation == Activation::kSwiglu ||
-         (params.transposed && params.bias != nullptr);
-}
-
 }  // namespace
 
 cudaError_t grouped_gemm_with_config(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream) {
   if (is_beyond_epilogue(params)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
-  if (params.num_experts == 0) {
-    const int64_t bytes = params.num_rows * output_width(params) * size_of(params.dtype);
-    return cudaMemsetAsync(params.out, 0, static_cast<size_t>(bytes), stream);
-  }
+  if (params.num_experts == 0) return store_zeros(params, stream);
   if (const cudaError_t error = store_table(params, stream); error != cudaSuccess) return error;
   // Each launch also clears the rows past its own experts; the next one fills in what belongs to its own.
   for (int32_t first = 0; first < params.num_experts; first += kMaxExpertsPerLaunch) {

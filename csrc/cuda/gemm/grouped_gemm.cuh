@@ -19,11 +19,31 @@ cudaError_t launch_grouped_gemm_sm80(const GroupedGemmParams& params, const Tile
 cudaError_t launch_grouped_gemm_sm90(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream);
 cudaError_t launch_grouped_gemm_decode(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream);
 
+// The decode path with a quantised weight, which is the only one that reads codes.
+cudaError_t launch_quantized_gemm_decode(const QuantizedGemmParams& params, const TileConfig& config,
+                                         cudaStream_t stream);
+
 // `run` with the choice made by the caller: for tests and for tuning.
 cudaError_t grouped_gemm_with_config(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream);
 
 __host__ __device__ inline int64_t output_width(const GroupedGemmParams& p) {
   return p.gated ? p.out_features / 2 : p.out_features;
+}
+
+inline bool is_empty(const GroupedGemmParams& params) {
+  return params.num_rows == 0 || output_width(params) == 0;
+}
+
+// What the epilogues have no registers for; see params.h.
+inline bool is_beyond_epilogue(const GroupedGemmParams& params) {
+  return params.activation == Activation::kRelu2 || params.activation == Activation::kSwiglu ||
+         (params.transposed && params.bias != nullptr);
+}
+
+// The output where there are no experts.
+inline cudaError_t store_zeros(const GroupedGemmParams& params, cudaStream_t stream) {
+  const int64_t bytes = params.num_rows * output_width(params) * size_of(params.dtype);
+  return cudaMemsetAsync(params.out, 0, static_cast<size_t>(bytes), stream);
 }
 
 }  // namespace moekernels

@@ -5,12 +5,12 @@
 //   every warp for itself. The grid covers the most there can be; blocks beyond it only help to zero unused rows.
 //
 //   weights   global -> registers, 16 bytes per lane, kDepth chunks ahead: no shared memory, no barrier in the loop.
-//             A chunk is 64 bytes of each of the block's weight rows. K is dealt to the warps of a block in lines of
-//             128 bytes, so that a block reads its rows in runs of kWarps lines.
+//             A chunk is 64 bytes of each of the block's weight rows, elements or codes (decode_weight.cuh). K is dealt
+//             to the warps of a block in runs of kRun chunks, so that a block reads its rows in runs of kWarps of them.
 //   tokens    global -> registers; the block's neighbours on the multiprocessor read the same ones, so L1 keeps them.
 //             At most kTokens rows of the expert per pass; more rows take more passes over the weights, from L2.
 //   sums      each warp over its part of K (decode_math.cuh), then through shared memory over the warps, in their
-//             order. The order depends on K alone.
+//             order. For a kind of weight the order depends on K alone.
 //
 // A gated tile holds 8 gate rows and, as its second half, the 8 value rows that belong to them: both of an output are
 // in one lane. A plain one holds 16 neighbouring rows. Rows past the last one repeat it, and their sums are dropped.
@@ -24,16 +24,17 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/common/overlap.cuh"
 #include "cuda/gemm/decode_math.cuh"
+#include "cuda/gemm/decode_weight.cuh"
 #include "cuda/gemm/epilogue.cuh"
-#include "cuda/gemm/expert_weight.cuh"
 #include "cuda/gemm/grouped_gemm.cuh"
 #include "cuda/gemm/scheduler.cuh"
 
 namespace moekernels {
 
-template <class T_, int kTokens_, int kTiles_, int kDepth_>
+template <class Weight_, int kTokens_, int kTiles_, int kDepth_>
 struct DecodeTraits {
-  using T = T_;
+  using Weight = Weight_;
+  using T = typename Weight::Type;
   using Math = DecodeMath<T, kTokens_, kTiles_>;
   static constexpr int kTokens = kTokens_;  // rows of an expert per pass
   static constexpr int kTiles = kTiles_;    // of 16 weight rows
@@ -43,15 +44,19 @@ struct DecodeTraits {
   static constexpr int kBlocksPerSm = 2;
 
   static constexpr int kVec = Vec16<T>::kSize;
-  static constexpr int kChunk = 4 * kVec;                  // columns of a chunk: 64 bytes
-  static constexpr int kRun = 2;                           // neighbouring chunks a warp takes: 128 bytes
+  static constexpr int kVectors = Weight::kVectors;        // of tokens, to a lane's 16 bytes of a weight row
+  static constexpr int kPiece = kVectors * kVec;           // columns of those
+  static constexpr int kChunk = 4 * kPiece;                // columns of a chunk: 64 bytes
+  static constexpr int kRun = Weight::kRun;                // neighbouring chunks a warp takes
   static constexpr int kRound = kWarps * kDepth * kChunk;  // columns a block has in flight
-  // Tokens come from L1 or L2: fewer chunks ahead, where there are many of them.
+  // Tokens come from L1 or L2: fewer vectors ahead, where there are many of them.
   static constexpr int kTokenDepth = Math::kTokenVectors == 1 ? 2 : 1;
+  // A lane's only token is read at an address that it keeps, where that saves more than the registers cost.
+  static constexpr bool kTokenAddresses = kVectors > 1 && Math::kTokenVectors == 1;
   static constexpr int kFragments = kTiles * (kTokens / 8) * 4;  // sums per lane
 
   static_assert(kTokens % 8 == 0);
-  static_assert(kDepth % kRun == 0 && kDepth % kTokenDepth == 0);
+  static_assert(kDepth % kRun == 0 && kDepth * kVectors % kTokenDepth == 0);
 
   // Where a warp's chunk u begins, from where its chunk 0 does.
   static __device__ constexpr int chunk_begin(int u) { return (u / kRun * kWarps * kRun + u % kRun) * kChunk; }
@@ -95,72 +100,88 @@ template <class Traits>
 struct DecodeWarp {
   using T = typename Traits::T;
   using Math = typename Traits::Math;
-  using Weights = uint4[Traits::kTiles][2];
+  using Rows = typename Traits::Weight::template Rows<Traits::kTiles>;
   using Tokens = uint4[Math::kTokenVectors];
 
-  const GroupedGemmParams& p;
-  const T* weight[Traits::kTiles][2];   // row g and g + 8 of each tile, at this lane's next columns
-  int32_t source[Math::kTokenVectors];  // rows of p.rows, -1: zeros
-  int32_t column;                       // the next one of this lane
-  int32_t num_columns;                  // K
-  int32_t num_tokens;
-  uint64_t policy;
+  // Their addresses at `column`, or null for zeros; or their numbers in p.rows, or -1.
+  using TokenPlace = std::conditional_t<Traits::kTokenAddresses, const T*, int32_t>;
 
-  __device__ __forceinline__ void load_weights(Weights& w, int chunk) const {
+  const GroupedGemmParams& p;
+  Rows weight;
+  int32_t column;  // the next one of this lane
+  int32_t num_columns;
+  int32_t num_tokens;
+  TokenPlace token[Math::kTokenVectors];
+
+  __device__ __forceinline__ bool is_inside(int begin) const { return column + begin < num_columns; }
+
+  __device__ __forceinline__ void load_weights(typename Rows::Pieces& w, int chunk) const {
     const int begin = Traits::chunk_begin(chunk);
-    const bool inside = column + begin < num_columns;
+    weight.load(w, column, begin, is_inside(begin));
+  }
+
+  __device__ __forceinline__ void open_weights(typename Rows::Pieces& w, int chunk) const {
+    const int begin = Traits::chunk_begin(chunk);
+    weight.open(w, column + begin, is_inside(begin));
+  }
+
+  // Those that a vector of weights is multiplied with; vectors are counted over the chunks.
+  __device__ __forceinline__ void load_tokens(Tokens& x, int vector) const {
+    const int begin = Traits::chunk_begin(vector / Traits::kVectors) + vector % Traits::kVectors * Traits::kVec;
+    const bool inside = is_inside(begin);
 #pragma unroll
-    for (int m = 0; m < Traits::kTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        w[m][half] = inside ? ptx::ld_global_nc_v4_hint(weight[m][half] + begin, policy) : uint4{0, 0, 0, 0};
+    for (int i = 0; i < Math::kTokenVectors; ++i) {
+      if (i > 0 && Math::first_token(i) >= num_tokens) break;
+      if constexpr (Traits::kTokenAddresses) {
+        x[i] = inside && token[i] != nullptr ? ptx::ld_global_v4_keep(token[i] + begin) : uint4{0, 0, 0, 0};
+      } else {
+        const T* const row = static_cast<const T*>(p.rows) + token[i] * p.row_stride;
+        x[i] = inside && token[i] >= 0 ? ptx::ld_global_v4_keep(row + column + begin) : uint4{0, 0, 0, 0};
       }
     }
   }
 
-  __device__ __forceinline__ void load_tokens(Tokens& x, int chunk) const {
-    const int at = column + Traits::chunk_begin(chunk);
-    const bool inside = at < num_columns;
-#pragma unroll
-    for (int i = 0; i < Math::kTokenVectors; ++i) {
-      if (i > 0 && Math::first_token(i) >= num_tokens) break;
-      const T* const row = static_cast<const T*>(p.rows) + source[i] * p.row_stride;
-      x[i] = inside && source[i] >= 0 ? ptx::ld_global_v4_keep(row + at) : uint4{0, 0, 0, 0};
-    }
-  }
-
-  // Which rows the tokens of this lane are: a load that the first weights do not wait for.
+  // Where the tokens of this lane are: a load that the first weights do not wait for.
   __device__ __forceinline__ void find_tokens(int32_t row_begin, int lane) {
 #pragma unroll
     for (int i = 0; i < Math::kTokenVectors; ++i) {
-      const int token = Math::token(i, lane);
-      source[i] = token < num_tokens ? source_row(p, row_begin + token) : -1;
+      const int number = Math::token(i, lane);
+      const int32_t source = number < num_tokens ? source_row(p, row_begin + number) : -1;
+      if constexpr (Traits::kTokenAddresses) {
+        token[i] = source < 0 ? nullptr : static_cast<const T*>(p.rows) + source * p.row_stride + column;
+      } else {
+        token[i] = source;
+      }
     }
   }
 
   __device__ __forceinline__ void run(Math& math, int32_t row_begin, int lane) {
     constexpr int kDepth = Traits::kDepth;
     constexpr int kTokenDepth = Traits::kTokenDepth;
-    Weights w[kDepth];
+    typename Rows::Pieces pieces[kDepth];
     Tokens x[kTokenDepth];
 #pragma unroll
-    for (int u = 0; u < kDepth; ++u) load_weights(w[u], u);
+    for (int u = 0; u < kDepth; ++u) load_weights(pieces[u], u);
     find_tokens(row_begin, lane);
 #pragma unroll
-    for (int u = 0; u < kTokenDepth; ++u) load_tokens(x[u], u);
+    for (int v = 0; v < kTokenDepth; ++v) load_tokens(x[v], v);
 #pragma unroll 1
     for (const int32_t end = num_columns + column; column < end; column += Traits::kRound) {
 #pragma unroll
       for (int u = 0; u < kDepth; ++u) {
-        math.multiply(w[u], x[u % kTokenDepth], num_tokens);
-        load_weights(w[u], u + kDepth);
-        load_tokens(x[u % kTokenDepth], u + kTokenDepth);
-      }
+        open_weights(pieces[u], u);
 #pragma unroll
-      for (int m = 0; m < Traits::kTiles; ++m) {
-        weight[m][0] += Traits::kRound;
-        weight[m][1] += Traits::kRound;
+        for (int v = 0; v < Traits::kVectors; ++v) {
+          const int vector = u * Traits::kVectors + v;
+          uint4 w[Traits::kTiles][2];
+          weight.operands(pieces[u], v, w);
+          math.multiply(w, x[vector % kTokenDepth], num_tokens);
+          if (v == Traits::kVectors - 1) load_weights(pieces[u], u + kDepth);
+          load_tokens(x[vector % kTokenDepth], vector + kTokenDepth);
+        }
       }
+      weight.advance(Traits::kRound);
+      if constexpr (Traits::kTokenAddresses) token[0] += token[0] != nullptr ? Traits::kRound : 0;
     }
   }
 };
@@ -207,10 +228,11 @@ __device__ __forceinline__ void store_decode_block(const GroupedGemmParams& p,
 // rows [N, K] or gathered, weight [E, M, K]; 16-byte aligned, with rows of whole vectors of 16 bytes
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    grouped_gemm_decode_kernel(GroupedGemmParams p) {
+    grouped_gemm_decode_kernel(typename Traits::Weight::Params params) {
   using T = typename Traits::T;
   using Math = typename Traits::Math;
   __shared__ float partials[Traits::kWarps][Traits::kFragments][32];
+  const GroupedGemmParams& p = Traits::Weight::gemm(params);
   begin_overlapped();
 
   const ExpertRows found = nth_expert_with_rows(p, static_cast<int>(blockIdx.y));
@@ -219,24 +241,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     const int warp = threadIdx.x / 32;
     const auto width = static_cast<int32_t>(p.gated ? p.out_features / 2 : p.out_features);
     const int col_begin = static_cast<int>(blockIdx.x) * (p.gated ? 8 : 16) * Traits::kTiles;
-    const ExpertWeight<T, true> weight(p, found.expert);
+    const int32_t column = warp * Traits::kRun * Traits::kChunk + lane % 4 * Traits::kPiece;
+    const auto row_of = [&](int m, int half) {
+      const int col = col_begin + (p.gated ? 8 * m : 16 * m + 8 * half) + lane / 4;
+      return min(col, width - 1) + (p.gated && half == 1 ? width : 0);
+    };
 
 #pragma unroll 1
     for (int32_t row_begin = found.rows.begin; row_begin < found.rows.end; row_begin += Traits::kTokens) {
-      DecodeWarp<Traits> share{p};
-      share.column = warp * Traits::kRun * Traits::kChunk + lane % 4 * Traits::kVec;
-      share.num_columns = static_cast<int32_t>(p.in_features);
-      share.num_tokens = min(Traits::kTokens, found.rows.end - row_begin);
-      share.policy = ptx::createpolicy_evict_first();
-#pragma unroll
-      for (int m = 0; m < Traits::kTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int col = col_begin + (p.gated ? 8 * m : 16 * m + 8 * half) + lane / 4;
-          const int32_t row = min(col, width - 1) + (p.gated && half == 1 ? width : 0);
-          share.weight[m][half] = weight.row(row) + share.column;
-        }
-      }
+      const int32_t num_tokens = min(Traits::kTokens, found.rows.end - row_begin);
+      const auto num_columns = static_cast<int32_t>(p.in_features);
+      DecodeWarp<Traits> share{p, {params, found.expert, column, row_of}, column, num_columns, num_tokens, {}};
       Math math;
       math.clear();
       share.run(math, row_begin, lane);
@@ -246,7 +261,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
         partials[warp][f][lane] = math.sum(f / 4 / (Traits::kTokens / 8), f / 4 % (Traits::kTokens / 8), f % 4);
       }
       __syncthreads();
-      store_decode_block<Traits>(p, partials, found.expert, row_begin, share.num_tokens, col_begin);
+      store_decode_block<Traits>(p, partials, found.expert, row_begin, num_tokens, col_begin);
       __syncthreads();  // before the next pass writes `partials`
     }
   }
@@ -256,47 +271,60 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 }
 
 template <class Traits>
-cudaError_t launch_decode(const GroupedGemmParams& params, cudaStream_t stream) {
+cudaError_t launch_decode(const typename Traits::Weight::Params& params, const GroupedGemmParams& gemm,
+                          cudaStream_t stream) {
   constexpr auto kKernel = grouped_gemm_decode_kernel<Traits>;
   constexpr int64_t kMost = INT32_MAX - 2 * Traits::kRound;  // rows and columns are counted in 32 bits
-  if (std::max({params.num_rows, params.in_features, params.out_features}) > kMost) return cudaErrorInvalidValue;
-  const int64_t cols_per_block = (params.gated ? 8 : 16) * Traits::kTiles;
-  const int64_t col_blocks = ceil_div(output_width(params), cols_per_block);
-  const int64_t experts = std::min<int64_t>(params.num_experts, params.num_rows);  // that may have rows
+  if (std::max({gemm.num_rows, gemm.in_features, gemm.out_features}) > kMost) return cudaErrorInvalidValue;
+  const int64_t cols_per_block = (gemm.gated ? 8 : 16) * Traits::kTiles;
+  const int64_t col_blocks = ceil_div(output_width(gemm), cols_per_block);
+  const int64_t experts = std::min<int64_t>(gemm.num_experts, gemm.num_rows);  // that may have rows
   const dim3 grid(static_cast<unsigned>(col_blocks), static_cast<unsigned>(experts));
   LaunchConfig config{grid, dim3(Traits::kThreads), 0, stream};
   config.overlap_previous = can_overlap_previous<kKernel>();
   return launch<kKernel>(config, params);
 }
 
-// One dtype; cudaErrorInvalidValue for a configuration that is not built, or a problem it cannot serve.
-template <class T>
-cudaError_t launch_grouped_gemm_decode_dtype(const GroupedGemmParams& params, const TileConfig& config,
-                                             cudaStream_t stream) {
-  const bool possible = has_aligned_rows(params) && params.in_features % Vec16<T>::kSize == 0 && !params.transposed;
-  if (!possible) return cudaErrorInvalidValue;
+// One kind of weight; cudaErrorInvalidValue for a configuration that is not built, or a problem it cannot serve.
+template <class Weight>
+cudaError_t launch_decode_of(const typename Weight::Params& params, const TileConfig& config, cudaStream_t stream) {
+  using T = typename Weight::Type;
+  const GroupedGemmParams& gemm = Weight::gemm(params);
+  constexpr int kPiece = Weight::kVectors * Vec16<T>::kSize;
+  const bool possible = has_aligned_rows(gemm) && gemm.in_features % kPiece == 0 && !gemm.transposed;
+  if (!possible || !Weight::is_served(params)) return cudaErrorInvalidValue;
   const auto fits = [&config](auto traits) {
     using Traits = decltype(traits);
     return config.tile_m == Traits::kTokens && config.tile_n == 16 * Traits::kTiles && config.tile_k == Traits::kRound;
   };
+  constexpr int kDepth = Weight::kDepth;
   if constexpr (std::is_same_v<T, float>) {
-    using Float = DecodeTraits<T, 8, 1, 4>;
-    if (fits(Float{})) return launch_decode<Float>(params, stream);
+    using Float = DecodeTraits<Weight, 8, 1, kDepth>;
+    if (fits(Float{})) return launch_decode<Float>(params, gemm, stream);
   } else {
-    using Wide = DecodeTraits<T, 8, 2, 4>;
-    using Fine = DecodeTraits<T, 8, 1, 8>;
-    using Tall = DecodeTraits<T, 32, 2, 2>;
-    if (fits(Wide{})) return launch_decode<Wide>(params, stream);
-    if (fits(Fine{})) return launch_decode<Fine>(params, stream);
-    if (fits(Tall{})) return launch_decode<Tall>(params, stream);
+    using Wide = DecodeTraits<Weight, 8, 2, kDepth>;
+    using Fine = DecodeTraits<Weight, 8, 1, 2 * kDepth>;
+    using Tall = DecodeTraits<Weight, 32, Weight::kTallTiles, kDepth / Weight::kTallTiles>;
+    if (fits(Wide{})) return launch_decode<Wide>(params, gemm, stream);
+    if (fits(Fine{})) return launch_decode<Fine>(params, gemm, stream);
+    if (fits(Tall{})) return launch_decode<Tall>(params, gemm, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-#define MOEKERNELS_INSTANCE(T) \
-  template cudaError_t launch_grouped_gemm_decode_dtype<T>(const GroupedGemmParams&, const TileConfig&, cudaStream_t)
-extern MOEKERNELS_INSTANCE(__nv_bfloat16);
-extern MOEKERNELS_INSTANCE(__half);
-extern MOEKERNELS_INSTANCE(float);
+#define MOEKERNELS_INSTANCE(Weight) \
+  template cudaError_t launch_decode_of<Weight>(const typename Weight::Params&, const TileConfig&, cudaStream_t)
+extern MOEKERNELS_INSTANCE(PlainWeight<__nv_bfloat16>);
+extern MOEKERNELS_INSTANCE(PlainWeight<__half>);
+extern MOEKERNELS_INSTANCE(PlainWeight<float>);
+extern MOEKERNELS_INSTANCE(HalvesWeight<__nv_bfloat16>);
+extern MOEKERNELS_INSTANCE(HalvesWeight<__half>);
+extern MOEKERNELS_INSTANCE(HalvesWeight<float>);
+extern MOEKERNELS_INSTANCE(PairsWeight<__nv_bfloat16>);
+extern MOEKERNELS_INSTANCE(PairsWeight<__half>);
+extern MOEKERNELS_INSTANCE(PairsWeight<float>);
+extern MOEKERNELS_INSTANCE(BytesWeight<__nv_bfloat16>);
+extern MOEKERNELS_INSTANCE(BytesWeight<__half>);
+extern MOEKERNELS_INSTANCE(BytesWeight<float>);
 
 }  // namespace moekernels

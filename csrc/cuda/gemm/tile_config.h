@@ -88,6 +88,10 @@ inline bool has_aligned_rows(const GroupedGemmParams& p) {
                      [&](const WeightPart& part) { return is_aligned(part.data, part.row_stride); });
 }
 
+inline int bits_of(CodeOrder order) {
+  return order == CodeOrder::kBytes ? 8 : 4;
+}
+
 inline GemmProblem gemm_problem(const GroupedGemmParams& p, int compute_capability, int sm_count) {
   GemmProblem problem{};
   problem.num_rows = p.num_rows;
@@ -137,15 +141,21 @@ inline bool prefers_decode(const GemmProblem& p) {
 }
 
 // tile_m: rows of an expert per pass over its weights; tile_k: the columns a block has in flight, so that it has
-// tile_n * tile_k weights on their way: 64 KB with two blocks per multiprocessor at 8 rows, 32 KB otherwise.
-inline TileConfig decode_config(const GemmProblem& p) {
+// tile_n * tile_k weights on their way: 64 KB with two blocks per multiprocessor at 8 rows, 32 KB otherwise; of codes
+// half of it, which is all there is of 2048 columns of 4 bits. `weight_bits`: of a code, 0 where the weight is plain.
+inline TileConfig decode_config(const GemmProblem& p, int weight_bits = 0) {
   const int64_t experts = std::max<int64_t>(std::min<int64_t>(p.num_experts, p.num_rows), 1);
-  if (p.dtype == DType::kFloat32) return {GemmPath::kDecode, 8, 16, 512, /*stages=*/1, /*group_m=*/1};
+  const int bits = weight_bits > 0 ? weight_bits : 8 * static_cast<int>(size_of(p.dtype));
+  const int wide = 8 * (weight_bits > 0 ? 2 : 4) * 64 * 8 / bits;  // warps * chunks * columns of 64 bytes
+  if (p.dtype == DType::kFloat32) return {GemmPath::kDecode, 8, 16, wide, /*stages=*/1, /*group_m=*/1};
   // An expert with more than 8 rows reads its weights again, from L2; a few of those are worth the leaner kernel.
-  if (p.num_rows > 8 && p.num_rows > 2 * experts) return {GemmPath::kDecode, 32, 32, 512, 1, 1};
+  if (p.num_rows > 8 && p.num_rows > 2 * experts) {
+    if (weight_bits > 0) return {GemmPath::kDecode, 32, 16, wide, 1, 1};  // no registers for more
+    return {GemmPath::kDecode, 32, 32, wide / 2, 1, 1};
+  }
   const bool fills_device = experts * ((p.out_features + 31) / 32) >= 2 * p.sm_count;
-  if (fills_device) return {GemmPath::kDecode, 8, 32, 1024, 1, 1};
-  return {GemmPath::kDecode, 8, 16, 2048, 1, 1};
+  if (fills_device) return {GemmPath::kDecode, 8, 32, wide, 1, 1};
+  return {GemmPath::kDecode, 8, 16, 2 * wide, 1, 1};
 }
 
 // ---- the tiled paths ----

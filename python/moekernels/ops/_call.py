@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from moekernels._settings import autocast_dtype
 
-CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # Private to torch: where they are missing, no transform and no forward mode is seen.
 _transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -84,7 +84,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def runs_on_cpu_kernels(first: Tensor, *others: Tensor) -> bool:
     """Whether ops that only a CPU has, and without gradients, take these tensors."""
-    if not first.is_cpu or first.dtype not in CPU_DTYPES or torch.is_autocast_enabled("cpu") or is_transformed():
+    if not first.is_cpu or first.dtype not in KERNEL_DTYPES or torch.is_autocast_enabled("cpu") or is_transformed():
         return False
     has_gradients = torch.is_grad_enabled()
     if has_gradients and first.requires_grad:

@@ -1,7 +1,7 @@
 """Products with quantised weights: by a kernel that reads their codes, or of matrices that are dequantised in turn.
 
-The kernel is for inference on a CPU. Else one matrix is whole at a time; a graph for gradients keeps the codes, and
-dequantises them again in the backward pass.
+The kernel is for inference on a CPU, and for few rows on a GPU. Else one matrix is whole at a time; a graph for
+gradients keeps the codes, and dequantises them again in the backward pass.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from moekernels._library import build_info
 from moekernels._settings import autocast_dtype, is_batch_invariant
-from moekernels.ops._call import CPU_DTYPES, call, is_transformed, wants_gradient
+from moekernels.ops._call import KERNEL_DTYPES, call, is_transformed, wants_gradient
 from moekernels.ops._expert_weights import BIAS, ExpertTensors, stacked, tensor_list
 from moekernels.quantization import QuantizedWeight
 
@@ -37,16 +38,36 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
     return autocast_dtype(rows.device) or rows.dtype
 
 
-def streams(weight: ExpertTensors, rows: Tensor, *others: Tensor | None) -> TypeGuard[QuantizedWeight]:
-    """Whether the kernel takes this weight: `rows` and `others` are what would need gradients."""
-    return (
-        isinstance(weight, QuantizedWeight)
-        and rows.is_cpu
-        and compute_dtype(rows) in CPU_DTYPES
-        and not wants_gradient(rows, *others)
-        and not is_transformed()
-        and weight.kernel_layout is not None
-    )
+# kDecodeRows, kDecodeRowsPerExpert and kMaxExpertsPerLaunch of csrc/cuda/gemm/tile_config.h: where a GPU's grouped GEMM
+# is but a stream of weights, whole or quantised.
+_FEW_ROWS, _FEW_ROWS_PER_EXPERT, _MOST_EXPERTS = 32, 4, 1024
+_HAS_CUDA = bool(build_info()["cuda_archs"])
+
+
+def are_few_rows(num_rows: int, num_experts: int) -> bool:
+    """Whether a GPU multiplies so many rows of all experts together by the codes of a weight."""
+    return num_experts <= _MOST_EXPERTS and (num_rows <= _FEW_ROWS or num_rows <= _FEW_ROWS_PER_EXPERT * num_experts)
+
+
+def streams(weight: ExpertTensors, rows: Tensor, *others: Tensor | None, num_rows: int) -> TypeGuard[QuantizedWeight]:
+    """Whether the kernel takes this weight: `rows` and `others` are what would need gradients.
+
+    Args:
+        num_rows: of all experts together.
+    """
+    if not isinstance(weight, QuantizedWeight) or compute_dtype(rows) not in KERNEL_DTYPES:
+        return False
+    if wants_gradient(rows, *others) or is_transformed() or weight.kernel_layout is None:
+        return False
+    return rows.is_cpu or (rows.is_cuda and _streams_on_a_gpu(weight, num_rows))
+
+
+def _streams_on_a_gpu(weight: QuantizedWeight, num_rows: int) -> bool:
+    shape, layout = weight.logical_shape, weight.kernel_layout
+    if not _HAS_CUDA or is_batch_invariant() or layout is None:
+        return False
+    in_features, num_experts = shape[-1], shape[0] if len(shape) == 3 else 1
+    return are_few_rows(num_rows, num_experts) and (layout.order != "bytes" or in_features % 16 == 0)
 
 
 def stream(
@@ -74,15 +95,15 @@ def stream(
     return call(
         torch.ops.moekernels.quantized_gemm.default,
         rows.to(dtype), layout.codes, layout.scales, layout.tables, layout.order, layout.group, layout.unit, shape[-2],
-        expert_offsets, None if bias is None else bias.to(dtype) if torch.is_autocast_enabled("cpu") else bias,
-        activation, gated, row_scale, token_of_row, is_batch_invariant(), layout.int8_rows,
+        expert_offsets, None if bias is None else bias.to(dtype) if autocast_dtype(rows.device) else bias,
+        activation, gated, row_scale, token_of_row, is_batch_invariant(), layout.int8_rows and rows.is_cpu,
     )  # fmt: skip
 
 
 @functools.lru_cache
-def one_expert(num_rows: int) -> Tensor:
+def one_expert(num_rows: int, device: torch.device) -> Tensor:
     """The offsets of a single expert that owns all rows."""
-    return torch.tensor([0, num_rows], dtype=torch.int32)
+    return torch.tensor([0, num_rows], dtype=torch.int32, device=device)
 
 
 @contextmanager

@@ -51,10 +51,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         if 0 < num_rows <= _MOST_ROWS or batch_invariant or 0 < num_rows <= _most_rows(input.dtype):
             return run(_linear, input, weight, bias, activation, batch_invariant)
     if is_quantized_matrix(weight):
-        if streams(weight, input, bias) and input.dim() > 0:
+        num_rows = input.numel() // max(input.shape[-1], 1) if input.dim() > 0 else 0
+        if input.dim() > 0 and streams(weight, input, bias, num_rows=num_rows):
             rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
             bias = None if bias is None else bias.unsqueeze(0)
-            out = stream(rows, weight, one_expert(rows.shape[0]), bias, activation)
+            out = stream(rows, weight, one_expert(rows.shape[0], rows.device), bias, activation)
             return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
         with dequantized([weight], compute_dtype(input)) as plain:
             return linear(input, plain, bias, activation=activation)

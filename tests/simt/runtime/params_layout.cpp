@@ -81,6 +81,26 @@ std::string layout() {
   FIELD(GroupedGemmParams, batch_invariant);
   FIELD(GroupedGemmParams, dtype);
 
+  STRUCT(QuantizedWeightParams);
+  FIELD(QuantizedWeightParams, codes);
+  FIELD(QuantizedWeightParams, scales);
+  FIELD(QuantizedWeightParams, table);
+  FIELD(QuantizedWeightParams, map);
+  FIELD(QuantizedWeightParams, nested);
+  FIELD(QuantizedWeightParams, offset);
+  FIELD(QuantizedWeightParams, codes_stride);
+  FIELD(QuantizedWeightParams, scales_stride);
+  FIELD(QuantizedWeightParams, nested_stride);
+  FIELD(QuantizedWeightParams, group);
+  FIELD(QuantizedWeightParams, unit);
+  FIELD(QuantizedWeightParams, order);
+  FIELD(QuantizedWeightParams, scales_dtype);
+
+  STRUCT(QuantizedGemmParams);
+  FIELD(QuantizedGemmParams, gemm);
+  FIELD(QuantizedGemmParams, weight);
+  FIELD(QuantizedGemmParams, int8_rows);
+
   STRUCT(UnpermuteParams);
   FIELD(UnpermuteParams, rows);
   FIELD(UnpermuteParams, row_of_slot);

@@ -1,0 +1,338 @@
+// What the decode kernel reads its weights from: a plain matrix, or the codes of a quantised one.
+//
+// Whatever it is, a lane reads 16 bytes of a weight row at a time, a *piece*; lane 4g + q has piece q of every chunk. A
+// piece is multiplied as kVectors vectors of 16 bytes in the dtype of the tokens, each of neighbouring columns.
+//
+//   Params                    what the kernel is launched with; gemm(params) is all of it but the weight, and
+//                             is_served(params) whether the weight is one that it can read
+//   kRun, kDepth, kTallTiles  how pieces are dealt to warps and kept on their way (DecodeTraits)
+//   Rows<kTiles>              of one expert, the rows g and g + 8 of each tile, at a lane's next columns:
+//     load(pieces, i, ...)      asks for the pieces `begin` columns on; zeros where the rows have ended
+//     open(pieces, ...)         once they have come, before operands are made of them
+//     operands(pieces, v, w)    vector v of each
+//     advance(columns)
+//
+// A code is widened to float32 and multiplied with its scale there, and the product is rounded to the dtype of the
+// tokens: the very weights that `dequantize` makes for many rows (of the nested and row-wise scales, but for a last bit
+// before rounding).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/common/dtype.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/gemm/expert_weight.cuh"
+#include "cuda/ptx/ptx.cuh"
+#include "moekernels/params.h"
+
+namespace moekernels {
+
+// ---- a plain matrix, in the dtype of the tokens ----
+
+template <class T, int kTiles>
+class PlainRows {
+ public:
+  using Pieces = uint4[kTiles][2];
+
+  // `row_of(tile, half)` says which rows they are.
+  template <class RowOf>
+  __device__ __forceinline__ PlainRows(const GroupedGemmParams& p, int32_t expert, int32_t column, const RowOf& row_of)
+      : policy_(ptx::createpolicy_evict_first()) {
+    const ExpertWeight<T, true> weight(p, expert);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) at_[m][half] = weight.row(row_of(m, half)) + column;
+    }
+  }
+
+  __device__ __forceinline__ void load(Pieces& pieces, int32_t, int begin, bool inside) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        pieces[m][half] = inside ? ptx::ld_global_nc_v4_hint(at_[m][half] + begin, policy_) : uint4{0, 0, 0, 0};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void open(Pieces&, int32_t, bool) const {}
+
+  __device__ __forceinline__ void operands(const Pieces& pieces, int, uint4 (&w)[kTiles][2]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) w[m][half] = pieces[m][half];
+    }
+  }
+
+  __device__ __forceinline__ void advance(int columns) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      at_[m][0] += columns;
+      at_[m][1] += columns;
+    }
+  }
+
+ private:
+  const T* at_[kTiles][2];
+  uint64_t policy_;
+};
+
+template <class T>
+struct PlainWeight {
+  using Type = T;
+  using Params = GroupedGemmParams;
+  static constexpr int kVectors = 1;
+  static constexpr int kRun = 2;
+  static constexpr int kDepth = 4;
+  static constexpr int kTallTiles = 2;
+  template <int kTiles>
+  using Rows = PlainRows<T, kTiles>;
+  static __host__ __device__ const GroupedGemmParams& gemm(const Params& p) { return p; }
+  static bool is_served(const Params&) { return true; }
+};
+
+// ---- codes ----
+// `four` widens four neighbouring columns of a piece, from column 4i on; a weight is (what it says - kOffset) * scale.
+// kHalf and kNested say which scales there may be beside those in float32.
+
+enum class Known { kNo, kYes, kAtRunTime };
+
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// CodeOrder::kHalves without a table: 16 bytes are 32 columns, low nibbles first. A nibble in the third byte of a
+// float of 128 counts ones.
+struct HalvesCodes {
+  static constexpr int kColumns = 32;
+  static constexpr int kBits = 4;
+  static constexpr float kOffset = 128 + 8;
+  static constexpr Known kHalf = Known::kYes;  // then the product with kOffset is exact
+  static constexpr Known kNested = Known::kNo;
+
+  __device__ __forceinline__ explicit HalvesCodes(const QuantizedWeightParams&) {}
+  __device__ __forceinline__ void four(const uint4& piece, int i, float (&values)[4]) const {
+    const uint32_t nibbles = word_of(piece, i % 4) >> (i / 4 * 4) & 0x0F0F0F0F;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) values[b] = __uint_as_float(__byte_perm(nibbles, 0x43000000, 0x7044 | b << 8));
+  }
+};
+
+// CodeOrder::kPairs: the first of two columns is in the high nibble. Every lane has one value of the table, or of
+// code - 8 where there is none, and all look them up with each other; all 32 lanes come here.
+class PairCodes {
+ public:
+  static constexpr int kColumns = 32;
+  static constexpr int kBits = 4;
+  static constexpr float kOffset = 0;
+  static constexpr Known kHalf = Known::kNo;
+  static constexpr Known kNested = Known::kAtRunTime;
+
+  __device__ __forceinline__ explicit PairCodes(const QuantizedWeightParams& w) {
+    const int code = static_cast<int>(threadIdx.x % 16);
+    value_ = w.table == nullptr ? static_cast<float>(code - 8) : w.table[code];
+  }
+  __device__ __forceinline__ void four(const uint4& piece, int i, float (&values)[4]) const {
+    const uint32_t codes = word_of(piece, i / 2) >> (i % 2 * 16);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {  // of the lane's index the lowest 4 bits count
+      values[c] = __shfl_sync(kFullWarp, value_, static_cast<int>(codes >> (c / 2 * 8 + (1 - c % 2) * 4)), 16);
+    }
+  }
+
+ private:
+  float value_;
+};
+
+// CodeOrder::kBytes.
+struct ByteCodes {
+  static constexpr int kColumns = 16;
+  static constexpr int kBits = 8;
+  static constexpr float kOffset = 0;
+  static constexpr Known kHalf = Known::kAtRunTime;
+  static constexpr Known kNested = Known::kNo;
+
+  __device__ __forceinline__ explicit ByteCodes(const QuantizedWeightParams&) {}
+  __device__ __forceinline__ void four(const uint4& piece, int i, float (&values)[4]) const {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) values[b] = static_cast<float>(static_cast<int8_t>(word_of(piece, i) >> (8 * b)));
+  }
+};
+
+// ---- a quantised weight ----
+
+// Whether the kernel was made for such scales and values: what the launcher asks.
+template <class Codes>
+bool is_known(const QuantizedWeightParams& w) {
+  const auto fits = [](Known known, bool is) { return known == Known::kAtRunTime || (known == Known::kYes) == is; };
+  if (w.order == CodeOrder::kHalves && w.table != nullptr) return false;
+  return fits(Codes::kNested, w.map != nullptr) &&
+         (w.map != nullptr || fits(Codes::kHalf, w.scales_dtype == DType::kFloat16));
+}
+
+template <class T, class Codes, int kTiles>
+class CodedRows {
+ public:
+  // The scale as it is in memory, then, once opened, in float32: a piece lies in one group.
+  struct Piece {
+    uint4 codes;
+    uint32_t scale;
+  };
+  using Pieces = Piece[kTiles][2];
+
+  template <class RowOf>
+  __device__ __forceinline__ CodedRows(const QuantizedGemmParams& p, int32_t expert, int32_t column,
+                                       const RowOf& row_of)
+      : w_(p.weight), codes_(p.weight), expert_(expert), policy_(ptx::createpolicy_evict_first()) {
+    const int64_t row_bytes = p.gemm.in_features * Codes::kBits / 8;
+    const auto* const first = static_cast<const uint8_t*>(w_.codes) + expert_ * w_.codes_stride;
+    const bool whole_rows = w_.group == p.gemm.in_features;
+    shift_ = whole_rows ? 31 : 31 - __clz(static_cast<int>(w_.group));
+    const int32_t per_row = whole_rows ? 1 : static_cast<int32_t>(p.gemm.in_features) >> shift_;
+    const int64_t scale_bytes = is_nested() ? 1 : is_half() ? 2 : 4;
+    scales_ = static_cast<const uint8_t*>(w_.scales) + expert_ * w_.scales_stride * scale_bytes;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row = row_of(m, half);
+        at_[m][half] = first + row * row_bytes + column * Codes::kBits / 8;
+        first_scale_[m][half] = row * per_row;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(Pieces& pieces, int32_t column, int begin, bool inside) const {
+    const int32_t group = (column + begin) >> shift_;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Piece& piece = pieces[m][half];
+        piece.codes =
+            inside ? ptx::ld_global_nc_v4_hint(at_[m][half] + begin * Codes::kBits / 8, policy_) : uint4{0, 0, 0, 0};
+        piece.scale = inside ? stored_scale(first_scale_[m][half] + group) : 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void open(Pieces& pieces, int32_t column, bool inside) const {
+    const int32_t group = column >> shift_;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Piece& piece = pieces[m][half];
+        piece.scale = __float_as_uint(scale(piece.scale, first_scale_[m][half] + group, inside));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void operands(const Pieces& pieces, int vector, uint4 (&w)[kTiles][2]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) w[m][half] = operand(pieces[m][half], vector);
+    }
+  }
+
+  __device__ __forceinline__ void advance(int columns) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      at_[m][0] += columns * Codes::kBits / 8;
+      at_[m][1] += columns * Codes::kBits / 8;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool is_nested() const {
+    return Codes::kNested == Known::kYes || (Codes::kNested == Known::kAtRunTime && w_.map != nullptr);
+  }
+  __device__ __forceinline__ bool is_half() const {
+    return Codes::kHalf == Known::kYes ||
+           (Codes::kHalf == Known::kAtRunTime && w_.scales_dtype == DType::kFloat16 && !is_nested());
+  }
+
+  // Scale i of the expert.
+  __device__ __forceinline__ uint32_t stored_scale(int32_t i) const {
+    if (is_nested()) return scales_[i];
+    if (is_half()) return reinterpret_cast<const uint16_t*>(scales_)[i];
+    return reinterpret_cast<const uint32_t*>(scales_)[i];
+  }
+
+  __device__ __forceinline__ float scale(uint32_t stored, int32_t i, bool inside) const {
+    constexpr int kNestedGroup = 256;
+    float value = __uint_as_float(stored);
+    if (is_nested()) {
+      const int64_t group = expert_ * w_.nested_stride + i / kNestedGroup;
+      value = inside ? __fadd_rn(__fmul_rn(w_.map[stored], w_.nested[group]), w_.offset[group]) : 0.0f;
+    } else if (is_half()) {
+      value = unpack2<__half>(stored).x;
+    }
+    return value * w_.unit;
+  }
+
+  __device__ __forceinline__ void scaled(const Piece& piece, int i, float (&values)[4]) const {
+    const float scale = __uint_as_float(piece.scale);
+    codes_.four(piece.codes, i, values);
+#pragma unroll
+    for (float& value : values) {
+      value = Codes::kOffset == 0 ? value * scale : __fmaf_rn(value, scale, -Codes::kOffset * scale);
+    }
+  }
+
+  __device__ __forceinline__ uint4 operand(const Piece& piece, int vector) const {
+    float a[4];
+    if constexpr (std::is_same_v<T, float>) {
+      scaled(piece, vector, a);
+      return {__float_as_uint(a[0]), __float_as_uint(a[1]), __float_as_uint(a[2]), __float_as_uint(a[3])};
+    } else {
+      float b[4];
+      scaled(piece, 2 * vector, a);
+      scaled(piece, 2 * vector + 1, b);
+      return {pack2<T>(a[0], a[1]), pack2<T>(a[2], a[3]), pack2<T>(b[0], b[1]), pack2<T>(b[2], b[3])};
+    }
+  }
+
+  const QuantizedWeightParams& w_;
+  const Codes codes_;
+  const int64_t expert_;
+  const uint8_t* at_[kTiles][2];
+  const uint8_t* scales_;  // of the expert
+  int32_t first_scale_[kTiles][2];
+  int shift_;  // column >> shift_: its group
+  uint64_t policy_;
+};
+
+template <class T, class Codes>
+struct CodedWeight {
+  using Type = T;
+  using Params = QuantizedGemmParams;
+  static constexpr int kVectors = Codes::kColumns / Vec16<T>::kSize;
+  static constexpr int kRun = 1;    // rows are short
+  static constexpr int kDepth = 2;  // a piece is as many columns as two or four plain ones
+  static constexpr int kTallTiles = 1;
+  template <int kTiles>
+  using Rows = CodedRows<T, Codes, kTiles>;
+  static __host__ __device__ const GroupedGemmParams& gemm(const Params& p) { return p.gemm; }
+  // Scales of an expert are counted in 32 bits.
+  static bool is_served(const Params& p) {
+    return is_known<Codes>(p.weight) && !p.int8_rows &&
+           p.gemm.out_features * (p.gemm.in_features / p.weight.group) <= INT32_MAX &&
+           is_vec16_aligned<uint8_t>(p.weight.codes, p.weight.codes_stride);
+  }
+};
+
+template <class T>
+using HalvesWeight = CodedWeight<T, HalvesCodes>;
+template <class T>
+using PairsWeight = CodedWeight<T, PairCodes>;
+template <class T>
+using BytesWeight = CodedWeight<T, ByteCodes>;
+
+}  // namespace moekernels
