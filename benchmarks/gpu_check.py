@@ -313,14 +313,17 @@ def _benchmarks(check: Check, part: str, runs: dict[str, str]) -> None:
     for name, words in runs.items():
         script, *options = words.split()
         if check.quick:
-            kernels = options[options.index("--kernels") : options.index("--shapes")] if "--kernels" in options else []
-            options = [*kernels, "--shapes", SWITCH, "--tokens", "4", "--budget", "0.05"]
+            chosen = {"--kernels", "--weights"} & set(options)  # what is measured, which stands before the shapes
+            what = [word for name in chosen for word in options[options.index(name) : options.index("--shapes")]]
+            options = [*what, "--shapes", SWITCH, "--tokens", "4", "--budget", "0.05"]
         _benchmark(check, part, name, script, options)
 
 
 def decode(check: Check) -> None:
+    quantised = "--weights int4 nf4 int8"
     runs = {
         "layer, few tokens": f"moe_layer.py --shapes {OLMOE} {PHI} --tokens 1 8 32 --budget 0.5",
+        "layer, few tokens, quantised": f"moe_layer.py {quantised} --shapes {OLMOE} --tokens 1 8 --budget 0.2",
         "layer with routing": f"moe_layer.py --with-routing --shapes {OLMOE} --tokens 1 8 --no-baselines --budget 0.3",
     }
     _benchmarks(check, "decode", runs)

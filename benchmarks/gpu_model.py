@@ -34,6 +34,11 @@ LAUNCH = 1.5e-6  # s a kernel of few blocks takes from the end of the one before
 EPILOGUE_GATED = 2600  # clocks in which the tensor cores have nothing to do
 EPILOGUE_PLAIN = 1300
 
+# ---- the same of the decode path with codes of a quantised weight: instructions of a lane per weight, 8 × 32 tile ----
+CODES = {"int4": 3.6, "nf4": 5.3, "int8": 5.1}
+BYTES = {"int4": 4.5 / 8, "nf4": 4.5 / 8, "int8": 1.0}  # of a weight, its share of a scale included
+LANES = 128  # of a multiprocessor, an instruction each per clock
+
 ELEMENT = 2  # bytes of bfloat16
 
 
@@ -110,10 +115,13 @@ def backward(shape: LayerShape, tokens: int, pairs: bool) -> float:
     return products + passes + stream((rows + tokens) * h * ELEMENT)
 
 
-def few_tokens(shape: LayerShape, tokens: int) -> float:
-    """Weights of the experts that are touched, read once; uniform routing."""
+def few_tokens(shape: LayerShape, tokens: int, format: str | None = None) -> float:
+    """Weights of the experts that are touched, read once, and where they are codes widened; uniform routing."""
     touched = shape.num_experts * (1 - (1 - shape.top_k / shape.num_experts) ** tokens)
-    return 3 * LAUNCH + touched * shape.expert_size * ELEMENT / (MEMORY * MEMORY_SHARE)
+    weights = touched * shape.expert_size
+    read = weights * (BYTES[format] if format else ELEMENT) / (MEMORY * MEMORY_SHARE)
+    widen = weights * CODES[format] / (SMS * LANES * CLOCK) if format else 0.0
+    return 3 * LAUNCH + max(read, widen)
 
 
 def flops(shape: LayerShape, tokens: int) -> float:
@@ -152,6 +160,11 @@ def rows(pairs: bool) -> list[tuple[str, str, str]]:
         ("G4: NLLB layer, 32768 tokens", "≥ 600 TFLOP/s", layer(NLLB_MOE, 32768)),
         ("G5: OLMoE layer, one token", "≤ 30 µs", micros(few_tokens(OLMOE, 1))),
         ("G5: Phi-3.5 layer, one token", "≤ 80 µs", micros(few_tokens(PHIMOE, 1))),
+        *(
+            (f"{name} layer, one token, {format}", "–", micros(few_tokens(shape, 1, format)))
+            for name, shape in (("OLMoE", OLMOE), ("Phi-3.5", PHIMOE))
+            for format in CODES
+        ),
         ("G6: OLMoE layer, 8 tokens", "≥ 75 % of bandwidth", bandwidth(few_tokens(OLMOE, 8), eight)),
         ("G7: routing and plan, 16384 tokens", "≤ 20 µs", micros(3 * LAUNCH + routed / (MEMORY * MEMORY_SHARE))),
         (

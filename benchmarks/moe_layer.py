@@ -3,6 +3,7 @@
     python benchmarks/moe_layer.py --shapes olmoe-1b-7b --tokens 1 16 512 --dtypes bfloat16 --save out.json
     python benchmarks/moe_layer.py --device cuda --tokens 1 8 --with-routing
     python benchmarks/moe_layer.py --kernels all --tokens 1 8 512 8192
+    python benchmarks/moe_layer.py --weights int4 nf4 int8 --tokens 1 8
 
 It measures what `moekernels bench` does, for several models in one run, and saves after every row.
 """
@@ -20,6 +21,7 @@ import torch
 
 from moekernels.bench.kernels import KERNELS
 from moekernels.bench.machine import machine
+from moekernels.bench.quantized import FORMATS_TO_MAKE
 from moekernels.bench.roofs import measure_roofs
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS
 from moekernels.bench.sweep import BACKWARD_PARTS, Sweep
@@ -39,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument(
         "--kernels", nargs="+", choices=("all", *KERNELS, *BACKWARD_PARTS), help="not the layer; all: those forward"
     )
+    what.add_argument(
+        "--weights", nargs="+", choices=FORMATS_TO_MAKE, default=[], help="the layer with experts quantised to these"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--no-baselines", dest="baselines", action="store_false")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of measuring per row")
@@ -55,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in map(shapes.__getitem__, args.shapes):
         sweep = Sweep(
             shape, args.tokens, dtypes, args.routing, args.device, parts, args.budget,
-            baselines=args.baselines, bounds=args.baselines, min_rounds=3,
+            baselines=args.baselines, weights=args.weights, bounds=args.baselines, min_rounds=3,
         )  # fmt: skip
         for row in sweep.run(roofs):
             if not isinstance(row, Row):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekernels
 from moekernels import ops
+from moekernels._library import _C
 from moekernels.nn import GroupedExperts, SparseMLP
+from moekernels.ops import _quantized as quantized_products
 from moekernels.ops import reference
-from moekernels.quantization import QuantizedWeight
+from moekernels.quantization import QuantizedWeight, bitsandbytes
 from tests.robustness.poison import poison_free_memory
 from tests.tolerance import assert_accurate
+
+linear_module: Any = importlib.import_module("moekernels.ops.linear")  # whose name its function has taken
 
 FORMATS = [
     ("nf4", {}), ("nf4", {"blocksize": 32, "double_quant": True}), ("fp4", {"blocksize": 128}), ("int8", {}),
@@ -43,18 +52,92 @@ def test_linear(format: str, options: dict[str, object], dtype: torch.dtype) -> 
 def test_the_kernel_on_every_instruction_set(
     format: str, options: dict[str, object], dtype: torch.dtype, unit: torch.device
 ) -> None:
-    if unit.type != "cpu":
-        pytest.skip("the kernel is for CPUs")
+    """And on a GPU, which has one for so few rows."""
     width = max(int(options.get("blocksize", 64)), 64)
     for num_rows, columns, out_features in ((1, width, 4), (2, 3 * width, 7), (8, 5 * width, 33), (11, 2 * width, 70)):
-        weight = _quantized(2, out_features, columns, format=format, **options)
+        weight = _quantized(2, out_features, columns, format=format, **options).to(unit)
         assert weight.kernel_layout is not None
-        rows, bias = torch.randn(num_rows, columns).to(dtype), torch.randn(2, out_features).to(dtype)
-        offsets = torch.tensor([0, 0, num_rows], dtype=torch.int32)
+        rows, bias = torch.randn(num_rows, columns).to(unit, dtype), torch.randn(2, out_features).to(unit, dtype)
+        offsets = torch.tensor([0, 0, num_rows], dtype=torch.int32, device=unit)
         truth = reference.grouped_gemm(rows.double(), weight.dequantize(torch.float64), offsets, bias=bias.double())
         plain = reference.grouped_gemm(rows, weight.dequantize(dtype), offsets, bias=bias)
         poison_free_memory()  # there are no scales for what of a block lies behind its row
         assert_accurate(ops.grouped_gemm(rows, weight, offsets, bias=bias), truth, plain)
+
+
+# ---- on a GPU: which products are of codes, as far as that can be seen without one; tests/gpu has the rest ----
+
+
+def test_few_rows_are_those_of_the_grouped_gemm() -> None:
+    """What a GPU multiplies by codes is what it would stream of a whole weight."""
+    for num_experts in (1, 2, 8, 64, 1024, 1025):
+        for num_rows in (1, 31, 32, 33, 4 * num_experts - 1, 4 * num_experts, 4 * num_experts + 1, 5000):
+            tiles = _C.describe_tiles(num_rows=num_rows, out_features=64, in_features=64, num_experts=num_experts)
+            assert quantized_products.are_few_rows(num_rows, num_experts) == tiles.startswith("decode"), (
+                num_rows,
+                num_experts,
+            )
+
+
+class _Calls(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def _on_a_gpu(weight: QuantizedWeight) -> QuantizedWeight:
+    """Of tensors that have but shapes and devices."""
+    parts = {name: _empty(*part.shape, dtype=part.dtype) for name, part in weight.parts.items()}
+    return QuantizedWeight(parts, weight.format, weight.shape)
+
+
+@pytest.fixture
+def _a_gpu_is_imagined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no tensor without memory stays in a cache."""
+    monkeypatch.setattr(quantized_products, "_HAS_CUDA", True)
+    for module, name in ((linear_module, "one_expert"), (bitsandbytes, "_codes"), (bitsandbytes, "dynamic_map")):
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+
+
+@pytest.mark.usefixtures("_a_gpu_is_imagined")
+@pytest.mark.parametrize(("format", "options"), FORMATS[:7])
+def test_few_rows_on_a_gpu_are_multiplied_by_codes(format: str, options: dict[str, object]) -> None:
+    stack, matrix = (_quantized(*shape, format=format, **options) for shape in ((20, 8, 128), (8, 128)))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Calls() as calls:
+        offsets = _empty(21, dtype=torch.int32)
+        out = ops.grouped_gemm(_empty(80, 128), _on_a_gpu(stack), offsets, gated=True, activation="silu")
+        assert out.shape == (80, 4)
+        assert ops.linear(_empty(2, 16, 128), _on_a_gpu(matrix), activation="relu").shape == (2, 16, 8)
+    ours = [operator for operator in calls.operators if operator.namespace == "moekernels"]
+    assert ours == 2 * [torch.ops.moekernels.quantized_gemm.default]
+
+
+@pytest.mark.usefixtures("_a_gpu_is_imagined")
+def test_what_a_gpu_dequantises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def streams(num_rows: int, columns: int = 48, dtype: torch.dtype = torch.bfloat16) -> bool:
+        weight = _quantized(8, columns, format="int8")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            rows = _empty(num_rows, columns, dtype=dtype)
+            return quantized_products.streams(_on_a_gpu(weight), rows, num_rows=num_rows)
+
+    assert streams(1) and streams(32) and streams(3, dtype=torch.float16)
+    assert not streams(33)
+    assert not streams(3, columns=40)  # bytes are read 16 at a time
+    assert not streams(3, dtype=torch.float64)
+    with moekernels.batch_invariant(True):
+        assert not streams(3)
+    monkeypatch.setattr(quantized_products, "_HAS_CUDA", False)
+    assert not streams(3)
 
 
 INTEGER_FORMATS = [("int4", {}), ("int4", {"group_size": 64}), ("int8", {}), ("int8_groups", {})]

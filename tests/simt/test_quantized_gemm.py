@@ -84,7 +84,7 @@ def weight_fields(weight: QuantizedWeight) -> dict[str, Any]:
         "offset": offsets,
         "codes_stride": layout.codes.stride(0),
         "scales_stride": layout.scales.stride(0),
-        "nested_stride": 0 if factors is None else factors.shape[1],
+        "nested_stride": 0 if factors is None else factors.stride(0),
         "group": layout.group,
         "unit": layout.unit,
         "order": CodeOrder[layout.order.upper()],
