@@ -19,8 +19,8 @@ cudaError_t run(const GroupedGemmParams& params, cudaStream_t stream);
 cudaError_t run(const UnpermuteParams& params, cudaStream_t stream);
 
 // Reads codes as they are, for few rows per expert; more rows take as many passes over them. What it does not serve is
-// cudaErrorInvalidValue: the activations that GroupedGemmParams names; int8_rows; rows, or an expert's codes, that do not
-// start at multiples of 16 bytes; bytes where 16 does not divide K; kHalves with a table or with scales in float32;
+// cudaErrorInvalidValue: the activations that GroupedGemmParams names; int8_rows; rows, or an expert's codes, that do
+// not start at multiples of 16 bytes; bytes where 16 does not divide K; kHalves with a table or with scales in float32;
 // kPairs with scales in float16; kBytes with a `map`.
 cudaError_t run(const QuantizedGemmParams& params, cudaStream_t stream);
 

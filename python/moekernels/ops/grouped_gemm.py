@@ -80,8 +80,8 @@ def grouped_gemm(
     """
     if is_quantized(weight):
         num_rows = (rows if token_of_row is None else token_of_row).shape[0]
-        plain = isinstance(activation, str) and not transposed
-        if plain and streams(weight, rows, row_scale, *tensor_list(bias), num_rows=num_rows):
+        others = (row_scale, *tensor_list(bias))
+        if isinstance(activation, str) and not transposed and streams(weight, rows, *others, num_rows=num_rows):
             stack = bias_of_experts(bias, expert_offsets.shape[0] - 1)
             return stream(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row)
         return _dequantizing(
