@@ -74,6 +74,19 @@ def check_rows(width: int, device: torch.device) -> None:
     torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def check_quantized(format: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Few rows by the codes of a weight, whose last row ends within a tile; experts with rows and without."""
+    weight = ops.quantize(torch.randn(4, 52, 320, device=device) / 18, format)
+    rows, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((23, 320), (4, 52)))
+    offsets = torch.tensor([0, 1, 1, 20, 22], dtype=torch.int32, device=device)
+    more = {"gated": True, "activation": "silu"}
+    out = ops.grouped_gemm(rows, weight, offsets, bias=bias, **more)
+    values = weight.dequantize(torch.float64)
+    truth = reference.grouped_gemm(rows.double(), values, offsets, bias=bias.double(), **more)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), truth, rtol=8 * eps, atol=8 * eps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
@@ -89,6 +102,9 @@ def main() -> None:
     for scoring in ("softmax", "top2_gate", "sparsemixer"):
         for num_experts in (16, 60, 1100):
             check_router(scoring, num_experts, device)
+    for format in ("int4", "nf4", "int8", "int8_groups"):
+        for dtype in DTYPES:
+            check_quantized(format, dtype, device)
     for width in (38, 40, 2064):
         check_rows(width, device)
     if device.type == "cuda":

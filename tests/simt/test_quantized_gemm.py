@@ -308,6 +308,24 @@ def test_the_usual_tiles_are_built(library: SimtLibrary) -> None:
     assert len(chosen) == 2 * (3 + 1)  # each of them is somebody's
 
 
+def test_the_entry(simt: Simt) -> None:
+    """What it chooses is the decode path, whatever the number of rows; and what there is without experts, or rows."""
+    entry = simt.library("gemm/quantized_gemm.cu", *SOURCES[1:])
+    for counts in ((0, 1), (3, 2), (0, 70)):
+        check(entry, Problem(counts, 40, 128, unused=1), "int4")
+        assert "grouped_gemm_decode_kernel" in entry.launches[0]
+    nothing = Problem((0, 0), 40, 128)
+    inputs = make_inputs(nothing)
+    launch(entry, nothing, inputs, quantized(inputs, "int4"))
+    assert entry.launches == []
+    nobody = Problem((), 40, 128, unused=3)
+    alone = replace(inputs, rows=torch.ones(3, 128).bfloat16(), expert_offsets=torch.zeros(1, dtype=torch.int32))
+    assert torch.equal(launch(entry, nobody, alone, quantized(inputs, "int4")), torch.zeros(3, 40).bfloat16())
+    with pytest.raises(SimtError, match=r"cudaError_t 1$"):  # the epilogue has no registers for it
+        squared = Problem((0, 1), 40, 128, activation="relu2")
+        launch(entry, squared, make_inputs(squared), quantized(inputs, "int4"))
+
+
 def test_launches_in_a_row_overlap(library: SimtLibrary) -> None:
     """Each reads what the one before has just written, with no plain read of it as constant."""
     problem = Problem((2, 1), 128, 128, dtype=torch.bfloat16)
