@@ -6,15 +6,15 @@
 //   Params                    what the kernel is launched with; gemm(params) is all of it but the weight, and
 //                             is_served(params) whether the weight is one that it can read
 //   kRun, kDepth, kTallTiles  how pieces are dealt to warps and kept on their way (DecodeTraits)
-//   Rows<kTiles>              of one expert, the rows g and g + 8 of each tile, at a lane's next columns:
-//     load(pieces, i, ...)      asks for the pieces `begin` columns on; zeros where the rows have ended
-//     open(pieces, ...)         once they have come, before operands are made of them
-//     operands(pieces, v, w)    vector v of each
+//   Rows<kTiles>              of one expert, the rows g and g + 8 of each tile, at this lane's next `column`:
+//     load(pieces, column, begin, inside)   asks for the pieces `begin` columns on; zeros unless inside the rows
+//     open(pieces, column, inside)          when they have come: these are theirs; then there are operands
+//     operands(pieces, v, w)                vector v of each
 //     advance(columns)
 //
 // A code is widened to float32 and multiplied with its scale there, and the product is rounded to the dtype of the
-// tokens: the very weights that `dequantize` makes for many rows (of the nested and row-wise scales, but for a last bit
-// before rounding).
+// tokens: the very weights that `dequantize` makes for many rows, but for a last bit before the rounding where a scale
+// has two factors (a `unit` other than 1).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -103,7 +103,7 @@ struct DecodeWarp {
   using Rows = typename Traits::Weight::template Rows<Traits::kTiles>;
   using Tokens = uint4[Math::kTokenVectors];
 
-  // Their addresses at `column`, or null for zeros; or their numbers in p.rows, or -1.
+  // Where a token is: its address at `column`, or null for zeros; or its number in p.rows, or -1.
   using TokenPlace = std::conditional_t<Traits::kTokenAddresses, const T*, int32_t>;
 
   const GroupedGemmParams& p;
