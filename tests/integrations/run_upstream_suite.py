@@ -2,9 +2,10 @@
 
     python tests/integrations/run_upstream_suite.py --upstream PATH [--models olmoe phimoe] [--python PYTHON]
 
-PATH is a checkout of transformers' repository: `tests/` of the release, and `src/transformers` of the same, or a link
-to where it is installed. Without `--python`, an environment is made that sees the packages of this one, with the
-release and what its tests need from the package index.
+PATH is a checkout of transformers' repository: `tests/` and `utils/` of a release or of a commit on the way to it, and
+`src/transformers` of the same, or a link to where it is installed. Without `--python`, an environment is made that sees
+the packages of this one, with the release and what its tests need from the package index. `--save DIRECTORY` keeps what
+became of every test.
 
 Those tests hold a model against itself, not against a definition, so that a drop-in that is ignored passes too.
 Therefore the calls of our kernels are counted. The result is 1 if a test fails with the drop-in that passes without
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,12 +56,6 @@ class Expected(NamedTuple):
 
 # By how the name of the test begins.
 EXPECTED = {
-    "test_tied_weights_keys": Expected(
-        # Every weight that shares a storage is an expert's.
-        r"AssertionError: Lists differ: .* != \[\].*: add all of "
-        r"\[(\[('[^']*\.experts\.[^']*'(, )?)+\](, )?)+\] except one\.",
-        "wants a storage for every untied weight; packed experts share one, side by side",
-    ),
     "test_eager_matches_batched_and_grouped_inference": Expected(
         r"AssertionError: Expected 'mock' to have been called\.",
         "wants transformers' own functions called; ours are instead",
@@ -190,18 +185,34 @@ def version_of(upstream: Path) -> str:
     return found[1]
 
 
+def release_of(version: str) -> str:
+    """The release that follows a commit between releases; its requirements are in the package index."""
+    return re.sub(r"\.dev\d+$", "", version)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, required=True, metavar="PATH", help="a checkout of transformers")
     parser.add_argument("--models", nargs="+", choices=sorted({*MODELS, *INTERFACE}), default=MODELS)
     parser.add_argument("--python", type=Path, help="of an environment that has all that the tests need")
+    parser.add_argument("--save", type=Path, metavar="DIRECTORY", help="for MODEL-WAY.json, the outcome of every test")
     parser.add_argument("--exclude", default=EXCLUDED, metavar="EXPRESSION", help="pytest's -k (default: %(default)s)")
     args = parser.parse_args(arguments)
     upstream = args.upstream.resolve()
     version = version_of(upstream)
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
+
+    def run(model: str, way: str) -> Suite:
+        suite = run_suite(python, upstream, model, way, ["-k", args.exclude])
+        print(suite.row(), flush=True)
+        if args.save:
+            (args.save / f"{model}-{way}.json").write_text(json.dumps(asdict(suite), indent=1) + "\n")
+        return suite
+
     with tempfile.TemporaryDirectory() as temporary:
         python = args.python or make_environment(
-            Path(temporary) / "environment", [f"transformers=={version}", *TEST_REQUIREMENTS]
+            Path(temporary) / "environment", [f"transformers=={release_of(version)}", *TEST_REQUIREMENTS]
         )
         print(f"transformers {version}: {args.exclude}\n")
         print("| tests of | models | pass | fail | skip | kernel calls | seconds |\n" + "| --- " * 7 + "|")
@@ -209,12 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         intended: list[str] = []
         refused: Counter[str] = Counter()
         for model in args.models:
-            stock = run_suite(python, upstream, model, "stock", ["-k", args.exclude])
-            print(stock.row(), flush=True)
+            stock = run(model, "stock")
             interface = int(version.partition(".")[0]) >= 5 and model in INTERFACE
             for way in ("replace", "register") if interface else ("replace",):
-                ours = run_suite(python, upstream, model, way, ["-k", args.exclude])
-                print(ours.row(), flush=True)
+                ours = run(model, way)
                 for found, more in zip((wrong, intended), compare(stock, ours), strict=True):
                     found += more
                 refused.update(ours.refused)
