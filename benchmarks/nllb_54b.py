@@ -106,18 +106,16 @@ class Weights:
 
 
 def quantized_group(weights: Weights, name: str, shape: tuple[int, ...], format: Format) -> Group:
-    """A quantised weight in the layout of :mod:`moekernels.checkpoint.quantized.own`."""
+    """A quantised weight in the layout of :mod:`moekernels.checkpoint.quantized.own`, but for its shape."""
     *stack, rows, columns = shape
     sizes = {part: (kind.size(rows * columns), kind.dtype) for part, kind in format.parts(columns).items()}
     headers = [TensorHeader(f"{name}.{part}", (*stack, size), dtype) for part, (size, dtype) in sizes.items()]
-    about = TensorHeader(f"{name}.shape", (len(shape),), torch.int64)
 
     def tensors() -> Iterator[Tensor]:
         for header in headers:
             yield weights.part(name, columns, header)
-        yield torch.tensor(shape)
 
-    return Group((*headers, about), tensors)
+    return Group(tuple(headers), tensors)
 
 
 def make(directory: Path, config: NllbMoeConfig | OlmoeConfig, quantize_to: str | None) -> None:
@@ -144,9 +142,13 @@ def make(directory: Path, config: NllbMoeConfig | OlmoeConfig, quantize_to: str 
         headers = sorted(headers, key=lambda header: -len(header.shape))
         return Group(tuple(headers), lambda: map(weights.of, headers))
 
-    packed = [group_of(headers) for headers in groups.values()]
-    for name, format in formats.items():
-        packed.append(quantized_group(weights, name, tuple(model.get_parameter(name).shape), format))
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in formats}
+    # What is a multiple of a block comes first, so that it is aligned to one.
+    packed = [quantized_group(weights, name, shapes[name], format) for name, format in formats.items()]
+    packed += [group_of(headers) for headers in groups.values()]
+    for name, shape in shapes.items():
+        about = TensorHeader(f"{name}.shape", (len(shape),), torch.int64)
+        packed.append(Group((about,), lambda shape=shape: [torch.tensor(shape)]))
     print(f"writing {packed_size(packed) / 1e9:.1f} GB to {directory}", file=sys.stderr)
     with replace_files(directory) as stage:
         config.architectures = [type(model).__name__]
@@ -196,13 +198,16 @@ def even(model: Any) -> float:
     return factor
 
 
+@torch.no_grad()
 def translate(model: Any, ids: Tensor, beams: int, new_tokens: int, temperature: float) -> tuple[float, float]:
-    """Seconds of the encoder, and of a step of the decoder. Tokens are drawn: the likeliest one of random weights is
-    always the same, and so are its experts."""
+    """Seconds of the encoder, and of a step of the decoder. Its tokens are drawn: the likeliest one of random weights
+    is always the same, and so are its experts."""
     start = time.perf_counter()
-    with torch.no_grad():
-        encoded = model.get_encoder()(input_ids=ids, return_dict=True)
+    encoded = model.get_encoder()(input_ids=ids, return_dict=True)
     encoder = time.perf_counter() - start
+    if beams == 1:
+        model.expert_cache.reset_stats()
+        return encoder, feed(model, len(ids), new_tokens, "decoder_input_ids", encoder_outputs=encoded)
     options = {"num_beams": beams, "do_sample": True, "top_k": 0, "temperature": temperature, "seed": 1}
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     model.expert_cache.reset_stats()
@@ -213,18 +218,22 @@ def translate(model: Any, ids: Tensor, beams: int, new_tokens: int, temperature:
 
 @torch.no_grad()
 def go_on(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of one further token, which is drawn."""
-    drawn = torch.randint(
-        4, model.config.vocab_size, (new_tokens, len(ids), 1), generator=torch.Generator().manual_seed(2)
-    )
+    """Seconds of the prompt, and of one further token."""
     start = time.perf_counter()
     output = model(input_ids=ids, use_cache=True)
     prompt = time.perf_counter() - start
     model.expert_cache.reset_stats()
+    return prompt, feed(model, len(ids), new_tokens, "input_ids", past_key_values=output.past_key_values)
+
+
+def feed(model: Any, rows: int, new_tokens: int, name: str, **state: Any) -> float:
+    """Seconds of a step with one drawn token per row."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(4, model.config.vocab_size, (new_tokens, rows, 1), generator=generator)
     start = time.perf_counter()
     for token in drawn:
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return prompt, (time.perf_counter() - start) / new_tokens
+        state["past_key_values"] = model(**{name: token}, **state, use_cache=True).past_key_values
+    return (time.perf_counter() - start) / new_tokens
 
 
 def row(model: Any, routing: str, rows: int, beams: int, new_tokens: int, temperature: float, disk: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def release_memory() -> int:
         The number of bytes.
     """
     return _C.release_memory()
+
+
+def trim_heap() -> None:
+    """Return to the system what the C library keeps of memory that was freed in pieces: after loading a checkpoint that
+    can be half a gigabyte. Only glibc has a function for it."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return
+    trim(ctypes.c_size_t(0))
 
 
 def free_memory(device: torch.device) -> int:

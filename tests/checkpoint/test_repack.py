@@ -87,6 +87,27 @@ def test_each_expert_in_one_piece(tmp_path: Path) -> None:
     assert order == [(f"layers.{layer}.mlp.experts", e) for layer in range(2) for e in range(12)]
 
 
+def test_quantised_experts_are_aligned(tmp_path: Path) -> None:
+    """The shapes of weights, which are no whole blocks, come last."""
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_experts=4
+    )
+    OlmoeForCausalLM.from_config(config).save_pretrained(tmp_path / "old")
+    quantized = OlmoeForCausalLM.from_pretrained(tmp_path / "old", quantization_config={"format": "int4"}).eval()
+    quantized.save_pretrained(tmp_path / "int4")
+    repack(tmp_path / "int4", tmp_path / "new", progress=False)
+    reader = CheckpointReader(tmp_path / "new")
+    offsets = {path: tensor_offsets(path) for path in reader.files}
+    parts = [name for name in reader.tensors if ".experts." in name and not name.endswith(".shape")]
+    assert len(parts) == 8
+    for name in parts:
+        assert offsets[reader.tensors[name].file][name] % packed.BLOCK == 0, name
+    ids = torch.randint(3, 60, (1, 9))
+    streamed = OlmoeForCausalLM.from_pretrained(tmp_path / "new", expert_memory=2**18)
+    with torch.no_grad():
+        assert torch.equal(streamed(input_ids=ids).logits, quantized(input_ids=ids).logits)
+
+
 def test_read_by_transformers(tmp_path: Path) -> None:
     model = saved("olmoe", tmp_path / "old")
     repack(tmp_path / "old", tmp_path / "new", max_shard_size=30_000, progress=False)

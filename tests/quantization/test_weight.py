@@ -214,3 +214,18 @@ def test_errors_of_quantize() -> None:
             ops.quantize(*arguments, **options)
     with pytest.raises(ValueError, match="weight must be a QuantizedWeight, got a Tensor"):
         ops.dequantize(torch.ones(2, 2))  # type: ignore[arg-type]
+
+
+def test_what_fake_tensors_leave_behind() -> None:
+    """Tables are made once for a device, but none of those that a mode has made."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moekernels.quantization import bitsandbytes
+
+    device = torch.device("cpu")
+    with FakeTensorMode():
+        weight = ops.quantize(torch.randn(48, 128), "nf4", double_quant=True)
+        nn.functional.linear(torch.randn(17, 128), weight)
+    weight = ops.quantize(torch.randn(48, 128), "nf4", double_quant=True)
+    assert type(nn.functional.linear(torch.randn(17, 128), weight)) is torch.Tensor
+    assert bitsandbytes.dynamic_map(device) is bitsandbytes.dynamic_map(device)

@@ -19,7 +19,7 @@ from moekernels.checkpoint.errors import CheckpointError
 from moekernels.checkpoint.files import read_json
 from moekernels.checkpoint.hub import CONFIG_FILES, GENERATION_CONFIG_FILES, TOKENIZER_FILES
 from moekernels.checkpoint.keymap import KEY_MAPS, KeyMap
-from moekernels.checkpoint.packed import Group, TensorHeader, packed_size, write_packed
+from moekernels.checkpoint.packed import BLOCK, Group, TensorHeader, packed_size, write_packed
 from moekernels.checkpoint.reader import CheckpointReader, open_shard
 from moekernels.checkpoint.saving import replace_files
 from moekernels.checkpoint.writer import OBSOLETE_WEIGHTS, parse_size
@@ -99,7 +99,8 @@ def repack(
 
 
 def _groups(reader: CheckpointReader, key_map: KeyMap, dtype: torch.dtype | None) -> list[Group]:
-    """What is not of an expert, each for itself, and then expert by expert."""
+    """What is not of an expert, each for itself, and then expert by expert; last what would move all that follows it
+    off the blocks of a file system."""
     dense: list[_Part] = []
     experts: dict[tuple[str, int], list[_Part]] = {}
     for name, info in reader.tensors.items():
@@ -125,12 +126,14 @@ def _groups(reader: CheckpointReader, key_map: KeyMap, dtype: torch.dtype | None
 
     def group(parts: list[_Part]) -> Group:
         # Matrices first: what is not a whole number of blocks, a bias of a small model, comes last.
-        parts = sorted(parts, key=lambda part: (-len(part.header.shape), part.header.nbytes % 4096 != 0))
+        parts = sorted(parts, key=lambda part: (-len(part.header.shape), part.header.nbytes % BLOCK != 0))
         return Group(tuple(part.header for part in parts), lambda: _read(reader, parts))
 
     # Layers in their order: numbers in names count as numbers.
     ordered = sorted(experts, key=lambda key: (_natural(key[0]), key[1]))
-    return [*(group([part]) for part in dense), *(group(experts[key]) for key in ordered)]
+    whole = [group([part]) for part in dense if part.header.nbytes % BLOCK == 0]
+    rest = [group([part]) for part in dense if part.header.nbytes % BLOCK]
+    return [*whole, *(group(experts[key]) for key in ordered), *rest]
 
 
 def _read(reader: CheckpointReader, parts: list[_Part]) -> Iterator[Tensor]:

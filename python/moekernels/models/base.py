@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moekernels._devices import Device
+from moekernels._memory import trim_heap
 from moekernels.checkpoint import (
     KEY_MAPS,
     CheckpointError,
@@ -314,6 +315,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, SavingMixin, GradientCheckpointingMi
             held=held_experts(model, mesh),
             progress=progress,
         )
+        trim_heap()  # before the budget of experts is worked out
         initialise(model, [*report.absent, *(name for name, *_ in report.mismatched)], model._init_weights)
         warn_of_new_weights(cls.__name__, report.absent, report.mismatched)
         if placement.is_split:

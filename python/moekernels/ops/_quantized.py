@@ -6,7 +6,6 @@ gradients keeps the codes, and dequantises them again in the backward pass.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from moekernels._constants import made_once
 from moekernels._library import build_info
 from moekernels._settings import autocast_dtype, is_batch_invariant
 from moekernels.ops._call import KERNEL_DTYPES, call, is_transformed, wants_gradient
@@ -100,7 +100,7 @@ def stream(
     )  # fmt: skip
 
 
-@functools.lru_cache
+@made_once
 def one_expert(num_rows: int, device: torch.device) -> Tensor:
     """The offsets of a single expert that owns all rows."""
     return torch.tensor([0, num_rows], dtype=torch.int32, device=device)

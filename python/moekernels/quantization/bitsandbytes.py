@@ -7,13 +7,13 @@ for the dynamic map; the behaviour at ties, zeros and NaN is that of bitsandbyte
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from moekernels._constants import made_once
 from moekernels.quantization.formats import FORMATS, Format, Layout, Part, Parts, check_activations
 
 NF4_CODES = (
@@ -32,12 +32,12 @@ _NESTED_BLOCK, _NESTED_STEPS = 256, 65535
 _SMALLEST_DIVISOR = 1e-38
 
 
-@functools.lru_cache
+@made_once
 def _codes(name: str, device: torch.device) -> Tensor:
     return torch.tensor(NF4_CODES if name == "nf4" else FP4_CODES, device=device)
 
 
-@functools.lru_cache
+@made_once
 def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values, in rising order, in which double quantisation stores scales: as many digits as fit the size."""
     values = [torch.zeros(1), torch.ones(1)]
