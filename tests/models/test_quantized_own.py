@@ -258,10 +258,11 @@ def test_what_has_been_read_is_given_back(config: dict[str, Any], tmp_path: Path
     settings = json.loads((tmp_path / "few" / "config.json").read_text())["quantization_config"]
     most = 0
     for shard in QuantizedReader(CheckpointReader(tmp_path / "few"), settings).shards():
-        for _, tensor in shard:
+        for i, (_, tensor) in enumerate(shard):
             parts = tensor.parts.values() if isinstance(tensor, QuantizedWeight) else [tensor]
             sum(float(part.float().sum()) for part in parts)
-            most = max(most, _mapped(path))
+            if i % 16 == 0:  # looking takes longer than reading
+                most = max(most, _mapped(path))
     assert 0 < most < path.stat().st_size / 3
 
 

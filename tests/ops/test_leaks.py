@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -68,6 +68,15 @@ def _growth(call: Callable[[], Any]) -> int:
     for _ in range(_TIMES):
         call()
     return _heap() - before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_there_before_stays() -> Iterator[None]:
+    """Collecting goes through every object of the process otherwise, several times a test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library does not count")
