@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
   m.def(
       "quantized_gemm(Tensor rows, Tensor codes, Tensor scales, Tensor[] tables, str order, int group, float unit, "
       "int out_features, Tensor expert_offsets, Tensor? bias=None, str activation='none', bool gated=False, "
-      "Tensor? row_scale=None, Tensor? token_of_row=None, bool batch_invariant=False, bool int8_rows=False) -> Tensor");
+      "Tensor? row_scale=None, Tensor? token_of_row=None, bool batch_invariant=False, bool int8_rows=False, "
+      "float int8_threshold=0.0) -> Tensor");
 
   // On the CPU, and without gradients: the Python functions leave everything else to torch.
   m.def(

@@ -52,7 +52,7 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
                       const std::string& order, int64_t group, double unit, int64_t out_features,
                       const Tensor& expert_offsets, const std::optional<Tensor>& bias, const std::string& activation,
                       bool gated, const std::optional<Tensor>& row_scale, const std::optional<Tensor>& token_of_row,
-                      bool batch_invariant, bool int8_rows) {
+                      bool batch_invariant, bool int8_rows, double int8_threshold) {
   const Checks check("quantized_gemm", "rows", rows);
   check.rank("rows", rows, 2, "[num_rows, in_features]");
   QuantizedGemmParams params{};
@@ -86,7 +86,11 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
              "rows are rounded to 8 bits only beside codes that are integers");
   check.that(!int8_rows || in_features <= kMostIntegers, "rows that are rounded to 8 bits must have at most ",
              kMostIntegers, " columns, got ", in_features);
+  check.that(int8_threshold >= 0, "int8_threshold must be 0 or positive, got ", int8_threshold);
+  check.that(int8_threshold == 0 || (int8_rows && !is_nibbles && group == in_features),
+             "int8_threshold goes with int8_rows, codes in bytes and a scale for each row of the weight");
   params.int8_rows = int8_rows;
+  params.int8_threshold = static_cast<float>(int8_threshold);
   const bool on_gpu = rows.is_cuda();
   check.that(!on_gpu || !int8_rows, "on CUDA rows are not rounded to 8 bits");
   check.that(!on_gpu || is_nibbles || in_features % 16 == 0,
@@ -108,7 +112,7 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
     check.that(!row_scale.has_value(), "row_scale goes with no relu2 on CUDA");
     return moekernels::activation(
         quantized_gemm(rows, codes, scales, tables, order, group, unit, out_features, expert_offsets, bias, "none",
-                       false, std::nullopt, token_of_row, batch_invariant, int8_rows),
+                       false, std::nullopt, token_of_row, batch_invariant, int8_rows, int8_threshold),
         activation, gated);
   }
   Tensor out = moekernels::new_empty(rows, {gemm.num_rows, gated ? out_features / 2 : out_features});

@@ -90,6 +90,12 @@ def test_fields_in_files() -> None:
 def test_errors(saved_olmoe: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="llm_int8_has_fp16_weight must be False"):
         BitsAndBytesConfig(load_in_8bit=True, llm_int8_has_fp16_weight=True)
+    with pytest.raises(ValueError, match="activations goes with load_in_8bit, got 'int8'"):
+        BitsAndBytesConfig(load_in_4bit=True, activations="int8")
+    with pytest.raises(ValueError, match="int8: activations must be 'int8' or None, got 'int4'"):
+        BitsAndBytesConfig(load_in_8bit=True, activations="int4")
+    with pytest.raises(ValueError, match=r"int8: threshold must be 0 or a positive number, got -6\.0"):
+        BitsAndBytesConfig(load_in_8bit=True, activations="int8", llm_int8_threshold=-6.0)
     with pytest.raises(ValueError, match="llm_int8_skip_modules must be a list of names or None, got 'lm_head'"):
         BitsAndBytesConfig(llm_int8_skip_modules="lm_head")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"bnb_4bit_quant_storage must be one of uint8, .*, got 'int3'"):

@@ -16,7 +16,7 @@ from torch import nn
 import moekernels as mk
 from moekernels.checkpoint import KEY_MAPS, CheckpointError
 from moekernels.models.auto import ARCHITECTURES
-from moekernels.quantization import QuantizedWeight
+from moekernels.quantization import Int8, QuantizedWeight
 from tests.models import quantized_checkpoints as saved
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -280,3 +280,43 @@ def test_skipped_modules(made: Callable[[str, str], Made], skip: list[str], whol
             name.endswith("gate_proj") and "gate_proj" not in whole and not any(p in f"{name}." for p in whole)
         )
         assert is_quantized != stays, name
+
+
+def test_rounded_activations(made: Callable[[str, str], Made], tmp_path: Path) -> None:
+    """`llm_int8_threshold` says which stay as they are. Files keep it, transformers passes over what it does not know."""
+    it = made("olmoe", "int8")
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**saved.inputs("olmoe")).logits
+
+    def rounding(threshold: float) -> Any:
+        config = mk.BitsAndBytesConfig(load_in_8bit=True, activations="int8", llm_int8_threshold=threshold)
+        return ours("olmoe", it.whole, quantization_config=config)
+
+    exact = logits(ours("olmoe", it.whole, quantization_config=it.config))
+    errors = [(logits(rounding(threshold)) - exact).norm() / exact.norm() for threshold in (0.0, 2.0, 1e-6)]
+    assert errors[0] > 1.1 * errors[1] > 100 * errors[2]
+    with_other = mk.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=2.0)  # nothing is rounded without it
+    assert torch.equal(logits(ours("olmoe", it.whole, quantization_config=with_other)), exact)
+
+    model = rounding(2.0)
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert (written["activations"], written["llm_int8_threshold"]) == ("int8", 2.0)
+    again = ours("olmoe", tmp_path / "saved")
+    assert again.model.layers[0].mlp.experts.down_proj.format == Int8(activations="int8", threshold=2.0)
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == written
+    layer = saved.load_theirs(tmp_path / "saved", "olmoe", dtype=torch.float32).get_submodule(Q.removesuffix(".weight"))
+    assert layer.state.threshold == 2.0
+    theirs = it.directory / "config.json"
+    assert "activations" not in json.loads(theirs.read_text())["quantization_config"]
+    written["activations"] = "int4"
+    config = json.loads((tmp_path / "saved" / "config.json").read_text()) | {"quantization_config": written}
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="quantization_config: int8: activations must be 'int8' or None, got 'int4'"
+    ):
+        ours("olmoe", tmp_path / "saved")

@@ -164,12 +164,84 @@ def test_activations_in_8_bits(format: str, options: dict[str, object], dtype: t
         assert_accurate(actual, truth, plain.to(dtype))
 
 
+def _with_outliers(num_rows: int, columns: int, *places: int) -> Tensor:
+    """Normal rows; in some columns every second row is large, of either sign."""
+    rows = torch.randn(num_rows, columns).clamp(-5, 5)
+    for place in places:
+        rows[place % 2 :: 2, place] = 20 * torch.randn(rows[place % 2 :: 2, place].shape).sign() + place % 7
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers(dtype: torch.dtype, unit: torch.device) -> None:
+    """What stands out of a row is exact, and makes the steps of the others no coarser."""
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    for num_rows, columns, out_features, places in (
+        (1, 65, 4, (0, 64)), (2, 37, 14, (36,)), (9, 320, 66, (3, 4, 100, 319)),
+        (70, 130, 300, tuple(range(0, 130, 2))), (3, 48, 6, tuple(range(48))), (5, 64, 6, ()),
+    ):  # fmt: skip
+        weight = _quantized(2, out_features, columns, format="int8", activations="int8")
+        rows, bias = _with_outliers(num_rows, columns, *places).to(dtype), torch.randn(2, out_features).to(dtype)
+        offsets, scale = torch.tensor([0, 0, num_rows], dtype=torch.int32), torch.rand(num_rows)
+        tokens = torch.randperm(num_rows).int()
+        rest, outliers = (part[tokens] for part in reference.split_outliers(rows, 6.0))
+        integers, scales = reference.round_rows(rest)
+        values = [weight[1].dequantize(wide) for wide in (torch.float64, torch.float32)]
+        truth, plain = (
+            F.silu(gate) * value * scale.to(w.dtype).unsqueeze(1)
+            for w in values
+            for sums in [(integers.to(w.dtype) @ w.T) * scales.to(w.dtype) + outliers.to(w.dtype) @ w.T]
+            for gate, value in [(sums + bias[1]).chunk(2, -1)]
+        )
+        poison_free_memory()
+        actual = ops.grouped_gemm(
+            rows, weight, offsets, bias=bias, activation="silu", gated=True, row_scale=scale, token_of_row=tokens
+        )
+        assert_accurate(actual, truth, plain.to(dtype))
+        if places:
+            every = QuantizedWeight(weight.parts, "int8", weight.shape, activations="int8", threshold=0)
+            rounded = ops.grouped_gemm(
+                rows, every, offsets, bias=bias, activation="silu", gated=True, row_scale=scale, token_of_row=tokens
+            )
+            assert (rounded - truth).norm() > 3 * (actual - truth).norm()
+
+
+def test_outliers_of_a_row_are_its_own(unit: torch.device) -> None:
+    """Its bits do not depend on what stands out in others, nor on NaN and infinities there."""
+    if unit.type != "cpu":
+        pytest.skip("the kernel is for CPUs")
+    weight = _quantized(40, 256, format="int8", activations="int8")
+    rows = _with_outliers(70, 256, *range(0, 256, 3))
+    rows[5], rows[6], rows[7, 30], rows[8, 31] = 0, 0.5, torch.nan, torch.inf
+    rows[9] = 5.5
+    together = ops.linear(rows, weight)
+    for row in (0, 1, 5, 6, 7, 8, 9, 69):
+        assert torch.equal(
+            ops.linear(rows[row : row + 1], weight).nan_to_num(3.0), together[row : row + 1].nan_to_num(3.0)
+        )
+    assert together[7].isnan().all()
+    # An infinity is multiplied as such: its sign is that of the weight.
+    column = weight.dequantize(torch.float32)[:, 31]
+    expected = torch.where(column == 0, torch.nan, column * torch.inf)
+    assert torch.equal(together[8].nan_to_num(3.0), expected.nan_to_num(3.0))
+    unbounded = QuantizedWeight(weight.parts, "int8", weight.shape, activations="int8", threshold=0)
+    calm = torch.tensor([6, 9])  # below the threshold everywhere
+    assert torch.equal(together[calm], ops.linear(rows, unbounded)[calm])
+    assert not torch.equal(together[0], ops.linear(rows, unbounded)[0])
+    at_it = torch.full((1, 256), 0.01)
+    at_it[0, 3] = 6.0  # as large as the threshold stands out
+    torch.testing.assert_close(
+        ops.linear(at_it, weight), F.linear(at_it, weight.dequantize(torch.float32)), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_integer_sums_are_exact(unit: torch.device) -> None:
     """With a scale for a whole row of the weight the bits are those of the definition, on every instruction set."""
     if unit.type != "cpu":
         pytest.skip("the kernel is for CPUs")
     for num_rows, columns in ((1, 37), (3, 256), (67, 1000)):
-        weight = _quantized(9, columns, format="int8", activations="int8")
+        weight = _quantized(9, columns, format="int8", activations="int8", threshold=0)
         rows = 3 * torch.randn(num_rows, columns)
         integers, scales = reference.round_rows(rows)
         sums = (integers.double() @ weight.parts["codes"].view(9, columns).double().T).float()
@@ -192,6 +264,27 @@ def test_a_format_says_how_activations_are_multiplied() -> None:
     assert torch.equal(ops.linear(rows, copy), ops.linear(rows, weight))
     with pytest.raises(ValueError, match="int8: activations must be 'int8' or None, got 'int4'"):
         ops.quantize(torch.randn(4, 4), "int8", activations="int4")
+    assert repr(_quantized(4, 4, format="int8", activations="int8").format) == "Int8(activations='int8', threshold=6.0)"
+    for options, message in (
+        ({"threshold": 5.0}, "int8: threshold goes with activations='int8', got 5.0"),
+        ({"activations": "int8", "threshold": -1}, "int8: threshold must be 0 or a positive number, got -1"),
+        ({"activations": "int8", "threshold": torch.nan}, "int8: threshold must be 0 or a positive number, got nan"),
+        ({"activations": "int8", "threshold": "6"}, "int8: threshold must be 0 or a positive number, got '6'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.quantize(torch.randn(4, 4), "int8", **options)
+    layout = _quantized(4, 64, format="int4", activations="int8").kernel_layout
+    assert layout is not None
+    for int8_rows, threshold, message in (
+        (True, 6.0, "int8_threshold goes with int8_rows, codes in bytes and a scale for each row of the weight"),
+        (False, 6.0, "int8_threshold goes with int8_rows"),
+        (True, -1.0, "int8_threshold must be 0 or positive, got -1"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.moekernels.quantized_gemm(
+                rows, layout.codes, layout.scales, [], "halves", 32, 1.0, 4, torch.tensor([0, 3], dtype=torch.int32),
+                int8_rows=int8_rows, int8_threshold=threshold,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="nf4 has the options blocksize, double_quant; got 'activations'"):
         ops.quantize(torch.randn(4, 64), "nf4", activations="int8")
 

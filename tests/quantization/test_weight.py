@@ -203,7 +203,11 @@ def test_errors_of_quantize() -> None:
             {"blocksize": 64},
             "int4 has the options group_size, activations; got 'blocksize'",
         ),
-        ((torch.randn(4, 64), "int8"), {"blocksize": 64}, "int8 has the options activations; got 'blocksize'"),
+        (
+            (torch.randn(4, 64), "int8"),
+            {"blocksize": 64},
+            "int8 has the options activations, threshold; got 'blocksize'",
+        ),
         ((torch.randn(64), "int8"), {}, r"weight must be \[N, K\] or \[E, N, K\] and not empty, got \[64\]"),
         ((torch.randn(0, 64), "int8"), {}, r"and not empty, got \[0, 64\]"),
         ((torch.ones(4, 64, dtype=torch.int32), "int8"), {}, "must be float32, bfloat16 or float16, got torch.int32"),

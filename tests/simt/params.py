@@ -167,6 +167,7 @@ class QuantizedGemmParams(ctypes.Structure):
         ("gemm", GroupedGemmParams),
         ("weight", QuantizedWeightParams),
         ("int8_rows", c_bool),
+        ("int8_threshold", c_float),
     ]
 
 

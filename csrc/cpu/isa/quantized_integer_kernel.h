@@ -1,6 +1,10 @@
 // Rows rounded to 8 bits times a quantised weight, in integers. Each row is rounded to integers of its own scale and
 // packed into tiles [blocks][tile rows][bytes]; integer sums over groups, times their scales, are added up in float32.
 // Where a weight row has one scale its sums are integers to the end, and results are the same on every machine.
+//
+// Elements of a row that stand out (int8_threshold) count as zeros there, so that the others get finer steps. They are
+// multiplied with dequantised weights and added in float32, column by column: what stands out mostly does so in the
+// same few columns of all rows, whose codes are gathered once for a task.
 #pragma once
 
 #include "cpu/isa/quantized_dispatch.h"
@@ -10,7 +14,8 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr int64_t kIntegerRows = 64;  // of a task
+constexpr int64_t kIntegerRows = 64;     // of a task
+constexpr int64_t kOutlierColumns = 32;  // whose weights are gathered at a time
 
 // With a scale for each weight row there are fewer vectors at a time than with scales for groups.
 template <bool kByRow>
@@ -51,24 +56,53 @@ class IntegerProduct
 
   // The same whatever the codes.
   static QuantizedScratch scratch(const QuantizedGemmParams& p, int64_t columns) {
-    return {p, columns, kIntegerRows, kIntegerRows * (row_size(p) + int64_t(sizeof(float) + sizeof(int32_t)))};
+    return {p, columns, kIntegerRows, outliers_at(p) + outlier_bytes(p, columns)};
   }
 
   IntegerProduct(const QuantizedGemmParams& params, const GemmTask& task, const QuantizedScratch& place, char* scratch)
       : IntegerProduct::QuantizedProduct(params, task, place, row_size(params), scratch),
         row_scales_(reinterpret_cast<float*>(scratch + kIntegerRows * row_size(params))),
-        row_sums_(reinterpret_cast<int32_t*>(row_scales_ + kIntegerRows)) {}
+        row_sums_(reinterpret_cast<int32_t*>(row_scales_ + kIntegerRows)),
+        threshold_(kTakesOutliers ? params.int8_threshold : 0.0f),
+        outlier_columns_(reinterpret_cast<int32_t*>(scratch + outliers_at(params))),
+        outlier_weights_(reinterpret_cast<float*>(outlier_columns_ + round_up(params.gemm.in_features + 1, kLanes))) {}
 
   template <class T>
   void pack_rows() {
     const GroupedGemmParams& p = this->p_;
     const Parts& tiles = this->tiles_;
     const GatheredRows<T> source(p.rows, p.row_stride, p.token_of_row, p.num_source_rows);
+    bool has_outliers = false;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       for (int64_t r = 0; r < tiles.size(tile); ++r) {
         const int64_t row = tiles.begin(tile) + r;
-        pack_row(source.at(this->task_.row_begin + row, 0), row, this->tile_at(tile) + r * kPackedBytes<Codes, kByRow>,
-                 tiles.size(tile) * kPackedBytes<Codes, kByRow>);
+        has_outliers |= pack_row(source.at(this->task_.row_begin + row, 0), row,
+                                 this->tile_at(tile) + r * kPackedBytes<Codes, kByRow>,
+                                 tiles.size(tile) * kPackedBytes<Codes, kByRow>);
+      }
+    }
+    if constexpr (kTakesOutliers) {
+      if (threshold_ > 0.0f) find_outlier_columns(source, has_outliers);
+    }
+  }
+
+  // To the finished sums of weight rows `first` + the columns of the task. A row adds what stands out in it, from left
+  // to right, and skips what stands out in others: its bits do not depend on them.
+  template <class T>
+  void add_outliers(int64_t first, int64_t target) {
+    if constexpr (kTakesOutliers) {
+      if (threshold_ == 0.0f) return;
+      const GroupedGemmParams& p = this->p_;
+      const GatheredRows<T> source(p.rows, p.row_stride, p.token_of_row, p.num_source_rows);
+      const int64_t num_columns = outlier_columns_[0];
+      for (int64_t begin = 0; begin < num_columns; begin += kOutlierColumns) {
+        const int64_t n = min(kOutlierColumns, num_columns - begin);
+        const int32_t* columns = outlier_columns_ + 1 + begin;
+        gather_weights(first + this->task_.col_begin, columns, n);
+        for (int64_t row = 0; row < this->tiles_.n; ++row) {
+          const T* values = source.at(this->task_.row_begin + row, 0);
+          if (values != nullptr) add_outliers(values, columns, n, this->values_of(row) + target);
+        }
       }
     }
   }
@@ -138,6 +172,18 @@ class IntegerProduct
   }
 
  private:
+  static constexpr bool kTakesOutliers = kByRow && Codes::kVectors == 1;
+
+  // Where what stands out lies in the scratch: the number of its columns and they themselves, then weights of a few.
+  static int64_t outliers_at(const QuantizedGemmParams& p) {
+    return kIntegerRows * (row_size(p) + int64_t(sizeof(float) + sizeof(int32_t)));
+  }
+  static int64_t outlier_bytes(const QuantizedGemmParams& p, int64_t columns) {
+    if (p.int8_threshold == 0.0f) return 0;
+    return (round_up(p.gemm.in_features + 1, kLanes) + kOutlierColumns * round_up(columns, kLanes)) *
+           int64_t(sizeof(float));
+  }
+
   // At most: twice K, rounded up to whole blocks.
   static int64_t row_size(const QuantizedGemmParams& p) { return 2 * round_up(p.gemm.in_features, 2 * kVectorBytes); }
 
@@ -145,18 +191,33 @@ class IntegerProduct
     return *reinterpret_cast<const VecUBytes*>(packed + vector * kVectorBytes);
   }
 
-  // The largest magnitude becomes 127. A NaN makes the scale, and thereby the results, NaN.
+  static MOEKERNELS_INLINE VecF magnitude_of(VecF x) { return VecF(VecU(x) & 0x7fffffffu); }
+
+  // The largest magnitude of a row but for those of `limit` and more; NaN if there is one.
   template <class T>
-  void pack_row(const T* values, int64_t row, uint8_t* target, int64_t stride) {
+  float largest_magnitude(const T* values, float limit) const {
     VecF most{};
     for (int64_t k = 0; values != nullptr && k < this->p_.in_features; k += kLanes) {
-      const VecF x = load_n(values + k, this->p_.in_features - k);
-      const VecF magnitude = VecF(VecU(x) & 0x7fffffffu);
-      most = (magnitude > most) | (x != x) ? magnitude : most;
+      const VecF magnitude = magnitude_of(load_n(values + k, this->p_.in_features - k));
+      most = ((magnitude > most) & ~(magnitude >= limit)) | (magnitude != magnitude) ? magnitude : most;
     }
     float largest = 0.0f;
     for (int lane = 0; lane < kLanes; ++lane) {
       if (largest == largest && !(most[lane] <= largest)) largest = most[lane];
+    }
+    return largest;
+  }
+
+  // The largest magnitude of what does not stand out becomes 127. A NaN makes the scale, and thereby the results, NaN.
+  // Returns whether something stands out.
+  template <class T>
+  bool pack_row(const T* values, int64_t row, uint8_t* target, int64_t stride) {
+    float largest = largest_magnitude(values, kNoLimit), limit = kNoLimit;
+    if constexpr (kTakesOutliers) {
+      if (threshold_ > 0.0f && largest >= threshold_) {
+        limit = threshold_;
+        largest = largest_magnitude(values, limit);
+      }
     }
     row_scales_[row] = largest / 127.0f;
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
@@ -164,7 +225,8 @@ class IntegerProduct
     for (int64_t k = 0; k < this->p_.in_features; k += kBlockWeights, target += stride) {
       alignas(64) int8_t block[kBlockWeights] = {};
       for (int64_t i = 0; values != nullptr && i < kBlockWeights && k + i < this->p_.in_features; i += kLanes) {
-        store_low_bytes(block + i, rounded(load_n(values + k + i, this->p_.in_features - k - i) * inverse));
+        const VecF x = load_n(values + k + i, this->p_.in_features - k - i);
+        store_low_bytes(block + i, rounded((magnitude_of(x) >= limit ? VecF{} : x) * inverse));
       }
       alignas(64) int8_t bytes[kBlockWeights];
       for (int i = 0; i < kBlockWeights; i += 4) {
@@ -184,10 +246,79 @@ class IntegerProduct
       }
     }
     row_sums_[row] = sum;
+    return limit == threshold_;
   }
+
+  // Those of any row of the task, in rising order.
+  template <class T>
+  void find_outlier_columns(const GatheredRows<T>& source, bool has_outliers) {
+    int32_t count = 0;
+    for (int64_t k = 0; has_outliers && k < this->p_.in_features; k += kLanes) {
+      VecI found{};
+      for (int64_t row = 0; row < this->tiles_.n; ++row) {
+        const T* values = source.at(this->task_.row_begin + row, k);
+        if (values != nullptr) found |= magnitude_of(load_n(values, this->p_.in_features - k)) >= threshold_;
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (found[lane] != 0) outlier_columns_[++count] = static_cast<int32_t>(k + lane);
+      }
+    }
+    outlier_columns_[0] = count;
+  }
+
+  // The weights of columns of K, of all weight rows of the task from `weight_row` on, dequantised: [n][width].
+  void gather_weights(int64_t weight_row, const int32_t* columns, int64_t n) {
+    const int64_t width = this->place_.width;
+    for (int64_t begin = 0; begin < width; begin += kLanes) {
+      const int64_t there = min(kLanes, this->columns_ - begin);
+      float scales[kLanes] = {};
+      this->scales_.load_rows(weight_row + begin, there, kUnit, scales);
+      for (int64_t c = 0; c < kLanes; ++c) {
+        const auto* codes = reinterpret_cast<const int8_t*>(this->codes_of(weight_row + begin + min(c, there - 1)));
+        for (int64_t i = 0; i < n; ++i) {
+          outlier_weights_[i * width + begin + c] = static_cast<float>(codes[columns[i]]) * scales[c];
+        }
+      }
+    }
+  }
+
+  template <class T>
+  static MOEKERNELS_INLINE float number(const T& value) {
+    if constexpr (kIsBFloat16<T>) {
+      return widened(value);
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      return value;
+    } else {
+      return load_n(&value, 1)[0];
+    }
+  }
+
+  template <class T>
+  void add_outliers(const T* values, const int32_t* columns, int64_t n, float* sums) const {
+    const int64_t width = this->place_.width;
+    float outliers[kOutlierColumns];
+    const float* weights[kOutlierColumns];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = number(values[columns[i]]);
+      if (!(value >= threshold_ || value <= -threshold_)) continue;
+      outliers[count] = value;
+      weights[count++] = outlier_weights_ + i * width;
+    }
+    for (int64_t c = 0; count > 0 && c < width; c += kLanes) {
+      VecF sum = load(sums + c);
+      for (int64_t i = 0; i < count; ++i) sum = fma(set1(outliers[i]), load(weights[i] + c), sum);
+      store(sums + c, sum);
+    }
+  }
+
+  static constexpr float kNoLimit = __builtin_nanf("");  // which nothing reaches
 
   float* const row_scales_;
   int32_t* const row_sums_;
+  const float threshold_;           // 0: nothing stands out
+  int32_t* const outlier_columns_;  // behind their number
+  float* const outlier_weights_;    // [kOutlierColumns][width]
 };
 
 template <class T>

@@ -76,6 +76,10 @@ class QuantizedProduct {
     }
   }
 
+  // What the kernel adds to the values of rows of T that multiply_columns has left there.
+  template <class T>
+  void add_outliers(int64_t, int64_t) {}
+
  protected:
   // row_size: elements of a packed row.
   QuantizedProduct(const QuantizedGemmParams& params, const GemmTask& task, const QuantizedScratch& place,
@@ -84,13 +88,13 @@ class QuantizedProduct {
         task_(task),
         tiles_(task.row_end - task.row_begin, kTileRows),
         scales_(params, task.expert),
-        row_bytes_(p_.in_features * Codes::kBlockBytes / kBlockWeights),
         place_(place),
+        columns_(task.col_end - task.col_begin),
+        row_bytes_(p_.in_features * Codes::kBlockBytes / kBlockWeights),
         row_size_(row_size),
         packed_(reinterpret_cast<Packed*>(scratch)),
         scale_rows_(reinterpret_cast<float*>(scratch + place.scales)),
         sums_(reinterpret_cast<Sum*>(scratch + place.sums)),
-        columns_(task.col_end - task.col_begin),
         blocks_(p_.in_features / kBlockWeights),
         matrix_(static_cast<const uint8_t*>(params.weight.codes) + task.expert * params.weight.codes_stride),
         group_shift_(scales_.group_shift()) {
@@ -104,6 +108,8 @@ class QuantizedProduct {
   }
 
   Packed* tile_at(int64_t tile) const { return packed_ + tiles_.begin(tile) * row_size_; }
+  const uint8_t* codes_of(int64_t weight_row) const { return matrix_ + weight_row * row_bytes_; }
+  float* values_of(int64_t row) const { return reinterpret_cast<float*>(sums_ + row * place_.sums_stride); }
 
   // What each lane is multiplied with in a block; `scales` are those of the weight row.
   MOEKERNELS_INLINE VecF scales_of_lanes(const float* scales, int64_t block) const {
@@ -114,6 +120,8 @@ class QuantizedProduct {
   const GemmTask& task_;
   const Parts tiles_;  // of the rows
   const QuantizedScales scales_;
+  const QuantizedScratch& place_;
+  const int64_t columns_;
 
  private:
   const Kernel& kernel() const { return static_cast<const Kernel&>(*this); }
@@ -137,7 +145,7 @@ class QuantizedProduct {
     Total totals[kCols * kRows] = {};
     MOEKERNELS_UNROLL
     for (int c = 0; c < kCols; ++c) {
-      weight[c] = matrix_ + (weight_row + c) * row_bytes_;
+      weight[c] = codes_of(weight_row + c);
       scales[c] = scale_rows_ + (scale_row + c) * place_.scale_stride;
     }
     // Codes of weight rows to come, in the order of memory, which is that of no one of these.
@@ -183,12 +191,10 @@ class QuantizedProduct {
   }
 
   const int64_t row_bytes_;  // of codes
-  const QuantizedScratch& place_;
   const int64_t row_size_;
   Packed* const packed_;
   float* const scale_rows_;
   Sum* const sums_;
-  const int64_t columns_;
   const int64_t blocks_;  // whole ones of a row
   const uint8_t* const matrix_;
   const int group_shift_;
@@ -216,7 +222,11 @@ void run_product(const QuantizedGemmParams& params, const GemmTask& task, char* 
   Product product(params, task, place, scratch);
   if (!task.rows_packed) product.template pack_rows<T>();
   product.multiply_columns(0, 0);
-  if (p.gated) product.multiply_columns(p.out_features / 2, place.width);
+  product.template add_outliers<T>(0, 0);
+  if (p.gated) {
+    product.multiply_columns(p.out_features / 2, place.width);
+    product.template add_outliers<T>(p.out_features / 2, place.width);
+  }
   finish_rows<T>(p, task, place.width, place.sums_stride, reinterpret_cast<float*>(scratch + place.sums));
 }
 

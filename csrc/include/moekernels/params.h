@@ -190,6 +190,8 @@ struct QuantizedGemmParams {
   GroupedGemmParams gemm;
   QuantizedWeightParams weight;  // without a table if int8_rows
   bool int8_rows;                // round each row to 127 steps to either side first
+  float int8_threshold;          // but for its elements of this magnitude and more, which stay as they are; 0: none do.
+                                 // With codes in bytes and a scale for each row of the weight alone
 };
 
 // rows [N, H], row_of_slot [T, K], weights [T, K] -> out [T, H]

@@ -22,13 +22,12 @@ _STORAGE = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
 class BitsAndBytesConfig:
     """Weights in the formats of bitsandbytes: 8-bit rows, or NF4 or FP4 in blocks of 64.
 
-    The fields are those of transformers.
+    The fields are those of transformers, and `activations`.
 
     Args:
         load_in_8bit, load_in_4bit: to how many bits; neither leaves the weights whole.
-        llm_int8_threshold: kept and saved for others. Here activations stay in the model's dtype, which is more
-            accurate than rounding all but those that stand out; `QuantizationConfig("int8", {"activations": "int8"})`
-            rounds all of them.
+        llm_int8_threshold: beside `activations`, elements of this magnitude and more are not rounded; 0 rounds all.
+            Without `activations` none are, whatever it says; it is kept and saved for others.
         llm_int8_skip_modules: names of modules whose weights stay whole: the whole path, one that contains the module,
             or the last name of it. None is the head; routers, embeddings and norms stay whole whatever it says.
         llm_int8_enable_fp32_cpu_offload: kept and saved; weights are quantised on every device.
@@ -37,6 +36,8 @@ class BitsAndBytesConfig:
         bnb_4bit_quant_type: "nf4" or "fp4".
         bnb_4bit_use_double_quant: quantise the scales too.
         bnb_4bit_quant_storage: the dtype in which files hold the codes; uint8 by default.
+        activations: beside `load_in_8bit`, "int8" rounds what is multiplied to 8 bits, row by row, as bitsandbytes
+            does; None leaves it in the model's dtype, which is more accurate. Other libraries pass over this field.
 
     Raises:
         ValueError: the fields contradict each other, or one has a value that bitsandbytes does not know.
@@ -54,10 +55,14 @@ class BitsAndBytesConfig:
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_quant_storage: torch.dtype | str | None = None
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("BitsAndBytesConfig: set load_in_4bit or load_in_8bit, not both")
+        if self.activations is not None and not self.load_in_8bit:
+            raise ValueError(f"BitsAndBytesConfig: activations goes with load_in_8bit, got {self.activations!r}")
+        parse_format("int8", "BitsAndBytesConfig", **self.int8_options())
         if self.bnb_4bit_quant_type not in _4BIT_TYPES:
             raise ValueError(
                 f"BitsAndBytesConfig: bnb_4bit_quant_type must be one of {', '.join(_4BIT_TYPES)}, "
@@ -88,12 +93,14 @@ class BitsAndBytesConfig:
         values = dataclasses.asdict(self)
         for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
             values[name] = str(values[name]).removeprefix("torch.")
+        if self.activations is None:  # which only this library knows
+            del values["activations"]
         return {**values, "quant_method": self.quant_method}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """:meth:`to_dict` without what has its default."""
         default = type(self)().to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != default[name]}
+        return {name: value for name, value in self.to_dict().items() if value != default.get(name)}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of :meth:`to_diff_dict`, or of :meth:`to_dict`."""
@@ -107,11 +114,17 @@ class BitsAndBytesConfig:
         """What transformers calls the format: "llm_int8", "fp4" or "nf4"; None if the weights stay whole."""
         return "llm_int8" if self.load_in_8bit else self.bnb_4bit_quant_type if self.load_in_4bit else None
 
+    def int8_options(self) -> dict[str, Any]:
+        """Those of the format ``int8``."""
+        if self.activations is None:
+            return {}
+        return {"activations": self.activations, "threshold": self.llm_int8_threshold}
+
     def quantization(self) -> Quantization | None:
         """What to do with the weights; None is nothing."""
         skip = None if self.llm_int8_skip_modules is None else tuple(self.llm_int8_skip_modules)
         if self.load_in_8bit:
-            return Quantization(parse_format("int8"), skip)
+            return Quantization(parse_format("int8", **self.int8_options()), skip)
         if not self.load_in_4bit:
             return None
         format = parse_format(self.bnb_4bit_quant_type, double_quant=self.bnb_4bit_use_double_quant)
@@ -125,9 +138,9 @@ class QuantizationConfig:
 
     Args:
         format: "int4", which is the fast one, "int8", "nf4", "fp4" or "q8_0", "q4_0".
-        options: of the format, such as `group_size` of "int4", `blocksize` of "nf4", and `activations` of "int4" and
-            "int8", which may be "int8". As keywords of
-            :meth:`from_dict` they stand beside the others.
+        options: of the format, such as `group_size` of "int4", `blocksize` of "nf4", `activations` of "int4" and
+            "int8", which may be "int8", and beside it `threshold` of "int8". As keywords of :meth:`from_dict` they
+            stand beside the others.
         skip_modules: as `llm_int8_skip_modules` of :class:`BitsAndBytesConfig`; an empty list quantises the head too. A
             head that is tied takes the embedding with it, of which rows are then dequantised as they are looked up
             (unless rows share scales, or there is a `compute_dtype`: then both stay whole).

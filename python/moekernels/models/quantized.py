@@ -134,7 +134,7 @@ def describe_quantization(model: Any, formats: Mapping[str, Format]) -> torch.dt
     names = {format.name for format in formats.values()}
     has_embedding = any(_is_embedding(model, name) for name in formats)  # which bitsandbytes' layout cannot hold
     if len(names) == 1 and names <= set(_BITSANDBYTES) and not has_embedding:
-        kept = BitsAndBytesConfig.from_dict(before)
+        kept = BitsAndBytesConfig.from_dict({name: before[name] for name in before if name != "activations"})
         config = _bitsandbytes_config(kept, next(iter(formats.values())), whole)
         model.config.quantization_config = config.to_dict()
         assert isinstance(config.bnb_4bit_quant_storage, torch.dtype)
@@ -157,6 +157,9 @@ def _bitsandbytes_config(kept: BitsAndBytesConfig, format: Format, whole: list[s
     if format.name != "int8":
         fields["bnb_4bit_quant_type"] = format.name
         fields["bnb_4bit_use_double_quant"] = format.options["double_quant"]
+    elif "activations" in format.options:
+        fields["activations"] = format.options["activations"]
+        fields["llm_int8_threshold"] = format.options["threshold"]
     return dataclasses.replace(kept, **fields, llm_int8_skip_modules=whole)
 
 

@@ -92,11 +92,13 @@ def stream(
             f"moekernels::grouped_gemm: weight must be [num_experts = {expert_offsets.shape[0] - 1}, N, K], "
             f"got {list(shape)}"
         )
+    rounds = layout.int8_rows and rows.is_cpu
     return call(
         torch.ops.moekernels.quantized_gemm.default,
         rows.to(dtype), layout.codes, layout.scales, layout.tables, layout.order, layout.group, layout.unit, shape[-2],
         expert_offsets, None if bias is None else bias.to(dtype) if autocast_dtype(rows.device) else bias,
-        activation, gated, row_scale, token_of_row, is_batch_invariant(), layout.int8_rows and rows.is_cpu,
+        activation, gated, row_scale, token_of_row, is_batch_invariant(), rounds,
+        layout.int8_threshold if rounds else 0.0,
     )  # fmt: skip
 
 

@@ -275,13 +275,22 @@ def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as integers of -127 ... 127 and what they are multiples of: ``[..., K]`` in their dtype and ``[..., 1]``.
 
     The largest magnitude of a row becomes 127; half-way is rounded to the even one. It is what rows are multiplied as
-    with weights whose format has ``activations="int8"``.
+    with weights whose format has ``activations="int8"``; with a threshold, the rest of :func:`split_outliers`.
     """
     wide = _accumulator(rows)
     largest = wide.abs().amax(dim=-1, keepdim=True)
     # Not 127 / largest, which torch rounds twice.
     inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
     return (wide * inverse).round().nan_to_num(0.0).to(rows.dtype), largest / 127
+
+
+def split_outliers(rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """What of rows is rounded beside a threshold, and what stands out: rows that add up to `rows`, zero in turn.
+
+    Elements of a magnitude of `threshold` and more stand out; none do where it is 0. They are multiplied as they are.
+    """
+    stands_out = rows.abs() >= threshold if threshold > 0 else torch.zeros_like(rows, dtype=torch.bool)
+    return rows.masked_fill(stands_out, 0), rows.masked_fill(~stands_out, 0)
 
 
 def grouped_weight_grad(

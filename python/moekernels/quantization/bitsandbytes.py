@@ -7,6 +7,7 @@ for the dynamic map; the behaviour at ties, zeros and NaN is that of bitsandbyte
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,7 @@ FP4_CODES = (*(x / 12 for x in _FP4_MAGNITUDES), *(-x / 12 for x in _FP4_MAGNITU
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK, _NESTED_STEPS = 256, 65535
 _SMALLEST_DIVISOR = 1e-38
+_THRESHOLD = 6.0  # of LLM.int8()
 
 
 @made_once
@@ -163,15 +165,26 @@ class Int8(Format):
     Args:
         activations: ``"int8"``: rows that it is multiplied with are rounded to 8 bits, each with a scale of its own, as
             :func:`moekernels.ops.reference.round_rows` says; None: they stay as they are.
+        threshold: beside `activations`: elements of a row of this magnitude and more are not rounded, and do not count
+            for its scale; they are multiplied with the dequantised weights. 6 by default, 0 rounds all.
 
     Parts: ``codes``, int8; ``SCB``, the largest magnitude of each row in float16's precision, float32.
     """
 
     name: ClassVar[str] = "int8"
     activations: str | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_activations(self.name, self.activations)
+        if self.activations is None:
+            if self.threshold is not None:
+                raise ValueError(f"int8: threshold goes with activations='int8', got {self.threshold!r}")
+            return
+        threshold = _THRESHOLD if self.threshold is None else self.threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+            raise ValueError(f"int8: threshold must be 0 or a positive number, got {threshold!r}")
+        object.__setattr__(self, "threshold", float(threshold))
 
     def parts(self, columns: int) -> dict[str, Part]:
         return {"codes": Part(torch.int8, 1), "SCB": Part(torch.float32, columns)}
@@ -187,8 +200,10 @@ class Int8(Format):
         return parts["codes"].view(rows, columns) * parts["SCB"].unsqueeze(-1) * (1 / 127)
 
     def layout(self, parts: Parts, columns: int) -> Layout:
-        int8_rows = self.activations is not None
-        return Layout(parts["codes"], parts["SCB"], "bytes", columns, unit=1 / 127, int8_rows=int8_rows)
+        return Layout(
+            parts["codes"], parts["SCB"], "bytes", columns, unit=1 / 127,
+            int8_rows=self.activations is not None, int8_threshold=self.threshold or 0.0,
+        )  # fmt: skip
 
 
 FORMATS.update(nf4=NF4, fp4=FP4, int8=Int8)

@@ -46,6 +46,8 @@ class Layout(NamedTuple):
     """What every scale is multiplied with."""
     int8_rows: bool = False
     """Whether what it is multiplied with is rounded to 8 bits."""
+    int8_threshold: float = 0.0
+    """The magnitude from which on elements of that are not rounded; 0: there is none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,6 +100,7 @@ std::string layout() {
   FIELD(QuantizedGemmParams, gemm);
   FIELD(QuantizedGemmParams, weight);
   FIELD(QuantizedGemmParams, int8_rows);
+  FIELD(QuantizedGemmParams, int8_threshold);
 
   STRUCT(UnpermuteParams);
   FIELD(UnpermuteParams, rows);

@@ -19,7 +19,7 @@ from torch import Tensor
 from moekernels.checkpoint.errors import CheckpointError
 from moekernels.checkpoint.quantized.stored import StoredWeight, need
 from moekernels.checkpoint.reader import Reader, TensorInfo
-from moekernels.quantization import FORMATS, Format, parse_format
+from moekernels.quantization import Format, parse_format
 from moekernels.quantization.bitsandbytes import FP4_CODES, NF4_CODES, dynamic_map
 
 METHOD = "bitsandbytes"
@@ -46,7 +46,7 @@ def find(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
         raise CheckpointError(
             f"{reader.directory}: quantization_config of bitsandbytes must have one of load_in_4bit and load_in_8bit"
         )
-    found = _in_8_bits(reader) if eight else _in_4_bits(reader, str(config.get("bnb_4bit_quant_type", "fp4")))
+    found = _in_8_bits(reader, config) if eight else _in_4_bits(reader, str(config.get("bnb_4bit_quant_type", "fp4")))
     other = "4" if eight else "8"
     marks = [name for name in reader.tensors if (_STATE in name if eight else name.endswith(".SCB"))]
     if marks:
@@ -62,8 +62,16 @@ def find(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
     return found
 
 
-def _in_8_bits(reader: Reader) -> dict[str, StoredWeight]:
+def _in_8_bits(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
     found = {}
+    # What this library adds: how rows are multiplied, which files otherwise do not say.
+    options: dict[str, Any] = {}
+    if (activations := config.get("activations")) is not None:
+        options = {"activations": activations, "threshold": config.get("llm_int8_threshold")}
+    try:
+        format = parse_format("int8", str(reader.directory), **options)
+    except ValueError as error:
+        raise CheckpointError(f"{reader.directory}: quantization_config: {error}") from error
     orders = reader.read([name for name in reader.tensors if name.endswith(".weight_format")])
     for name, order in orders.items():
         if order.numel() != 1 or int(order) != _ROW_MAJOR:
@@ -77,9 +85,7 @@ def _in_8_bits(reader: Reader) -> dict[str, StoredWeight]:
             names = {"codes": name, "SCB": scales}
             if (order_name := name + "_format") in orders:
                 names["order"] = order_name
-            found[name] = StoredWeight(
-                FORMATS["int8"](), info.shape, names, _int8_parts, {"codes": name, "SCB": scales}
-            )
+            found[name] = StoredWeight(format, info.shape, names, _int8_parts, {"codes": name, "SCB": scales})
     return found
 
 
