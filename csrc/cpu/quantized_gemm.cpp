@@ -49,9 +49,9 @@ class QuantizedGemm {
     num_workers_ = clamp(visits * p_.out_features * p_.in_features / kWeightsPerWorker, 1, parallel.num_threads);
     columns_ = kWeightRows / gates_;
     while (columns_ > kMinWeightRows / gates_ && visits * col_blocks() < kTasksPerWorker * num_workers_) columns_ /= 2;
-    gemm_offset_ = round_up(gates_ * columns_ * p_.in_features * size_of(p_.dtype), 64);
-    const int64_t scales = round_up(p_.in_features / params.weight.group * int64_t{4}, 64);
-    const int64_t unpacking = gemm_offset_ + (scales > blocking_.scratch_bytes ? scales : blocking_.scratch_bytes);
+    scales_offset_ = round_up(gates_ * columns_ * p_.in_features * size_of(p_.dtype), 64);
+    gemm_offset_ = scales_offset_ + round_up(p_.in_features / params.weight.group * int64_t{4}, 64);
+    const int64_t unpacking = gemm_offset_ + blocking_.scratch_bytes;
     const int64_t streaming = codes_.scratch_bytes(params, columns_);
     scratch_bytes_ = unpacking > streaming ? unpacking : streaming;
   }
@@ -76,7 +76,7 @@ class QuantizedGemm {
 
   void work(int64_t worker) {
     char* scratch = scratch_ + worker * scratch_bytes_;
-    int64_t packed_row = -1;  // where the rows of the last task begin
+    int64_t packed_row = -1;  // where the rows begin that are packed
     const int64_t num_tasks = static_cast<int64_t>(visits_.size()) * col_blocks();
     for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
       const Visit& visit = visits_[static_cast<size_t>(i / col_blocks())];
@@ -86,20 +86,20 @@ class QuantizedGemm {
         codes_.run(params_, {visit.expert, visit.begin, visit.end, begin, end, visit.begin == packed_row}, scratch);
         packed_row = visit.begin;
       } else {
-        unpack(visit, begin, end, scratch);
-        packed_row = -1;
+        packed_row = unpack(visit, begin, end, packed_row, scratch);
       }
     }
   }
 
-  // As an expert of its own, whose weight is the block, and whose bias and output begin there.
-  void unpack(const Visit& visit, int64_t col_begin, int64_t col_end, char* scratch) const {
+  // As an expert of its own, whose weight is the block, and whose bias and output begin there. Returns where the rows
+  // begin that are packed then.
+  int64_t unpack(const Visit& visit, int64_t col_begin, int64_t col_end, int64_t packed_row, char* scratch) const {
     WeightPart parts[2];
     for (int64_t gate = 0; gate < gates_; ++gate) {
       char* block = scratch + gate * (col_end - col_begin) * p_.in_features * size_of(p_.dtype);
       const int64_t first = gate * width_;
       quantized_.unpack(params_, visit.expert, first + col_begin, first + col_end, block,
-                        reinterpret_cast<float*>(scratch + gemm_offset_));
+                        reinterpret_cast<float*>(scratch + scales_offset_));
       parts[gate] = {block, p_.in_features};
     }
     GroupedGemmParams gemm = p_;
@@ -113,8 +113,10 @@ class QuantizedGemm {
     const int64_t rows = visit.end - visit.begin, row_blocks = ceil_div(rows, blocking_.rows);
     for (int64_t i = 0; i < row_blocks; ++i) {
       const int64_t begin = visit.begin + rows * i / row_blocks, end = visit.begin + rows * (i + 1) / row_blocks;
-      gemm_.run(gemm, blocking_, {0, begin, end, 0, col_end - col_begin, false}, scratch + gemm_offset_);
+      gemm_.run(gemm, blocking_, {0, begin, end, 0, col_end - col_begin, begin == packed_row}, scratch + gemm_offset_);
+      packed_row = begin;
     }
+    return packed_row;
   }
 
   const QuantizedGemmParams& params_;
@@ -127,7 +129,7 @@ class QuantizedGemm {
   const GemmBlocking blocking_;
   std::vector<Visit> visits_;
   int64_t columns_;  // of a task
-  int64_t first_unused_row_, num_workers_, gemm_offset_, scratch_bytes_;
+  int64_t first_unused_row_, num_workers_, scales_offset_, gemm_offset_, scratch_bytes_;
   char* scratch_ = nullptr;
   std::atomic<int64_t> next_task_{0};
 };

@@ -29,10 +29,13 @@ class PackedRows {
   // Where element k, a multiple of Dot::kStep, of a tile's rows begins.
   const Packed* at(int64_t tile, int64_t k) const { return packed_ + tile_begin(tile) * depth_ + k * tile_rows(tile); }
 
+  // Rows of n elements, which are in memory already or will be packed.
+  void resize(int64_t n) { depth_ = round_up(n, Dot::kStep); }
+
   // Each row is source(row)[0 .. n); null: zeros.
   template <class Source>
   void pack(const Source& source, int64_t n) {
-    depth_ = round_up(n, Dot::kStep);
+    resize(n);
     const Weight zeros[Dot::kStep] = {};
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       const int64_t stride = tile_rows(tile) * Dot::kStep;

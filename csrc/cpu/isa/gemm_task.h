@@ -1,6 +1,6 @@
 // One task of the grouped GEMM: packs its rows, multiplies them with its columns' weight rows, finishes the sums.
 //
-//   pack the rows, gathering and widening                      into tiles [steps][tile rows][step]
+//   pack the rows, gathering and widening                      into tiles [steps][tile rows][step], unless they are
 //   for each block of columns                                  whose sums stay in the second-level cache
 //     for each block of panels of 4 weight rows                read from memory once, into the second-level cache
 //       for each chunk of K
@@ -42,13 +42,13 @@ class GemmTaskRunner {
         pack_once_(params.in_features <= blocking.depth) {}
 
   void run() {
-    if (pack_once_) pack(0, p_.in_features);
+    if (pack_once_) pack(0, p_.in_features, task_.rows_packed);
     for (Columns cols = columns_at(task_.col_begin); cols.count > 0; cols = columns_at(cols.begin + cols.count)) {
       if (p_.in_features == 0) clear_sums(cols);
       find_weight_rows(cols);
       for (int64_t k = 0; k < p_.in_features; k += blocking_.depth) {
         const Part part{cols, k, min(blocking_.depth, p_.in_features - k)};
-        if (!pack_once_) pack(k, part.depth);
+        if (!pack_once_) pack(k, part.depth, false);
         multiply(part);
       }
       for (int64_t row = 0; row < rows_.rows(); ++row) finish(cols, row);
@@ -85,7 +85,8 @@ class GemmTaskRunner {
     return cols;
   }
 
-  void pack(int64_t k, int64_t n) {
+  void pack(int64_t k, int64_t n, bool packed) {
+    if (packed) return rows_.resize(n);
     rows_.pack([&](int64_t row) { return source_.at(task_.row_begin + row, k); }, n);
   }
 

@@ -124,7 +124,9 @@ void run_float32_gemm_task(const GroupedGemmParams& params, const GemmBlocking& 
   if (by_vectors) return run_gemm_task<DotFloat32>(params, blocking, task, scratch);
   SplitGemmTaskRunner runner(params, blocking, task, scratch);
   if (runner.run()) return;
-  run_gemm_task<DotFloat32>(params, blocking, task, scratch);
+  GemmTask again = task;
+  again.rows_packed = false;  // not as vectors need them
+  run_gemm_task<DotFloat32>(params, blocking, again, scratch);
   runner.pack_all();
 }
 
