@@ -97,3 +97,42 @@ def _peak(directory: Path, dtype: str, format: str = "") -> tuple[int, int]:
     )
     peak, model = map(int, result.stdout.split())
     return peak, model
+
+
+_QUANTIZE = """
+import sys
+from pathlib import Path
+from moekernels.models import BitsAndBytesConfig, QuantizationConfig
+from moekernels.models.converting import quantize_checkpoint
+
+def resident(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+
+directory, small, format = sys.argv[1:]
+config = BitsAndBytesConfig(load_in_8bit=True) if format == "int8" else QuantizationConfig(format)
+quantize_checkpoint(small, small + "-quantized", config)  # what is loaded but once
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+size = quantize_checkpoint(directory, directory + "-quantized", config)
+print(resident("VmHWM") - before, size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of resident memory")
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_peak_of_quantising_a_checkpoint(format: str, tmp_path: Path) -> None:
+    """Neither the result nor a stack of experts is in memory, but what is quantised at a time."""
+    config = _config(hidden_size=512, intermediate_size=2048, num_experts=64, num_hidden_layers=1, vocab_size=64)
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config)
+    model.bfloat16().to_empty(device="cpu").save_pretrained(tmp_path / "model")
+    _write(tmp_path / "small", _config(num_hidden_layers=1, num_experts=8), pickled=False)
+    result = subprocess.run(
+        [sys.executable, "-c", _QUANTIZE, str(tmp_path / "model"), str(tmp_path / "small"), format],
+        check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    peak, size = map(int, result.stdout.split())
+    stack = 64 * 2 * 2048 * 512 * 2
+    assert size > 0.25 * 1.5 * stack and peak < 0.5 * stack, f"{peak / _MIB:.0f} MiB for {size / _MIB:.0f}"

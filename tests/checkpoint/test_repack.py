@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def fills(tensor: torch.Tensor) -> memoryview:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packed, "_bytes_of", fills)
+    monkeypatch.setattr(packed, "bytes_of", fills)
     with pytest.raises(OSError, match="No space left"):
         repack(tmp_path / "old", tmp_path / "new", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
@@ -179,12 +179,12 @@ def test_what_cannot_be_repacked(tmp_path: Path) -> None:
 _SLOW = """
 import sys, time
 from moekernels.checkpoint import packed, repack
-plain = packed._bytes_of
+plain = packed.bytes_of
 def slow(tensor):
     print("written", flush=True)
     time.sleep(0.05)
     return plain(tensor)
-packed._bytes_of = slow
+packed.bytes_of = slow
 repack(sys.argv[1], sys.argv[2], progress=False)
 """
 

@@ -307,7 +307,7 @@ def test_a_full_disk(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_error_leaves_what_was_there(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "old.txt").write_text("kept")
-    monkeypatch.setattr(converting.WeightsWriter, "finish", lambda self: (_ for _ in ()).throw(OSError("no more")))
+    monkeypatch.setattr(converting.SpilledWriter, "finish", lambda self: (_ for _ in ()).throw(OSError("no more")))
     with pytest.raises(OSError, match="no more"):
         quantize_checkpoint(whole("olmoe"), tmp_path, mk.QuantizationConfig("int4"))
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]

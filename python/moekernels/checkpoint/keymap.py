@@ -70,7 +70,7 @@ class Rule:
         expert = numbers.pop("expert", None)
         return Place(self.parameter.format(**numbers), None if expert is None else int(expert), self.part, self.parts)
 
-    def names(self, parameter: str, num_experts: int) -> list[tuple[str, Place]] | None:
+    def names(self, parameter: str, num_experts: int, first_expert: int = 0) -> list[tuple[str, Place]] | None:
         """The checkpoint names that fill the parameter of that name, if this rule is about it."""
         match = self._parameter_regex.fullmatch(parameter)
         if match is None:
@@ -79,7 +79,7 @@ class Rule:
         if "{expert}" not in self.checkpoint:
             return [(self.checkpoint.format(**numbers), Place(parameter, None, self.part, self.parts))]
         return [
-            (self.checkpoint.format(expert=e, **numbers), Place(parameter, e, self.part, self.parts))
+            (self.checkpoint.format(expert=first_expert + e, **numbers), Place(parameter, e, self.part, self.parts))
             for e in range(num_experts)
         ]
 
@@ -120,9 +120,14 @@ class KeyMap:
         name = self.canonical(name)
         return name in self.heads or any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
-    def checkpoint_names(self, parameter: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
-        """The tensors that make up a parameter in a file on the hub: canonical names and places."""
-        rules = [rule.names(parameter, shape[0]) for rule in self.rules]
+    def checkpoint_names(
+        self, parameter: str, shape: tuple[int, ...], first_expert: int = 0
+    ) -> Iterator[tuple[str, Place]]:
+        """The tensors that make up a parameter in a file on the hub: canonical names and places.
+
+        `first_expert`: which expert the first one of a stack is.
+        """
+        rules = [rule.names(parameter, shape[0], first_expert) for rule in self.rules]
         found = [names for names in rules if names is not None]
         if not found:
             yield parameter, Place(parameter)

@@ -337,18 +337,21 @@ def _missing(target: _Target, key_map: KeyMap) -> Iterable[str]:
             yield prefix + name
 
 
-def checkpoint_tensors(weights: nn.Module | Mapping[str, Tensor], key_map: KeyMap) -> list[tuple[str, Tensor]]:
+def checkpoint_tensors(
+    weights: nn.Module | Mapping[str, Tensor], key_map: KeyMap, first_expert: int = 0
+) -> list[tuple[str, Tensor]]:
     """A model's parameters as a checkpoint on the hub names and cuts them; views, nothing is copied.
 
     Args:
         weights: the model, of which tied parameters count once; or its parameters by name.
         key_map: the names of the architecture.
+        first_expert: which expert the first one of stacks is.
     """
     tensors = []
     named = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
     for name, parameter in named.items():
         canonical = key_map.canonical(name)
         prefix = name.removesuffix(canonical)
-        for key, place in key_map.checkpoint_names(canonical, tuple(parameter.shape)):
+        for key, place in key_map.checkpoint_names(canonical, tuple(parameter.shape), first_expert):
             tensors.append((prefix + key, place.view(parameter.detach())))
     return tensors

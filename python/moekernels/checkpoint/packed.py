@@ -97,15 +97,16 @@ def packed_size(groups: Sequence[Group]) -> int:
 
 
 def _write_shard(file: IO[bytes], groups: Sequence[Group], written: Callable[[int], object]) -> None:
-    file.write(_header([header for group in groups for header in group.headers]))
+    file.write(header_of([header for group in groups for header in group.headers]))
     for group in groups:
         for header, tensor in zip(group.headers, group.tensors(), strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (header.shape, header.dtype), header
-            file.write(_bytes_of(tensor))
+            file.write(bytes_of(tensor))
             written(header.nbytes)
 
 
-def _header(headers: Sequence[TensorHeader]) -> bytes:
+def header_of(headers: Sequence[TensorHeader]) -> bytes:
+    """How a file of these tensors, in this order, begins."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in headers:
@@ -116,7 +117,7 @@ def _header(headers: Sequence[TensorHeader]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor on the CPU, or of a dense copy of it."""
     tensor = tensor.contiguous()
     data = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""

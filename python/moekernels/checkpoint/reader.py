@@ -163,7 +163,10 @@ class CheckpointReader:
         Args:
             wanted: the tensors to read; all by default.
         """
-        for path in self.files:
+        files: Collection[Path] = self.files
+        if wanted is not None:  # opening one takes milliseconds
+            files = dict.fromkeys(info.file for name, info in self.tensors.items() if name in wanted)
+        for path in files:
             with open_shard(path) as (infos, get):
                 yield released(((name, get(name)) for name in infos if wanted is None or name in wanted), path)
 

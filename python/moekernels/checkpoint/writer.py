@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moekernels._files import write_file
 from moekernels.checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX, SAFETENSORS_SHARD
+from moekernels.checkpoint.packed import TensorHeader
 from moekernels.checkpoint.reader import DTYPES
 
 #: Weight files of an older save, which a new one replaces even where their names differ.
@@ -67,7 +68,7 @@ def write_weights(
 
 
 class WeightsWriter:
-    """Writes tensors as :func:`write_weights` does, and holds no more than a shard of them.
+    """Writes tensors as :func:`write_weights` does, and holds a shard of them until it is full.
 
     Args:
         directory, max_shard_size, beside, together: see there.
@@ -87,7 +88,9 @@ class WeightsWriter:
         self._together = together
         #: What each shard that is written holds.
         self._written: list[list[str]] = []
-        self._shard: dict[str, Tensor] = {}
+        #: What the next one will.
+        self._shard: dict[str, TensorHeader] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._names: set[str] = set()
         self._last = ""
         self._size = self._total = 0
@@ -98,19 +101,8 @@ class WeightsWriter:
         Raises:
             ValueError: a tensor of that name is there, or the dtype has no place in the format.
         """
-        if name in self._names:
-            raise ValueError(f"write_weights: tensor {name!r} is given twice")
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(
-                f"write_weights: tensor {name!r} has dtype {tensor.dtype}, which a checkpoint does not hold"
-            )
-        if self._together(name) != self._together(self._last) and self._size + tensor.nbytes > self._limit:
-            self._flush()
-        self._names.add(name)
-        self._last = name
-        self._shard[name] = tensor
-        self._size += tensor.nbytes
-        self._total += tensor.nbytes
+        self._begin(TensorHeader(name, tuple(tensor.shape), tensor.dtype))
+        self._tensors[name] = tensor
 
     def finish(self) -> list[str]:
         """Write what is left, and the index; the names of the files."""
@@ -128,11 +120,33 @@ class WeightsWriter:
         write_file(self._directory / SAFETENSORS_INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         return [*files, SAFETENSORS_INDEX]
 
+    def _begin(self, header: TensorHeader, with_last: bool = False) -> None:
+        """Give a tensor its place: in the shard, or `with_last` false and the shard full, in the next."""
+        if header.name in self._names:
+            raise ValueError(f"write_weights: tensor {header.name!r} is given twice")
+        if header.dtype not in DTYPES.values():
+            raise ValueError(
+                f"write_weights: tensor {header.name!r} has dtype {header.dtype}, which a checkpoint does not hold"
+            )
+        with_last |= self._together(header.name) == self._together(self._last)
+        if not with_last and self._size + header.nbytes > self._limit:
+            self._flush()
+        self._names.add(header.name)
+        self._last = header.name
+        self._shard[header.name] = header
+        self._size += header.nbytes
+        self._total += header.nbytes
+
     def _flush(self, even_if_empty: bool = False) -> None:
         if self._shard or even_if_empty:
-            _write_safetensors(self._directory / _unnamed(len(self._written)), self._shard)
+            self._write(self._directory / _unnamed(len(self._written)))
             self._written.append(list(self._shard))
             self._shard, self._size = {}, 0
+
+    def _write(self, path: Path) -> None:
+        """The shard to a file."""
+        _write_safetensors(path, self._tensors)
+        self._tensors = {}
 
 
 def _unnamed(shard: int) -> str:

@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "quantize",
         help="write a checkpoint with weights in 4 or 8 bits",
         description="Write a checkpoint whose Linears and experts are quantised; head, embeddings, routers and norms "
-        "stay as they are. One parameter is in memory at a time. The files take their places once all are on disk.",
+        "stay as they are. A few experts are in memory at a time. The files take their places once all are on disk.",
         epilog="nf4, fp4 and int8 are written as bitsandbytes has them, which transformers 4 reads too.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory, or its name on the hub")

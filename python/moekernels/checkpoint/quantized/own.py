@@ -16,7 +16,7 @@ from moekernels.quantization import Format, parse_format
 
 METHOD = "moekernels"
 
-_SHAPE = ".shape"
+SHAPE = ".shape"
 
 
 def find(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
@@ -30,13 +30,13 @@ def find(reader: Reader, config: Mapping[str, Any]) -> dict[str, StoredWeight]:
     Raises:
         CheckpointError: a weight lacks one of its tensors, or the configuration is not usable.
     """
-    shapes = reader.read([name for name in reader.tensors if name.endswith(_SHAPE)])
+    shapes = reader.read([name for name in reader.tensors if name.endswith(SHAPE)])
     modules = config.get("modules") or {}
     if not isinstance(modules, Mapping) or not all(isinstance(entry, Mapping) for entry in modules.values()):
         raise CheckpointError(f"{reader.directory}: modules in quantization_config must be an object of objects")
     found = {}
     for name, shape in shapes.items():
-        weight = name.removesuffix(_SHAPE)
+        weight = name.removesuffix(SHAPE)
         file = reader.tensors[name].file
         sizes = tuple(int(size) for size in shape.flatten().tolist())
         if len(sizes) not in (2, 3) or min(sizes) < 1:
@@ -77,4 +77,4 @@ def tensors_of(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Ite
     """The tensors that a file holds of one weight."""
     for part, tensor in parts.items():
         yield f"{name}.{part}", tensor
-    yield name + _SHAPE, torch.tensor(list(shape), dtype=torch.int64)
+    yield name + SHAPE, torch.tensor(list(shape), dtype=torch.int64)

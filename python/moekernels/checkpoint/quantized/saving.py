@@ -23,7 +23,11 @@ def weight_of(name: str) -> str:
 
 
 def quantized_tensors(
-    weights: Mapping[str, Tensor], key_map: KeyMap, bitsandbytes_storage: torch.dtype | None, dtype: torch.dtype
+    weights: Mapping[str, Tensor],
+    key_map: KeyMap,
+    bitsandbytes_storage: torch.dtype | None,
+    dtype: torch.dtype,
+    first_expert: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
     """The names and tensors of a file.
 
@@ -32,24 +36,54 @@ def quantized_tensors(
         key_map: the names of the architecture.
         bitsandbytes_storage: the dtype of 4-bit codes in bitsandbytes' layout; None is our layout.
         dtype: of the model.
+        first_expert: which expert the first one of stacks is.
     """
     for name, weight in weights.items():
         if not isinstance(weight, QuantizedWeight):
-            yield from checkpoint_tensors({name: weight}, key_map)
+            yield from checkpoint_tensors({name: weight}, key_map, first_expert)
         elif bitsandbytes_storage is None:
             yield from own.tensors_of(name, weight.parts, weight.shape)
         else:
-            yield from _per_expert(name, weight, key_map, bitsandbytes_storage, dtype)
+            yield from _per_expert(name, weight, key_map, bitsandbytes_storage, dtype, first_expert)
+
+
+def experts_slice(
+    name: str,
+    weight: Tensor,
+    experts: range,
+    num_experts: int,
+    key_map: KeyMap,
+    bitsandbytes_storage: torch.dtype | None,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+    """What some experts of a stack add to a file: names, tensors, and the shapes of the whole ones they are rows of.
+
+    Args:
+        name: of the stack.
+        weight: those experts of it.
+        experts: which ones they are; slices come in this order.
+        num_experts: of the stack.
+        key_map, bitsandbytes_storage, dtype: as of :func:`quantized_tensors`.
+    """
+    tensors = quantized_tensors({name: weight}, key_map, bitsandbytes_storage, dtype, experts.start)
+    if not isinstance(weight, QuantizedWeight) or bitsandbytes_storage is not None:
+        yield from ((key, tensor, tuple(tensor.shape)) for key, tensor in tensors)
+        return
+    for key, tensor in own.tensors_of(name, weight.parts, torch.Size((num_experts, *weight.shape[1:]))):
+        if key != name + own.SHAPE:
+            yield key, tensor, (num_experts, *tensor.shape[1:])
+        elif experts.start == 0:
+            yield key, tensor, tuple(tensor.shape)
 
 
 def _per_expert(
-    name: str, weight: QuantizedWeight, key_map: KeyMap, storage: torch.dtype, dtype: torch.dtype
+    name: str, weight: QuantizedWeight, key_map: KeyMap, storage: torch.dtype, dtype: torch.dtype, first_expert: int
 ) -> Iterator[tuple[str, Tensor]]:
     """One matrix for each expert and projection, as transformers 4 has them."""
     canonical = key_map.canonical(name)
     prefix = name.removesuffix(canonical)
     num_rows, columns = weight.shape[-2:]
-    for key, place in key_map.checkpoint_names(canonical, tuple(weight.shape)):
+    for key, place in key_map.checkpoint_names(canonical, tuple(weight.shape), first_expert):
         parts: Mapping[str, Tensor] = weight.parts
         if place.expert is not None:
             parts = {part: tensor[place.expert] for part, tensor in parts.items()}
