@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from benchmarks.peers.formats import add_activations_argument, format_of
 from benchmarks.peers.installed import add_install_argument, required
 from benchmarks.translation import Pair, Work, build, generate_runs, measure, work
 from moekernels.bench.machine import machine
@@ -33,7 +34,6 @@ from moekernels.bench.roofs import measure_roofs, name_of
 from moekernels.bench.table import Row, render, save
 from moekernels.models.quantization import Quantization
 from moekernels.models.quantized import quantize_model
-from moekernels.quantization import parse_format
 
 NAME = "CTranslate2"
 
@@ -78,7 +78,7 @@ def main() -> None:
     add_install_argument(parser)
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--weights", choices=["int8", "int4", "nf4", "q8_0"], help="the format of our Linears")
-    parser.add_argument("--activations", choices=["int8"], help="round rows too; with int4 and int8")
+    add_activations_argument(parser)
     parser.add_argument("--head", action="store_true", help="quantise the head and the embedding it is tied to")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sentences")
     parser.add_argument("--source-length", type=int, default=32)
@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of measuring per row")
     parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
     args = parser.parse_args()
-    options = {"activations": args.activations} if args.activations else {}
-    format = parse_format(args.weights, **options) if args.weights else None
-    weights = (args.weights or "") + (" int8 rows" if options else "") + (" and head" if args.head else "")
+    format, weights = format_of(args)
     warnings.filterwarnings("ignore")
     ctranslate2, *_ = required(args.install, ctranslate2="ctranslate2", transformers="transformers==4.56.2")
 

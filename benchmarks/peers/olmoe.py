@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from benchmarks.peers.formats import add_activations_argument, format_of
 from benchmarks.peers.installed import add_install_argument, required
 from moekernels import OlmoeConfig, OlmoeForCausalLM
 from moekernels.bench.clocks import interleaved_medians, make_clock
@@ -37,7 +38,7 @@ from moekernels.bench.table import Row, render, save
 from moekernels.models.quantization import Quantization
 from moekernels.models.quantized import quantize_model
 from moekernels.nn import DynamicCache
-from moekernels.quantization import QuantizedWeight, parse_format
+from moekernels.quantization import QuantizedWeight
 
 NAME = "llama.cpp"
 #: Our formats, and llama.cpp's of as many bits. Those of one pair whose values differ may differ in their logits.
@@ -194,15 +195,14 @@ def main() -> None:
     add_install_argument(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights")
     parser.add_argument("--weights", choices=WEIGHTS, help="the format of attention and experts")
-    parser.add_argument("--activations", choices=["int8"], help="round rows too; with int4 and int8")
+    add_activations_argument(parser)
     parser.add_argument("--head", action="store_true", help="the head too, here and there")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of measuring per row")
     parser.add_argument("--save", type=Path, help="write the rows to this .json, and the table to an .md beside it")
     args = parser.parse_args()
-    options = {"activations": args.activations} if args.activations else {}
-    format = parse_format(args.weights, **options) if args.weights else None
+    format, weights = format_of(args)
     gguf, llama_cpp = required(args.install, gguf="gguf", llama_cpp="llama-cpp-python")
 
     dtype = getattr(torch, args.dtype)
@@ -223,7 +223,6 @@ def main() -> None:
             raise SystemExit(f"{NAME} computes something else")
         prefill = {name: lambda engine=engine: engine.prefill(ids) for name, engine in engines.items()}
         step = {name: lambda engine=engine: engine.step(ids[0], args.prompt) for name, engine in engines.items()}
-        weights = args.weights and args.weights + (" int8 rows" if options else "") + (" and head" if args.head else "")
         rows = [
             measure("prefill", args.prompt, prefill, model, args.dtype, weights, roofs, args.budget),
             measure("decoding step", 1, step, model, args.dtype, weights, roofs, args.budget),

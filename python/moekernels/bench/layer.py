@@ -68,22 +68,38 @@ def _rule(x: LayerInputs, shape: LayerShape) -> dict[str, Any]:
     return {"scoring": shape.scoring}
 
 
-def definition(x: LayerInputs, shape: LayerShape, logits: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What :func:`ours` must return, in a dtype; routing is that of the logits as they are."""
+def definition(
+    x: LayerInputs,
+    shape: LayerShape,
+    logits: Tensor | None,
+    dtype: torch.dtype,
+    rounded: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:
+    """What :func:`ours` must return, in a dtype; routing is that of the logits as they are.
+
+    `rounded`: as what rows are multiplied with weights.
+    """
     routing_weights, expert_ids = x.routing_weights, x.expert_ids
     if logits is not None:
         routing_weights, expert_ids = reference.route(logits, shape.top_k, **_rule(x, shape))
-    rows, plan = expert_rows(x, shape, expert_ids, dtype)
+    rows, plan = expert_rows(x, shape, expert_ids, dtype, rounded)
     return reference.unpermute(rows, plan.row_of_slot, routing_weights)
 
 
-def expert_rows(x: LayerInputs, shape: LayerShape, expert_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Plan]:
+def expert_rows(
+    x: LayerInputs,
+    shape: LayerShape,
+    expert_ids: Tensor,
+    dtype: torch.dtype,
+    rounded: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> tuple[Tensor, Plan]:
     """By definition: what the experts make of the tokens, ``[T * K, H]`` in expert order, and that order."""
     # Without capacity this is what the definition makes of it, and that one looks at every choice by itself.
     plan = Plan(*(tensor.int() for tensor in plain.plan(expert_ids, shape.num_experts)))
     options: dict[str, Any] = {"activation": shape.activation, "gated": shape.gated}
-    inner = check.grouped_gemm(x.hidden, x.up_weight, plan, dtype, bias=x.up_bias, gather=True, **options)
-    return check.grouped_gemm(inner, x.down_weight, plan, dtype, bias=x.down_bias), plan
+    hidden = rounded(x.hidden.to(dtype))
+    inner = check.grouped_gemm(hidden, x.up_weight, plan, dtype, bias=x.up_bias, gather=True, **options)
+    return check.grouped_gemm(rounded(inner), x.down_weight, plan, dtype, bias=x.down_bias), plan
 
 
 def as_other_layers(x: LayerInputs, shape: LayerShape, count: int) -> list[LayerInputs]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from moekernels import ops
 from moekernels.bench import layer
 from moekernels.bench.case import Case
 from moekernels.bench.shapes import LayerInputs, LayerShape
+from moekernels.ops import reference
 from moekernels.quantization import QuantizedWeight
 
 FORMATS_TO_MAKE = ("int4", "nf4", "fp4", "int8", "int8_groups", "q4_0", "q8_0")
+
+INTEGER_FORMATS = ("int4", "int8", "int8_groups")
+"""Those whose products may be of integers, with rows that are rounded to 8 bits."""
 
 LAYER = "layer"
 """How the names of all rows end, after that of the format."""
@@ -21,16 +26,31 @@ LAYER = "layer"
 WHOLE = "whole weights"
 """The column of the layer with plain weights, in the dtype of the tokens."""
 
+UNROUNDED = "unrounded rows"
+"""The column of the layer with the same codes where rows are rounded, without that."""
 
-def layer_case(x: LayerInputs, shape: LayerShape, format: str) -> Case:
+
+def row_name(format: str, activations: str | None = None) -> str:
+    """How the name of a row ends."""
+    return f"{format} {LAYER}" if activations is None else f"{format} {activations}-rows {LAYER}"
+
+
+def layer_case(x: LayerInputs, shape: LayerShape, format: str, activations: str | None = None) -> Case:
     """The layer after the routing. What it must read are the codes and scales of the experts it visits."""
-    up, down = ops.quantize(x.up_weight, format), ops.quantize(x.down_weight, format)
-    whole = replace(x, up_weight=up.dequantize(), down_weight=down.dequantize())
+    options: dict[str, Any] = {} if activations is None else {"activations": activations}
+    up, down = (ops.quantize(weight, format, **options) for weight in (x.up_weight, x.down_weight))
+    others = {WHOLE: layer.ours(replace(x, up_weight=up.dequantize(), down_weight=down.dequantize()), shape)}
+    if activations is not None:
+        plain = {
+            name: QuantizedWeight(weight.parts, format, weight.shape, dtype=weight.dtype)
+            for name, weight in (("up_weight", up), ("down_weight", down))
+        }
+        others[UNROUNDED] = layer.ours(replace(x, **plain), shape)
     flops, _ = layer.work(x, shape)
     return Case(
-        f"{format} {LAYER}",
+        row_name(format, activations),
         layer.ours(replace(x, up_weight=up, down_weight=down), shape),
-        {WHOLE: layer.ours(whole, shape)},
+        others,
         _bytes(x, up) + _bytes(x, down) + 2 * x.hidden.numel() * x.hidden.element_size(),
         flops,
         definition=lambda dtype: _definition(x, shape, up, down, dtype),
@@ -45,4 +65,13 @@ def _definition(
     x: LayerInputs, shape: LayerShape, up: QuantizedWeight, down: QuantizedWeight, dtype: torch.dtype
 ) -> Tensor:
     values = replace(x, up_weight=up.dequantize(torch.float32), down_weight=down.dequantize(torch.float32))
-    return layer.definition(values, shape, None, dtype)
+    layout = up.kernel_layout
+    if layout is None or not layout.int8_rows:
+        return layer.definition(values, shape, None, dtype)
+
+    def rounded(rows: Tensor) -> Tensor:
+        rest, outliers = reference.split_outliers(rows, layout.int8_threshold)
+        integers, scales = reference.round_rows(rest)
+        return integers * scales.to(rows.dtype) + outliers
+
+    return layer.definition(values, shape, None, dtype, rounded)

@@ -31,6 +31,7 @@ class Sweep:
     Attributes:
         parts: some of :data:`PARTS` and :data:`BACKWARD_PARTS`.
         weights: formats to quantise the experts to: only the layer is measured then.
+        activations: "int8" rounds what those are multiplied with.
         budget: seconds per row; see :func:`~moekernels.bench.case.measure`, also for what comes after it. Bounds are
             those of a uniform routing.
     """
@@ -45,6 +46,7 @@ class Sweep:
     check: bool = False
     baselines: bool = True
     weights: Sequence[str] = ()
+    activations: str | None = None
     bounds: bool = False
     min_rounds: int = 1
 
@@ -82,7 +84,7 @@ class Sweep:
 
     def _cases(self, x: LayerInputs, note: Note) -> Iterator[Case]:
         if self.weights:
-            yield from (quantized.layer_case(x, self.shape, format) for format in self.weights)
+            yield from (quantized.layer_case(x, self.shape, format, self.activations) for format in self.weights)
             return
         yield from kernels.cases(x, self.shape, self.parts)
         for part, with_routing in LAYERS.items():
@@ -99,7 +101,8 @@ def layer_of(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: there are rows of several, or none.
     """
-    of_formats = [f"{format} {quantized.LAYER}" for format in quantized.FORMATS_TO_MAKE]
+    of_formats = [quantized.row_name(format) for format in quantized.FORMATS_TO_MAKE]
+    of_formats += [quantized.row_name(format, "int8") for format in quantized.INTEGER_FORMATS]
     parts = sorted((*PARTS, *BACKWARD_PARTS, *of_formats), key=len, reverse=True)
     ends = [f" {name}" for part in parts for name in (part, part.replace("-", " "))]
     names = {row.shape.removesuffix(next(filter(row.shape.endswith, ends), "")) for row in rows}

@@ -24,7 +24,7 @@ from moekernels._memory import free_memory
 from moekernels.bench import experts
 from moekernels.bench.check import Mismatch
 from moekernels.bench.machine import described, machine
-from moekernels.bench.quantized import FORMATS_TO_MAKE
+from moekernels.bench.quantized import FORMATS_TO_MAKE, INTEGER_FORMATS
 from moekernels.bench.roofs import Roofs, measure_roofs
 from moekernels.bench.shapes import REAL_LAYERS, ROUTINGS, LayerShape
 from moekernels.bench.sweep import BACKWARD_PARTS, PARTS, Sweep, layer_of
@@ -77,6 +77,10 @@ def add_parser(commands: Any) -> None:
         "--weights", nargs="+", choices=FORMATS_TO_MAKE, default=[], metavar="FORMAT",
         help=f"the layer with experts quantised, beside whole ones: some of {', '.join(FORMATS_TO_MAKE)}",
     )  # fmt: skip
+    what.add_argument(
+        "--activations", choices=["int8"],
+        help=f"beside --weights {', '.join(INTEGER_FORMATS)}: with rows rounded to 8 bits, beside unrounded ones",
+    )  # fmt: skip
     what.add_argument("--no-baselines", dest="baselines", action="store_false", help="only moekernels")
     what.add_argument("--check", action="store_true", help="hold every result against the definition of its op")
     running = parser.add_argument_group("running")
@@ -111,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 _OF_ANY_LAYER = (
-    "hidden_size", "ffn_size", "top_k", "activation", "gated", "bias", "kernels", "backward", "weights", "json", "plot",
-    "source", "expert_parallel",
+    "hidden_size", "ffn_size", "top_k", "activation", "gated", "bias", "kernels", "backward", "weights", "activations",
+    "json", "plot", "source", "expert_parallel",
 )  # fmt: skip
 
 
@@ -181,7 +185,13 @@ def _run_sweep(args: argparse.Namespace) -> int:
         args.check,
         args.baselines,
         args.weights,
+        args.activations,
     )
+    if args.activations is not None and not (args.weights and {*args.weights} <= {*INTEGER_FORMATS}):
+        raise ValueError(
+            f"--activations {args.activations} goes with --weights {', '.join(INTEGER_FORMATS)}, got "
+            f"{', '.join(args.weights) or 'none'}"
+        )
     if args.weights and (args.kernels or args.backward):
         raise ValueError("--weights measures the layer in inference: leave out --kernels and --backward")
     if not args.budget > 0:
