@@ -193,30 +193,31 @@ class IntegerProduct
 
   static MOEKERNELS_INLINE VecF magnitude_of(VecF x) { return VecF(VecU(x) & 0x7fffffffu); }
 
-  // The largest magnitude of a row but for those of `limit` and more; NaN if there is one.
-  template <class T>
-  float largest_magnitude(const T* values, float limit) const {
-    VecF most{};
+  // The largest magnitude of a row, or of those below a limit; NaN if there is one. Bits of magnitudes rise with them,
+  // and those of NaN are above all.
+  template <bool kLimited, class T>
+  float largest_magnitude(const T* values, int32_t limit) const {
+    VecI most{};
     for (int64_t k = 0; values != nullptr && k < this->p_.in_features; k += kLanes) {
-      const VecF magnitude = magnitude_of(load_n(values + k, this->p_.in_features - k));
-      most = ((magnitude > most) & ~(magnitude >= limit)) | (magnitude != magnitude) ? magnitude : most;
+      VecI bits = VecI(magnitude_of(load_n(values + k, this->p_.in_features - k)));
+      if constexpr (kLimited) bits &= bits < limit;
+      most = bits > most ? bits : most;
     }
-    float largest = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (largest == largest && !(most[lane] <= largest)) largest = most[lane];
-    }
-    return largest;
+    int32_t largest = 0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+    return __builtin_bit_cast(float, largest);
   }
 
   // The largest magnitude of what does not stand out becomes 127. A NaN makes the scale, and thereby the results, NaN.
   // Returns whether something stands out.
   template <class T>
   bool pack_row(const T* values, int64_t row, uint8_t* target, int64_t stride) {
-    float largest = largest_magnitude(values, kNoLimit), limit = kNoLimit;
+    float largest = largest_magnitude<false>(values, kNoLimit);
+    int32_t limit = kNoLimit;
     if constexpr (kTakesOutliers) {
       if (threshold_ > 0.0f && largest >= threshold_) {
-        limit = threshold_;
-        largest = largest_magnitude(values, limit);
+        limit = __builtin_bit_cast(int32_t, threshold_);
+        largest = largest_magnitude<true>(values, limit);
       }
     }
     row_scales_[row] = largest / 127.0f;
@@ -225,14 +226,16 @@ class IntegerProduct
     for (int64_t k = 0; k < this->p_.in_features; k += kBlockWeights, target += stride) {
       alignas(64) int8_t block[kBlockWeights] = {};
       for (int64_t i = 0; values != nullptr && i < kBlockWeights && k + i < this->p_.in_features; i += kLanes) {
-        const VecF x = load_n(values + k + i, this->p_.in_features - k - i);
-        store_low_bytes(block + i, rounded((magnitude_of(x) >= limit ? VecF{} : x) * inverse));
+        VecF x = load_n(values + k + i, this->p_.in_features - k - i);
+        if constexpr (kTakesOutliers) x = VecF(VecI(x) & (VecI(magnitude_of(x)) < limit));
+        store_low_bytes(block + i, rounded(x * inverse));
       }
-      alignas(64) int8_t bytes[kBlockWeights];
-      for (int i = 0; i < kBlockWeights; i += 4) {
+      alignas(64) int8_t ordered[kBlockWeights];
+      for (int i = 0; !Codes::kInOrder && i < kBlockWeights; i += 4) {
         const int8_t* four = block + Codes::weight_at(i / kVectorBytes, i % kVectorBytes);
-        *reinterpret_cast<FourBytes*>(bytes + i) = *reinterpret_cast<const FourBytes*>(four);
+        *reinterpret_cast<FourBytes*>(ordered + i) = *reinterpret_cast<const FourBytes*>(four);
       }
+      const int8_t* bytes = Codes::kInOrder ? block : ordered;
       VecI sums{};
       for (int s = 0; s < Codes::kVectors; ++s) {
         const VecU x = *reinterpret_cast<const VecUBytes*>(bytes + s * kVectorBytes);
@@ -246,7 +249,7 @@ class IntegerProduct
       }
     }
     row_sums_[row] = sum;
-    return limit == threshold_;
+    return limit != kNoLimit;
   }
 
   // Those of any row of the task, in rising order.
@@ -312,7 +315,7 @@ class IntegerProduct
     }
   }
 
-  static constexpr float kNoLimit = __builtin_nanf("");  // which nothing reaches
+  static constexpr int32_t kNoLimit = 0x7fffffff;  // above all numbers
 
   float* const row_scales_;
   int32_t* const row_sums_;

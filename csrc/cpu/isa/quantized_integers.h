@@ -29,6 +29,7 @@ MOEKERNELS_INLINE VecU loaded_once(VecU v) {
 // 4-bit codes in halves (CodeOrder::kHalves).
 struct NibbleIntegers {
   static constexpr int kVectors = 2, kLaneWeights = 8, kZero = 8;
+  static constexpr bool kInOrder = false;
   static constexpr int kBlockBytes = kVectorBytes;
 
   // Which weight of a block is in byte `byte` of vector s. Four bytes that are multiplied at once are neighbours.
@@ -40,6 +41,7 @@ struct NibbleIntegers {
 
 struct ByteIntegers {
   static constexpr int kVectors = 1, kLaneWeights = 4, kZero = 128;
+  static constexpr bool kInOrder = true;  // weights of a block: as in memory
   static constexpr int kBlockBytes = kVectorBytes;
 
   static MOEKERNELS_INLINE int weight_at(int, int byte) { return byte; }
