@@ -109,7 +109,7 @@ def launch(
         "batch_invariant": False,
     }
     fields = {"gemm": gemm, "weight": {**weight_fields(weight), **changed}, "int8_rows": int8_rows}
-    library.run("quantized_gemm", settings=settings, **fields)
+    library.run("quantized_gemm", settings=settings, int8_threshold=0.0, **fields)
     return out
 
 
