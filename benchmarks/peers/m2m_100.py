@@ -115,7 +115,7 @@ def main() -> None:
                 once = work([pair.ours.get_encoder()], ids.numel())
                 step = work([pair.ours.get_decoder(), pair.ours.lm_head], batch * num_beams)
                 total = Work(*(a + args.new_tokens * b for a, b in zip(once, step, strict=True)))
-                title = f"{pair.name} {weights} generate {batch}, {num_beams} beams"
+                title = " ".join(filter(None, (pair.name, weights, f"generate {batch}, {num_beams} beams")))
                 num_tokens = batch * args.new_tokens
                 row = measure(title, num_tokens, total, {**runs, NAME: theirs}, dtype, device, roofs, args.budget)
                 rows.append(row)
