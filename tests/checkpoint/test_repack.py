@@ -89,10 +89,8 @@ def test_each_expert_in_one_piece(tmp_path: Path) -> None:
 
 def test_quantised_experts_are_aligned(tmp_path: Path) -> None:
     """The shapes of weights, which are no whole blocks, come last."""
-    config = OlmoeConfig(
-        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_experts=4,
-        num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    config = OlmoeConfig(**sizes, num_attention_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0)
     OlmoeForCausalLM.from_config(config).save_pretrained(tmp_path / "old")
     quantized = OlmoeForCausalLM.from_pretrained(tmp_path / "old", quantization_config={"format": "int4"}).eval()
     quantized.save_pretrained(tmp_path / "int4")
