@@ -24,6 +24,7 @@ def made_once(make: _Make) -> _Make:
     def get(*arguments: object) -> Tensor:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return make(*arguments)
-        return kept(*arguments)
+        with torch.inference_mode(False):
+            return kept(*arguments)
 
     return get  # type: ignore[return-value]

@@ -33,7 +33,8 @@ class _BatchInvariant(contextlib.AbstractContextManager[None]):
 
 
 def batch_invariant(enabled: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Make a token's output bits independent of the other tokens in its batch (capacity drops aside).
+    """Make a token's output bits independent of the other tokens in its batch (capacity drops, and attention with a
+    mask for padding, aside).
 
     Takes effect at once; used in a ``with`` statement, it is undone at the end of the block. On a GPU every number of
     rows then takes the same path, which costs speed for few rows. On the CPU the kernels are batch-invariant anyway,

@@ -155,6 +155,27 @@ def test_a_tied_head(whole: Any, kind: str, format: str, tmp_path: Path) -> None
         model.resize_token_embeddings(200)
 
 
+@pytest.mark.parametrize("to", ["int8", "nf4", "int4"])
+def test_a_tied_head_by_the_command(whole: Any, to: str, tmp_path: Path) -> None:
+    source, target = str(whole("m2m_100")), str(tmp_path / "few")
+    assert main(["quantize", "--model", source, "--to", to, "--output", target, "--skip-modules"]) == 0
+    model = _load("m2m_100", tmp_path / "few")
+    assert isinstance(model.lm_head.weight, QuantizedWeight) and model.lm_head.weight.format.name == to
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("kind", ["m2m_100", "olmoe"])
+def test_compiled(whole: Any, kind: str) -> None:
+    model = _load(kind, whole(kind), quantization_config={"format": "int4", "skip_modules": []}).eval()
+    ids = {"input_ids": torch.randint(3, 20, (2, 5))}
+    if kind == "m2m_100":
+        ids["decoder_input_ids"] = ids["input_ids"]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")(**ids).logits
+        torch.testing.assert_close(compiled, model(**ids).logits)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -96,7 +97,15 @@ def test_as_an_embedding(format: str) -> None:
             nn.functional.embedding(torch.tensor([wrong]), weight)
 
 
+def test_shared_between_processes() -> None:
+    module = _module()
+    assert module.share_memory().weight.is_shared()
+    assert all(part.is_shared() for part in module.weight.parts.values())
+
+
 def test_an_embedding_whose_rows_share_scales() -> None:
+    with pytest.raises(RuntimeError, match=r"an embedding is a matrix \[N, K\], got \[3, 8, 64\]"):
+        nn.functional.embedding(torch.tensor([1]), _stack())
     weight = ops.quantize(torch.randn(10, 96), "nf4")
     with pytest.raises(ValueError, match="nf4: rows of 96 weights share their scales, and cannot be taken"):
         nn.functional.embedding(torch.tensor([1]), weight)
@@ -233,3 +242,41 @@ def test_what_fake_tensors_leave_behind() -> None:
     weight = ops.quantize(torch.randn(48, 128), "nf4", double_quant=True)
     assert type(nn.functional.linear(torch.randn(17, 128), weight)) is torch.Tensor
     assert bitsandbytes.dynamic_map(device) is bitsandbytes.dynamic_map(device)
+
+
+def test_a_first_use_under_other_defaults() -> None:
+    """Tables are float32 on the CPU, whatever the defaults are when they are made."""
+    from moekernels.quantization import bitsandbytes
+
+    device = torch.device("cpu")
+    for make, *names in ((bitsandbytes.dynamic_map,), (bitsandbytes._codes, "nf4"), (bitsandbytes._codes, "fp4")):
+        expected = make(*names, device)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                found = inspect.unwrap(make)(*names, device)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+class _Layer(nn.Module):
+    def __init__(self, format: str) -> None:
+        super().__init__()
+        self.up = nn.Parameter(ops.quantize(torch.randn(3, 16, 64), format), requires_grad=False)
+        self.out = nn.Parameter(ops.quantize(torch.randn(8, 64), format), requires_grad=False)
+
+    def forward(self, rows: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.grouped_gemm(rows, self.up, offsets) * 2, ops.linear(rows.cos(), self.out)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("format", ["int4", "nf4", "int8", "q8_0"])
+def test_compiled(format: str, grad: bool) -> None:
+    """The compiler leaves products with quantised weights to Python."""
+    torch._dynamo.reset()
+    layer, offsets = _Layer(format), torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    rows = torch.randn(5, 64, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        found, expected = torch.compile(layer, backend="aot_eager")(rows, offsets), layer(rows, offsets)
+    assert all(map(torch.equal, found, expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -72,6 +73,9 @@ class SpilledWriter(WeightsWriter):
                 for begin, size in self._extents.pop(header.name):
                     end = begin + size
                     while begin < end:
-                        begin += os.sendfile(file.fileno(), self._spilled.fileno(), begin, end - begin)
+                        written = os.sendfile(file.fileno(), self._spilled.fileno(), begin, end - begin)
+                        if not written:
+                            raise OSError(errno.EIO, "what was written before cannot be read back", str(path))
+                        begin += written
         self._spilled.seek(0)
         self._spilled.truncate()

@@ -21,7 +21,8 @@ def add_parser(commands: Any) -> None:
         help="write a checkpoint with weights in 4 or 8 bits",
         description="Write a checkpoint whose Linears and experts are quantised; head, embeddings, routers and norms "
         "stay as they are. A few experts are in memory at a time. The files take their places once all are on disk.",
-        epilog="nf4, fp4 and int8 are written as bitsandbytes has them, which transformers 4 reads too.",
+        epilog="nf4, fp4 and int8 are written as bitsandbytes has them, which transformers 4 reads too; with "
+        "--skip-modules without a name in a layout of our own.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory, or its name on the hub")
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
@@ -48,8 +49,10 @@ def _config(args: argparse.Namespace) -> AnyConfig:
         raise ValueError(f"--group-size is for int4, got --to {args.to}")
     if args.double_quant and args.to not in ("nf4", "fp4"):
         raise ValueError(f"--double-quant is for nf4 and fp4, got --to {args.to}")
-    if args.to not in _BITSANDBYTES:
+    if args.to not in _BITSANDBYTES or args.skip_modules == []:  # bitsandbytes has no tied head that is quantised
         options = {} if args.group_size is None else {"group_size": args.group_size}
+        if args.double_quant:
+            options["double_quant"] = True
         return QuantizationConfig(args.to, options, skip_modules=args.skip_modules)
     if args.to == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=args.skip_modules)

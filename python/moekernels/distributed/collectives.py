@@ -9,6 +9,7 @@ to the others at one point is one node, whatever the number of tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,12 +87,13 @@ class Ranks:
     ) -> tuple[Tensor, ...]:
         if len(tensors) == 1:
             return (self._run(what, functional.all_to_all_single, tensors[0].contiguous(), received, sent),)
-        parts = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
+        parts = [_as_bytes(tensor) for tensor in tensors]
         rows = self._run(what, functional.all_to_all_single, torch.cat(parts, dim=1), received, sent)
         arrived = rows.split([part.shape[1] for part in parts], dim=1)
         # A copy of its own begins where its dtype may.
         copies = [part.clone(memory_format=torch.contiguous_format) for part in arrived]
-        return tuple(copy.view(tensor.dtype) for copy, tensor in zip(copies, tensors, strict=True))
+        pairs = zip(copies, tensors, strict=True)
+        return tuple(copy.view(like.dtype).view(copy.shape[0], *like.shape[1:]) for copy, like in pairs)
 
     def _all_reduce(self, tensor: Tensor, what: str) -> Tensor:
         return self._run(what, functional.all_reduce, tensor, "sum")
@@ -110,6 +112,15 @@ class Ranks:
             f"rank {self.rank} of {self.size} of the expert-parallel mesh, in {what}: another rank has ended, cannot "
             f"be reached, or did not come here in time: {reason}"
         )
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """``[N, ...]`` -> ``[N, bytes]``."""
+    rows = tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+    # Of a matrix with no or one row or column torch says that it is contiguous whatever its strides.
+    if not rows.is_contiguous() or rows.stride(-1) != 1:
+        rows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device).copy_(rows)
+    return rows.view(torch.uint8)
 
 
 def swapped(what: str) -> str:

@@ -126,7 +126,10 @@ def quantize_checkpoint(
     needed = sum(
         stored_size(model.get_parameter(name), formats.get(name), _dtype(model, name, dtype)) for name in sources
     )
-    _check_room(Path(target), needed, min(needed, parse_size(max_shard_size)))
+    largest = max(
+        stored_size(model.get_parameter(name), formats.get(name), _dtype(model, name, dtype)) for name in sources
+    )
+    _check_room(Path(target), needed, min(needed, max(parse_size(max_shard_size), largest)))
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.quantization_config = quantization_config.to_dict()

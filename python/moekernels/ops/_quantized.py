@@ -6,10 +6,11 @@ gradients keeps the codes, and dequantises them again in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,27 @@ from moekernels._settings import autocast_dtype, is_batch_invariant
 from moekernels.ops._call import KERNEL_DTYPES, call, is_transformed, wants_gradient
 from moekernels.ops._expert_weights import BIAS, ExpertTensors, stacked, tensor_list
 from moekernels.quantization import QuantizedWeight
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+_compiler: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def not_compiled(function: _Function) -> _Function:
+    """The compiler, which cannot look into a quantised weight, leaves a function to Python, and what that calls.
+
+    That is what torch.compiler.disable does; but it would import the whole compiler, and takes time in every call.
+    """
+
+    @functools.wraps(function)
+    def leave_alone(*arguments: Any, **options: Any) -> Any:
+        if _compiler() is None:
+            return function(*arguments, **options)
+        return torch.compiler.disable(function)(*arguments, **options)
+
+    leave_alone._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return leave_alone  # type: ignore[return-value]
 
 
 def is_quantized(weight: ExpertTensors | None) -> bool:

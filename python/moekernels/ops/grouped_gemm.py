@@ -16,6 +16,7 @@ from moekernels.ops._quantized import (
     dequantized,
     expert_bounds,
     is_quantized,
+    not_compiled,
     stream,
     streams,
 )
@@ -79,12 +80,7 @@ def grouped_gemm(
             without waiting) offsets that fall or exceed the number of rows.
     """
     if is_quantized(weight):
-        num_rows = (rows if token_of_row is None else token_of_row).shape[0]
-        others = (row_scale, *tensor_list(bias))
-        if isinstance(activation, str) and not transposed and streams(weight, rows, *others, num_rows=num_rows):
-            stack = bias_of_experts(bias, expert_offsets.shape[0] - 1)
-            return stream(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row)
-        return _dequantizing(
+        return _of_quantized(
             rows, weight, expert_offsets, bias, row_scale, token_of_row,
             activation=activation, gated=gated, transposed=transposed, zero_unvisited=zero_unvisited,
         )  # fmt: skip
@@ -103,6 +99,26 @@ def grouped_gemm(
         linear = call(op, rows, weights, expert_offsets, biases, "none", False, None, token_of_row, *switches)
         return activate(linear, activation, gated=gated)
     return call(op, rows, weights, expert_offsets, biases, name, gated, row_scale, token_of_row, *switches)
+
+
+@not_compiled
+def _of_quantized(
+    rows: Tensor,
+    weight: ExpertTensors,
+    expert_offsets: Tensor,
+    bias: ExpertTensors | None,
+    row_scale: Tensor | None,
+    token_of_row: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    activation, gated = options["activation"], options["gated"]
+    num_rows = (rows if token_of_row is None else token_of_row).shape[0]
+    others = (row_scale, *tensor_list(bias))
+    has_kernel = isinstance(activation, str) and not options["transposed"]
+    if has_kernel and streams(weight, rows, *others, num_rows=num_rows):
+        stack = bias_of_experts(bias, expert_offsets.shape[0] - 1)
+        return stream(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row)
+    return _dequantizing(rows, weight, expert_offsets, bias, row_scale, token_of_row, **options)
 
 
 def _dequantizing(

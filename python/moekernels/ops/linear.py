@@ -6,9 +6,17 @@ from torch.nn import functional as F
 
 from moekernels._settings import current_cpu_isa, is_batch_invariant
 from moekernels.ops._call import run, runs_on_cpu_kernels, same_device, wants_gradient
-from moekernels.ops._quantized import compute_dtype, dequantized, is_quantized_matrix, one_expert, stream, streams
+from moekernels.ops._quantized import (
+    compute_dtype,
+    dequantized,
+    is_quantized_matrix,
+    not_compiled,
+    one_expert,
+    stream,
+    streams,
+)
 from moekernels.ops.activation import ACTIVATION_FUNCTIONS
-from moekernels.quantization.weight import functions
+from moekernels.quantization.weight import QuantizedWeight, functions
 
 _linear = torch.ops.moekernels.linear.default
 
@@ -51,20 +59,25 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         if 0 < num_rows <= _MOST_ROWS or batch_invariant or 0 < num_rows <= _most_rows(input.dtype):
             return run(_linear, input, weight, bias, activation, batch_invariant)
     if is_quantized_matrix(weight):
-        num_rows = input.numel() // max(input.shape[-1], 1) if input.dim() > 0 else 0
-        if input.dim() > 0 and streams(weight, input, bias, num_rows=num_rows):
-            rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-            bias = None if bias is None else bias.unsqueeze(0)
-            out = stream(rows, weight, one_expert(rows.shape[0], rows.device), bias, activation)
-            return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
-        with dequantized([weight], compute_dtype(input)) as plain:
-            return linear(input, plain, bias, activation=activation)
+        return _of_quantized(input, weight, bias, activation)
     same_device("linear", "input", input=input, weight=weight, bias=bias)
     if activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(
             f"moekernels::linear: activation must be one of {', '.join(ACTIVATION_FUNCTIONS)}; got '{activation}'"
         )
     return ACTIVATION_FUNCTIONS[activation](F.linear(input, weight, bias))
+
+
+@not_compiled
+def _of_quantized(input: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    num_rows = input.numel() // max(input.shape[-1], 1) if input.dim() > 0 else 0
+    if input.dim() > 0 and streams(weight, input, bias, num_rows=num_rows):
+        rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+        bias = None if bias is None else bias.unsqueeze(0)
+        out = stream(rows, weight, one_expert(rows.shape[0], rows.device), bias, activation)
+        return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
+    with dequantized([weight], compute_dtype(input)) as plain:
+        return linear(input, plain, bias, activation=activation)
 
 
 functions[F.linear] = linear

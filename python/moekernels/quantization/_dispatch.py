@@ -141,6 +141,8 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:  # fmt: skip
     """Only the rows that are looked up are dequantised."""
+    if weight.dim() != 2:
+        raise RuntimeError(f"QuantizedWeight: an embedding is a matrix [N, K], got {list(weight.shape)}")
     columns = weight.logical_shape[-1]
     if indices.numel() == 0:
         return torch.empty(*indices.shape, columns, dtype=weight.dtype, device=indices.device)

@@ -7,7 +7,6 @@ for the dynamic map; the behaviour at ties, zeros and NaN is that of bitsandbyte
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,19 +31,22 @@ _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK, _NESTED_STEPS = 256, 65535
 _SMALLEST_DIVISOR = 1e-38
 _THRESHOLD = 6.0  # of LLM.int8()
+_MOST = torch.finfo(torch.float32).max
 
 
 @made_once
 def _codes(name: str, device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODES if name == "nf4" else FP4_CODES, device=device)
+    return torch.tensor(NF4_CODES if name == "nf4" else FP4_CODES, dtype=torch.float32, device=device)
 
 
 @made_once
 def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values, in rising order, in which double quantisation stores scales: as many digits as fit the size."""
-    values = [torch.zeros(1), torch.ones(1)]
+    # Whatever the defaults are while this is made.
+    cpu, single = torch.device("cpu"), torch.float32
+    values = [torch.tensor([0.0], dtype=single, device=cpu), torch.tensor([1.0], dtype=single, device=cpu)]
     for exponent in range(7):
-        bounds = torch.linspace(0.1, 1, 2**exponent + 1)
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=single, device=cpu)
         # Each value is rounded once to double and once to float32, as where it was defined.
         scaled = (10.0 ** (exponent - 6) * ((bounds[:-1] + bounds[1:]) / 2)).float()
         values += [scaled, -scaled]
@@ -182,9 +184,9 @@ class Int8(Format):
                 raise ValueError(f"int8: threshold goes with activations='int8', got {self.threshold!r}")
             return
         threshold = _THRESHOLD if self.threshold is None else self.threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= _MOST:
             raise ValueError(f"int8: threshold must be 0 or a positive number, got {threshold!r}")
-        object.__setattr__(self, "threshold", float(threshold))
+        object.__setattr__(self, "threshold", float(torch.tensor(threshold, dtype=torch.float32)))
 
     def parts(self, columns: int) -> dict[str, Part]:
         return {"codes": Part(torch.int8, 1), "SCB": Part(torch.float32, columns)}

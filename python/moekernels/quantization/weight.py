@@ -42,6 +42,7 @@ class QuantizedWeight(Tensor):
     """How it is stored."""
     logical_shape: torch.Size
     compute_dtype: torch.dtype
+    _layouts: list[Layout | None]  # once it is known, that of the kernels
 
     @staticmethod
     def __new__(
@@ -100,12 +101,12 @@ class QuantizedWeight(Tensor):
     @property
     def kernel_layout(self) -> Layout | None:
         """How kernels read it, a matrix as a stack of one; None: they do not. Made once."""
-        if "_layout" not in self.__dict__:
+        if not self._layouts:
             parts = self.parts
             if len(self.logical_shape) == 2:
                 parts = {name: part.unsqueeze(0) for name, part in parts.items()}
-            self._layout = self.format.layout(parts, self.logical_shape[-1])
-        return self._layout
+            self._layouts.append(self.format.layout(parts, self.logical_shape[-1]))
+        return self._layouts[0]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a plain tensor of `dtype`, by default its own: float32 values, rounded once."""
@@ -219,6 +220,7 @@ def _make(
     weight.parts, weight.format = parts, format
     # Asking a subclass of Tensor for its own shape or dtype costs microseconds.
     weight.logical_shape, weight.compute_dtype = shape, dtype
+    weight._layouts = []
     return weight
 
 
@@ -229,6 +231,15 @@ def _rebuild(
     weight = QuantizedWeight(parts, format, shape, dtype=dtype, **options)
     return torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
+
+def _share_memory(weight: QuantizedWeight) -> QuantizedWeight:
+    for part in weight.parts.values():
+        part.share_memory_()
+    return weight
+
+
+functions[Tensor.share_memory_] = _share_memory
+functions[Tensor.is_shared] = lambda weight: all(part.is_shared() for part in weight.parts.values())
 
 # What torch.load may make of a file, with weights_only.
 torch.serialization.add_safe_globals([_rebuild])
