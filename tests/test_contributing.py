@@ -76,7 +76,7 @@ def test_the_recipe_adds_an_op(tmp_path: Path) -> None:
     new = [step.path for step in STEPS if step.where == "new" and step.path.endswith(".cpp")]
     shared = [f"csrc/torch/{name}.cpp" for name in ("checks", "allocate", "launch")]
     schema, kernel = (step.code for step in STEPS if step.path == "csrc/torch/library.cpp")
-    unit = "".join(f'#include "{tmp_path / path}"\n' for path in (*new, *shared))
+    unit = "".join(f'#include "{tmp_path / path}"\n' for path in ("csrc/torch/box.h", *new, *shared))
     unit += f"STABLE_TORCH_LIBRARY_FRAGMENT(moekernels, m) {{\n{schema}}}\n"
     unit += f"STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {{\n{kernel}}}\n"
     (tmp_path / "unit.cpp").write_text(unit)

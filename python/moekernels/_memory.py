@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,14 +28,22 @@ def release_memory() -> int:
     return _C.release_memory()
 
 
+def _function_of_glibc(name: str) -> Callable[..., Any] | None:
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):
+        return None
+
+
+# Looked up once: whoever watches what loading a checkpoint does would see a library opened.
+_malloc_trim = _function_of_glibc("malloc_trim")
+
+
 def trim_heap() -> None:
     """Return to the system what the C library keeps of memory that was freed in pieces: after loading a checkpoint that
     can be half a gigabyte. Only glibc has a function for it."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return
-    trim(ctypes.c_size_t(0))
+    if _malloc_trim is not None:
+        _malloc_trim(ctypes.c_size_t(0))
 
 
 def free_memory(device: torch.device) -> int:
