@@ -111,26 +111,14 @@ def _of_quantized(
     token_of_row: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    activation, gated = options["activation"], options["gated"]
+    """The same with a quantised weight: by the kernel that reads codes, or of experts that have rows, one after the
+    other."""
     num_rows = (rows if token_of_row is None else token_of_row).shape[0]
-    others = (row_scale, *tensor_list(bias))
-    has_kernel = isinstance(activation, str) and not options["transposed"]
-    if has_kernel and streams(weight, rows, *others, num_rows=num_rows):
+    has_kernel = isinstance(options["activation"], str) and not options["transposed"]
+    if has_kernel and streams(weight, rows, row_scale, *tensor_list(bias), num_rows=num_rows):
         stack = bias_of_experts(bias, expert_offsets.shape[0] - 1)
+        activation, gated = options["activation"], options["gated"]
         return stream(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row)
-    return _dequantizing(rows, weight, expert_offsets, bias, row_scale, token_of_row, **options)
-
-
-def _dequantizing(
-    rows: Tensor,
-    weight: ExpertTensors,
-    expert_offsets: Tensor,
-    bias: ExpertTensors | None,
-    row_scale: Tensor | None,
-    token_of_row: Tensor | None,
-    **options: Any,
-) -> Tensor:
-    """The same with a quantised weight: of experts that have rows, one after the other."""
     if token_of_row is not None:
         rows = permute(rows, token_of_row)
     num_experts = expert_offsets.shape[0] - 1
