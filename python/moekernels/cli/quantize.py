@@ -31,8 +31,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--double-quant", action="store_true", help="nf4, fp4: quantise the scales too")
     parser.add_argument(
         "--skip-modules", nargs="*", metavar="NAME",
-        help="modules that stay whole (default: the head), by name or path; without a name the head is quantised too (one "
-        "that is tied to the embedding not with --double-quant)",
+        help="modules that stay whole (default: the head), by name or path; without a name the head is quantised "
+        "too (one that is tied to the embedding not with --double-quant)",
     )  # fmt: skip
     parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of a file (default: 2GB)")
     parser.set_defaults(run=run)
