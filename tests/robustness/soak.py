@@ -1,7 +1,7 @@
 """Generates, or trains, for a long time, and watches memory: it must not grow.
 
 python -m tests.robustness.soak generate --minutes 30
-python -m tests.robustness.soak train --minutes 30
+python -m tests.robustness.soak train --steps 100 --every 0
 
 The first fifth is warm-up. Exit code 1 if the median of the last fifth lies more than `--tolerance` MiB above that of
 the second fifth, or if Python objects, threads or open files grow.
@@ -80,18 +80,18 @@ def training() -> Iterator[None]:
 WORK: dict[str, Callable[[], Iterator[None]]] = {"generate": generating, "train": training}
 
 
-def soak(work: Iterator[None], seconds: float, every: float) -> tuple[list[Sample], int]:
-    """Work for so long; samples taken every so many seconds, and the steps done."""
-    samples, steps = [], 0
+def soak(work: Iterator[None], every: float, seconds: float, steps: int | None = None) -> tuple[list[Sample], int]:
+    """Work for so many steps, or for so long; samples taken every so many seconds, and the steps done."""
+    samples, done = [], 0
     begun = time.monotonic()
     due = begun
-    while time.monotonic() < begun + seconds:
+    while time.monotonic() < begun + seconds if steps is None else done < steps:
         next(work)
-        steps += 1
+        done += 1
         if time.monotonic() >= due:
             samples.append(sample())
             due += every
-    return samples, steps
+    return samples, done
 
 
 def growth(samples: list[Sample]) -> dict[str, float]:
@@ -108,14 +108,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=WORK)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--steps", type=int, help="instead of minutes")
     parser.add_argument("--every", type=float, default=10, help="seconds between samples")
     parser.add_argument("--tolerance", type=float, default=8, help="MiB")
     args = parser.parse_args()
     torch.manual_seed(0)
-    samples, steps = soak(WORK[args.work](), 60 * args.minutes, args.every)
+    samples, steps = soak(WORK[args.work](), args.every, 60 * args.minutes, args.steps)
     grown = growth(samples)
     first, last = samples[len(samples) // 5], samples[-1]
-    print(json.dumps({"work": args.work, "minutes": args.minutes, "steps": steps, "growth": grown}))
+    print(json.dumps({"work": args.work, "steps": steps, "samples": len(samples), "growth": grown}))
     print(json.dumps({"after the warm-up": first._asdict(), "at the end": last._asdict()}))
     flat = grown["resident"] <= args.tolerance and grown["threads"] <= 0 and grown["files"] <= 0
     return 0 if flat and grown["objects"] <= 0.01 * first.objects else 1
