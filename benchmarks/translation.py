@@ -12,6 +12,7 @@ tokens by experts by places would take.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 import warnings
@@ -99,16 +100,21 @@ class Work(NamedTuple):
     num_bytes: float
 
 
+# The keys and values of the source are projected once and cached.
+_ONCE = re.compile(r"encoder_attn\.[kv]_proj|EncDecAttention\.[kv]$")
+
+
 def work(modules: list[nn.Module], num_tokens: int) -> Work:
     """Every token passes all weights but embeddings, and one expert of each stack of them."""
     flops = num_bytes = 0.0
     for module in modules:
-        for part in module.modules():
-            if isinstance(part, nn.Embedding):
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Embedding) or _ONCE.search(name):
                 continue
             share, touched = 1.0, 1.0
             if isinstance(part, GroupedExperts):
-                share, touched = 1 / part.num_experts, min(num_tokens / part.num_experts, 1.0)
+                share = 1 / part.num_experts
+                touched = 1 - (1 - share) ** num_tokens  # of a stack, where each token goes to any of them
             for weight in part.parameters(recurse=False):
                 flops += 2 * weight.numel() * share * num_tokens
                 size = weight.num_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
@@ -125,7 +131,7 @@ def encoder_runs(pair: Pair, ids: Tensor) -> Contestants:
 
 def decoder_runs(pair: Pair, ids: Tensor, past: int) -> Contestants:
     """One step with `past` tokens in the cache, which is cut back after it."""
-    start = torch.full((len(ids), past), 7, device=ids.device)
+    start = torch.randint(4, 32000, (len(ids), past)).to(ids.device)  # unlike ones, for several experts
     token = start[:, :1]
 
     def step(model: Any, cache: Any) -> Run:

@@ -63,11 +63,12 @@ class PackedRows {
 
 // One chunk of K of the rows of tiles begin .. end times one panel of weights; `t` has the weights, n and what to do
 // with the sums. What is far is fetched by the first tiles of all, which share it, and where it pays
-// (MOEKERNELS_FETCH_FROM_MEMORY); what is near by the last tile.
+// (MOEKERNELS_FETCH_FROM_MEMORY); what is near by the last tile. Under one or two rows the
+// processor runs so far ahead by itself that the second fetch only costs.
 template <class Dot>
 MOEKERNELS_INLINE void multiply_panel(const PackedRows<Dot>& rows, int64_t begin, int64_t end, int64_t k, float* sums,
                                       TileOperands<Dot>& t) {
-  const int64_t sharers = MOEKERNELS_FETCH_FROM_MEMORY ? min(rows.tiles(), kTileCols) : 0;
+  const int64_t sharers = MOEKERNELS_FETCH_FROM_MEMORY && rows.rows() > 2 ? min(rows.tiles(), kTileCols) : 0;
   const typename Dot::Weight* far[kTileCols];
   for (int c = 0; c < kTileCols; ++c) far[c] = t.far[c];
   for (int64_t tile = begin; tile < end; ++tile) {
