@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import moekernels
 from tests.isa import isas
 
+# The files that take longest, longest first: they begin first, so that no process is left with one of them when the
+# others have finished. pytest --durations=0 tells.
+LONGEST = (
+    "robustness/test_corruption.py",  # forks often, which takes longer once a process has become large
+    "simt/test_compile.py",
+    "amx/test_ops.py",
+    "models/test_training.py",
+    "company/test_drop_in.py",
+    "simt/test_quantized_gemm.py",
+    "simt/test_grouped_gemm.py",
+    "models/test_quantized_own.py",
+    "test_cli.py",
+    "simt/test_grouped_weight_grad.py",
+    "checkpoint/test_memory.py",
+    "simt/test_grouped_gemm_sm90.py",
+    "nn/test_export.py",
+    "test_build_options.py",
+    "robustness/test_soak.py",
+    "distributed/test_layers.py",
+    "company/test_own_models.py",
+    "simt/test_crosscheck.py",
+    "simt/test_runtime.py",
+    "simt/test_grouped_gemm_sm80.py",
+    "simt/test_activation.py",
+    "test_cpp_package.py",
+    "test_memory.py",
+    "distributed/test_models.py",
+    "integrations/test_upstream.py",
+    "bench/test_case.py",
+    "company/test_memory.py",
+    "models/switch_transformers/test_mlp.py",
+)
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """After those listed, files with many tests before those with few."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in ranks)
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -counts[item.path]))
+
 
 def _cuda_missing() -> str | None:
     """Why tests marked `gpu` cannot run here, or None."""
@@ -31,6 +74,8 @@ def _cuda_missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if workers:
+        _longest_first(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := _cuda_missing()):
         for item in marked:
