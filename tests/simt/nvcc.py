@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable
@@ -18,11 +19,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 from tests.simt.build import CUDA_SOURCES, REPOSITORY, located
 
 WORKERS = 2
-# As CMakeLists.txt compiles them; -Wextra and -Xptxas -v only talk more.
+# As CMakeLists.txt compiles them; -Wextra only talks more.
 FLAGS = (
     '-DMOEKERNELS_CUDA_ARCHS="80"',
     "-std=c++20",
@@ -30,7 +32,6 @@ FLAGS = (
     "-DNDEBUG",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-Wall,-Wextra",
-    "-Xptxas=-v",
 )
 INCLUDES = (f"-I{CUDA_SOURCES.parent}", f"-I{REPOSITORY / 'csrc' / 'include'}")
 
@@ -113,6 +114,7 @@ class Compiler:
         self._cache_dir = cache_dir
         self._pool = ThreadPoolExecutor(max_workers=WORKERS)
         self._results: dict[tuple[Path, str], Future[Compiled]] = {}
+        self._lock, self._locks = Lock(), dict[str, Lock]()
 
     def start(self, wanted: Iterable[tuple[Path, str]]) -> None:
         """Begins to compile these pairs of source and architecture, in this order."""
@@ -138,30 +140,36 @@ class Compiler:
 
     def _compile(self, source: Path, architecture: str) -> Compiled:
         source = located(source, self._cache_dir)
-        name = f"{source.stem}-{architecture}-{_fingerprint(source)}"
-        cubin, log = self._cache_dir / f"{name}.cubin", self._cache_dir / f"{name}.json"
+        ptx, options = self._ptx(source, architecture), ["-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}"]
+        cubin = self._made(f"{ptx.stem}-{architecture}.cubin", ptx, options)
+        said = [json.loads(path.with_suffix(".json").read_text()) for path in (ptx, cubin)]
+        return Compiled(cubin, "".join(said), _kernels(said[1]))
+
+    def _ptx(self, source: Path, architecture: str) -> Path:
+        """What is assembled: the same for 8.0 to 8.9, as sources may only ask whether a GPU is Hopper or newer."""
+        virtual = architecture if architecture.startswith("9") else "80"
+        name = f"{source.stem}-{virtual}-{_fingerprint(source)}.ptx"
+        with self._lock:
+            lock = self._locks.setdefault(name, Lock())
+        with lock:  # of two that need it, one waits
+            return self._made(name, source, [*FLAGS, *INCLUDES, "-ptx", f"-arch=compute_{virtual}"])
+
+    def _made(self, name: str, source: Path, options: list[str]) -> Path:
+        """A file of the cache, and beside it what nvcc said."""
+        target = self._cache_dir / name
+        log = target.with_suffix(".json")
         if not log.exists():
             with tempfile.TemporaryDirectory(dir=self._cache_dir) as scratch:
-                built = Path(scratch) / "out.cubin"
-                command = [
-                    "nvcc",
-                    *FLAGS,
-                    f"-arch=sm_{architecture}",
-                    *INCLUDES,
-                    "-cubin",
-                    str(source),
-                    "-o",
-                    str(built),
-                ]
+                built = Path(scratch) / f"out{target.suffix}"
+                command = ["nvcc", *options, str(source), "-o", str(built)]
                 result = subprocess.run(command, capture_output=True, text=True, check=False)
                 if result.returncode != 0:
                     raise CompileError(result.stderr)
                 record = Path(scratch) / "log.json"
                 record.write_text(json.dumps(result.stdout + result.stderr))
-                os.replace(built, cubin)
+                os.replace(built, target)
                 os.replace(record, log)
-        text = json.loads(log.read_text())
-        return Compiled(cubin, text, _kernels(text))
+        return target
 
 
 @cache
@@ -188,10 +196,11 @@ def _sections(cubin: Path) -> dict[str, str]:
     return {name[1]: section for name, section in zip(names, sections, strict=True) if name is not None}
 
 
+@cache
 def instructions(cubin: Path) -> dict[str, list[str]]:
     """The opcodes of each kernel's machine code, in order, under the kernel's mangled name."""
     pattern = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", re.MULTILINE)
-    return {name: pattern.findall(section) for name, section in _sections(cubin).items()}
+    return {name: [*map(sys.intern, pattern.findall(section))] for name, section in _sections(cubin).items()}
 
 
 def loop_lengths(cubin: Path, opcode: str) -> dict[str, int]:

@@ -42,6 +42,15 @@ def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     compiler.close()
 
 
+def test_sources_ask_only_whether_a_gpu_is_hopper_or_newer() -> None:
+    """So the others share their PTX (`Compiler._ptx`)."""
+    for path in CUDA_SOURCES.rglob("*.cu*"):
+        text = path.read_text()
+        for known in ("__CUDA_ARCH_FEAT_SM90_ALL", "defined(__CUDA_ARCH__)", "__CUDA_ARCH__ >= 900"):
+            text = text.replace(known, "")
+        assert "__CUDA_ARCH" not in text, path
+
+
 def architectures_of(source: Path) -> list[str]:
     """All for the tiles that depend on a GPU's shared memory; of the rest 8.0 and Hopper, which takes other paths."""
     return ARCHITECTURES if "_sm80" in source.stem else [ARCHITECTURES[0], ARCHITECTURES[-1]]
