@@ -27,7 +27,7 @@ def test_rows(model: experts.ModelExperts, dtype: torch.dtype) -> None:
     assert sum(p.numel() for p in made.parameters() if p.dim() == 3) * dtype.itemsize == small(model).num_bytes(dtype)
     for tokens, contestants in ((3, 4), (40, 3)):
         row = experts.measure(made, small(model), tokens, 1e-9)
-        assert row.tokens == tokens and len(row.seconds) == contestants and row.speedup > 0
+        assert row.tokens == tokens and len(row.seconds) == contestants and row.speedup > 0 and row.reading > 0
         assert row.error <= experts.TOLERANCES[dtype]
 
 
@@ -37,6 +37,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert main((*command, "--experts", "6")) == 0
     assert "6 experts of 32 (relu2), 6 per token" in (out := capsys.readouterr().out)
     assert len([line for line in out.splitlines() if "bfloat16" in line]) == 2
+    assert "reading the weights ms" in out
     for wrong, message in (
         (("--experts", "5"), "--experts must be between 6 and 8, got 5"),
         (("--backward",), "goes with --experts, --tokens and --dtype, not with backward"),

@@ -158,6 +158,23 @@ def test_hooks_take_the_way_of_peft() -> None:
         close([model(**inputs).logits], [expected])
 
 
+def test_factors_that_are_of_no_rank() -> None:
+    """PEFT itself says what is wrong with them, after a warning that names them."""
+    model, inputs = adapted(make_model("olmoe")), make_inputs("olmoe")
+    replace_moe_layers(model)
+    down = model.base_model.model.model.layers[0].mlp.experts.lora_A["default"]
+    down.weight = nn.Parameter(down.weight.detach()[:-1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with (
+        pytest.warns(
+            UserWarning, match=r"ParamWrapper is computed by .* has no rank: \d+ rows of lora_A and \d+ columns"
+        ),
+        pytest.raises(RuntimeError),
+    ):
+        model(**inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_experts_of_a_registered_name(no_weight_is_built: Callable[[], None]) -> None:
     from moekernels.integrations.transformers import register
 

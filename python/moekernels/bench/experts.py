@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moekernels import ops
 from moekernels.bench.clocks import Run, interleaved_medians
+from moekernels.bench.roofs import reading
 from moekernels.bench.shapes import uniform_ids
 
 OURS = "moekernels"
@@ -84,11 +85,17 @@ MODELS = {model.name: model for model in (GPT_OSS_20B, DEEPSEEK_V4, NEMOTRON_H)}
 
 @dataclass(frozen=True)
 class ExpertsRow:
-    """Median seconds of every contestant, and how far ours is from the loop of the class, relative to its largest."""
+    """Median seconds of every contestant, which take turns.
+
+    Attributes:
+        reading: the same of reading the weights of the chosen experts, and nothing else.
+        error: how far ours is from the loop of the class, relative to its largest value.
+    """
 
     tokens: int
     dtype: str
     seconds: Mapping[str, float]
+    reading: float
     error: float
 
     @property
@@ -166,5 +173,7 @@ def measure(experts: nn.Module, model: ModelExperts, tokens: int, budget: float)
     ours, expected = (runs[name]() for name in (OURS, "eager"))
     assert isinstance(ours, Tensor) and isinstance(expected, Tensor)
     error = ((ours.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-    seconds = interleaved_medians(runs, device, budget)
-    return ExpertsRow(tokens, str(dtype).removeprefix("torch."), seconds, error)
+    probe = reading(replace(model, num_experts=len(ids.unique())).num_bytes(dtype), device)
+    seconds = interleaved_medians({**runs, "": probe.run}, device, budget)
+    read = seconds.pop("") / probe.times
+    return ExpertsRow(tokens, str(dtype).removeprefix("torch."), seconds, read, error)

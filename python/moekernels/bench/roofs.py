@@ -91,6 +91,12 @@ def measure_roofs(
     return Roofs(read, copy, matmul, min(buffer_bytes, Roofs.probe_bytes), size)
 
 
+def reading(num_bytes: int, device: torch.device) -> Probe:
+    """Reads memory, as much as that or a part of it."""
+    probed = min(num_bytes, Roofs.probe_bytes)
+    return Probe(_probing(_read, device, probed), probed / num_bytes)
+
+
 @functools.lru_cache(maxsize=2)
 def _probing(make: Callable[..., Run], *arguments: Any) -> Run:
     """One for all the kernels of a sweep: its buffers are large."""

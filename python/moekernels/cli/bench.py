@@ -146,10 +146,11 @@ def _run_experts(args: argparse.Namespace) -> int:
             for tokens in _positive("--tokens", args.tokens):
                 row = experts.measure(module, model, tokens, args.budget)
                 times = [f"{1e3 * row.seconds[name]:.2f}" if name in row.seconds else "" for name in names]
-                lines.append([str(tokens), row.dtype, *times, f"{row.speedup:.2f}x"])
+                lines.append([str(tokens), row.dtype, *times, f"{1e3 * row.reading:.2f}", f"{row.speedup:.2f}x"])
                 if row.error > experts.TOLERANCES[dtype]:
                     failed.append(f"{tokens} tokens, {row.dtype}: differs by {row.error:.1e} of the largest value")
-    print(table(["tokens", "dtype", *(f"{name} ms" for name in names), "of the fastest"], lines))
+    heads = [*(f"{name} ms" for name in names), "reading the weights ms", "of the fastest"]
+    print(table(["tokens", "dtype", *heads], lines))
     for failure in failed:
         print(f"FAILED: {failure}")
     return 1 if failed else 0

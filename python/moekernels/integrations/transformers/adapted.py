@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from moekernels.integrations.transformers.experts import ExpertWeights
 from moekernels.integrations.transformers.fused import Structure, plain_stacks, run_planned, run_stacks, structure_of
 from moekernels.integrations.transformers.layers import FusedExperts
-from moekernels.integrations.transformers.lora import Lora, adapters_of, is_wrapper
+from moekernels.integrations.transformers.lora import adapters_of, is_wrapper
 from moekernels.integrations.transformers.plain import say_why, why_not_plain
 from moekernels.integrations.transformers.swaps import Swap
 from moekernels.nn import GroupedExperts
+from moekernels.ops._low_rank import LowRank
 
 
 class Adapted(NamedTuple):
@@ -24,7 +25,7 @@ class Adapted(NamedTuple):
     experts: nn.Module
     structure: Structure
     stacks: ExpertWeights
-    adapters: dict[str, Lora]
+    adapters: dict[str, LowRank]
 
 
 class LoraWrapper(Swap):

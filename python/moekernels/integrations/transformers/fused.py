@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from moekernels import ops
 from moekernels.integrations.transformers.experts import ExpertWeights, run_experts
 from moekernels.integrations.transformers.gates import activation_of
-from moekernels.integrations.transformers.lora import Lora
 from moekernels.integrations.transformers.plain import say_why, why_all_hooked, why_no_kernel, why_not_plain
+from moekernels.ops._call import is_transformed, wants_gradient
+from moekernels.ops._low_rank import LowRank, adapted_mlp
 
 Experts = Callable[..., Tensor]
 """``(module, hidden [T, H], expert ids [T, K], weights [T, K]) -> [T, H]``."""
@@ -103,7 +104,7 @@ def run_stacks(
     expert_ids: Tensor,
     weights: Tensor,
     experts: ExpertWeights,
-    adapters: Mapping[str, Lora] | None = None,
+    adapters: Mapping[str, LowRank] | None = None,
 ) -> Tensor:
     """``hidden [T, H]``, ``expert_ids [T, K]``, ``weights [T, K]`` -> ``[T, H]``.
 
@@ -125,14 +126,20 @@ def run_planned(
     plan: ops.Plan,
     weights: Tensor,
     experts: ExpertWeights,
-    adapters: Mapping[str, Lora] | None = None,
+    adapters: Mapping[str, LowRank] | None = None,
 ) -> Tensor:
-    """The same, one op after the other, for tokens whose places are known."""
+    """The same for tokens whose places are known: with adapters, or one op after the other."""
     up, down, up_bias, down_bias = experts
-    assert isinstance(down, Tensor)
-    activation, gated = structure.activation, structure.gated
-    gemm = partial(_grouped_gemm, offsets=plan.expert_offsets, transposed=structure.transposed)
+    assert isinstance(up, Tensor) and isinstance(down, Tensor)
+    activation, gated, transposed = structure.activation, structure.gated, structure.transposed
     up_lora, down_lora = ((adapters or {}).get(name) for name in (structure.up, "down_proj"))
+    frozen = not is_transformed() and not wants_gradient(*(tensor for tensor in experts if tensor is not None))
+    if adapters and frozen and activation is not None and not structure.normed:
+        return adapted_mlp(
+            hidden.to(down.dtype), weights.float(), plan, (up, down), (up_bias, down_bias), (up_lora, down_lora),
+            activation=activation, gated=gated, transposed=transposed,
+        ).to(hidden.dtype)  # fmt: skip
+    gemm = partial(_grouped_gemm, offsets=plan.expert_offsets, transposed=transposed)
     rows = ops.permute(hidden.to(down.dtype), plan.token_of_row, plan.row_of_slot)
     if activation is None:
         linear = gemm(rows, up, up_bias, up_lora)
@@ -149,18 +156,19 @@ def _grouped_gemm(
     rows: Tensor,
     weight: Any,
     bias: Any,
-    lora: Lora | None,
+    lora: LowRank | None,
     *,
     offsets: Tensor,
     transposed: bool,
     activation: str | ops.Swiglu = "none",
     gated: bool = False,
 ) -> Tensor:
-    gemm = partial(ops.grouped_gemm, expert_offsets=offsets)
     if lora is None:
-        return gemm(rows, weight, bias=bias, transposed=transposed, activation=activation, gated=gated)
-    linear = gemm(rows, weight, bias=bias, transposed=transposed)
-    linear += gemm(gemm(rows, lora.first), lora.second)
+        return ops.grouped_gemm(
+            rows, weight, offsets, bias=bias, transposed=transposed, activation=activation, gated=gated
+        )
+    linear = ops.grouped_gemm(rows, weight, offsets, bias=bias, transposed=transposed)
+    linear += lora.expand(lora.reduce(rows, offsets), offsets)
     return ops.activation(linear, activation, gated=gated) if str(activation) != "none" or gated else linear
 
 

@@ -2,31 +2,18 @@
 
 PEFT adapts ``nn.Parameter``: around a call it puts ``weight + scaling * B @ A`` in the weight's place, which is a stack
 of its own and whose gradient is one too. Here the product with the weight stays as it is, and beside it stand two
-grouped GEMMs of the adapters' rank.
-
-Letters: E experts, R the sum of the ranks.
+grouped GEMMs of the adapters' rank (:class:`moekernels.ops._low_rank.LowRank`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moekernels.integrations.transformers.plain import why_not_plain
-
-
-class Lora(NamedTuple):
-    """What is added to the product of rows with a stack: ``(rows @ first[e].T) @ second[e].T``.
-
-    Attributes:
-        first: ``[E, R, in]``.
-        second: ``[E, out, R]``, the scaling included.
-    """
-
-    first: Tensor
-    second: Tensor
+from moekernels.ops._low_rank import LowRank
 
 
 def is_wrapper(module: Any) -> bool:
@@ -34,7 +21,7 @@ def is_wrapper(module: Any) -> bool:
     return any(cls.__name__ == "ParamWrapper" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
-def adapters_of(module: Any, transposed: bool) -> tuple[nn.Module, dict[str, Lora]] | str:
+def adapters_of(module: Any, transposed: bool) -> tuple[nn.Module, dict[str, LowRank]] | str:
     """What wrappers around a module of experts add to its stacks, or why only PEFT itself can say so.
 
     Args:
@@ -44,7 +31,7 @@ def adapters_of(module: Any, transposed: bool) -> tuple[nn.Module, dict[str, Lor
     Returns:
         The module in the wrappers, and by the names of its stacks what is added to them.
     """
-    found: dict[str, Lora] = {}
+    found: dict[str, LowRank] = {}
     outermost = module
     while is_wrapper(module):
         name = module.parameter_name
@@ -62,15 +49,14 @@ def adapters_of(module: Any, transposed: bool) -> tuple[nn.Module, dict[str, Lor
     return module, found
 
 
-def _lora(wrapper: Any, transposed: bool) -> Lora | str | None:
+def _lora(wrapper: Any, transposed: bool) -> LowRank | str | None:
     """Of the active adapters of one wrapper, one beside the other; None if there are none."""
     active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if not active:
         return None
     if wrapper.num_experts == 1:
         return "has a single expert"
-    weight = wrapper.get_param()
-    firsts, seconds = [], []
+    found: list[LowRank] = []
     for name in active:
         down, up = wrapper.lora_A[name], wrapper.lora_B[name]
         for part, linear in (("lora_A", down), ("lora_B", up)):
@@ -78,11 +64,19 @@ def _lora(wrapper: Any, transposed: bool) -> Lora | str | None:
                 return f"{part} {reason}"
         if up.bias is not None:
             return "has a bias"
+        rows, columns = down.weight.shape[0], up.weight.shape[1]
+        if rows != columns or rows % wrapper.num_experts:
+            return (
+                f"has no rank: {rows} rows of lora_A and {columns} columns of lora_B for {wrapper.num_experts} experts"
+            )
         a = down.weight.unflatten(0, (wrapper.num_experts, -1))  # [E, r, ...]
-        b = up.weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 0, 1)  # [E, ..., r]
+        b = up.weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 1, 0)  # [E, r, ...]
         # PEFT before 0.18 takes the second dimension of a stack to be what comes in.
         if getattr(wrapper, "_did_swap_in_out_features", False) is transposed:
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
-        firsts.append(a.to(weight.dtype))
-        seconds.append(b.to(weight.dtype) * wrapper.scaling[name])
-    return Lora(torch.cat(firsts, dim=1), torch.cat(seconds, dim=2))
+            a, b = b, a
+        found.append(LowRank(a, b, float(wrapper.scaling[name])))
+    if len(found) == 1:
+        return found[0]
+    firsts, seconds, _ = zip(*found, strict=True)
+    scaled = [second * scale for second, scale in zip(seconds, (lora.scale for lora in found), strict=True)]
+    return LowRank(torch.cat(firsts, dim=1), torch.cat(scaled, dim=1), 1.0)
