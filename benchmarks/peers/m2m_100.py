@@ -6,15 +6,20 @@
 With `--weights` our Linears are quantised to that format, and CTranslate2 computes in int8, with rows rounded to 8 bits
 as ours are with `--activations int8` only. It quantises the head and its embedding too, as ours are with `--head`.
 
-CTranslate2 gets the same weights in the same precision, threads, beams and length, in the same process; transformers
-converts them and is measured too. For each row it is said on how many tokens both agree: the weights are random, so
-that rounding alone may lead a search elsewhere.
+CTranslate2 gets the same weights in the same precision, threads, beams and length; transformers converts them and is
+measured too. For each row it is said on how many tokens both agree: the weights are random, so that rounding alone may
+lead a search elsewhere.
+
+All are called in turns, CTranslate2 in a process of its own: it uses the OpenMP library of torch where that is loaded,
+which counts the threads of both, and where they are more than cores lets ours sleep instead of wait.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import shlex
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -38,34 +43,51 @@ from moekernels.models.quantized import quantize_model
 NAME = "CTranslate2"
 
 
-def translator_of(pair: Pair, compute_type: str, ctranslate2: ModuleType) -> Any:
-    """The model's weights in CTranslate2.
+class Translator:
+    """CTranslate2 in a process of its own, with the weights of a model.
 
     Raises:
         SystemExit: it cannot compute in that type here.
     """
-    if compute_type not in ctranslate2.get_supported_compute_types("cpu"):
-        raise SystemExit(f"{NAME} cannot compute in {compute_type} on this CPU")
-    spec = ctranslate2.converters.transformers.M2M100Loader().get_model_spec(pair.theirs)
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{index}" for index in range(4, pair.ours.config.vocab_size))]
-    spec.register_source_vocabulary(tokens)
-    spec.register_target_vocabulary(tokens)
-    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
-    spec.config.decoder_start_token = "</s>"
-    spec.validate()
-    spec.optimize(quantization=compute_type)
-    with tempfile.TemporaryDirectory() as directory:
-        spec.save(directory)
-        return ctranslate2.Translator(
-            directory, device="cpu", compute_type=compute_type, intra_threads=torch.get_num_threads()
-        )
+
+    def __init__(self, pair: Pair, compute_type: str, ctranslate2: ModuleType) -> None:
+        if compute_type not in ctranslate2.get_supported_compute_types("cpu"):
+            raise SystemExit(f"{NAME} cannot compute in {compute_type} on this CPU")
+        spec = ctranslate2.converters.transformers.M2M100Loader().get_model_spec(pair.theirs)
+        tokens = ["<s>", "<pad>", "</s>", "<unk>", *(f"t{index}" for index in range(4, pair.ours.config.vocab_size))]
+        spec.register_source_vocabulary(tokens)
+        spec.register_target_vocabulary(tokens)
+        spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
+        spec.config.decoder_start_token = "</s>"
+        spec.validate()
+        spec.optimize(quantization=compute_type)
+        program = Path(__file__).with_name("translating.py")
+        with tempfile.TemporaryDirectory() as directory:
+            spec.save(directory)
+            command = [sys.executable, str(program), directory, compute_type, str(torch.get_num_threads())]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._answer()
+
+    def __call__(self, sources: list[list[str]], **options: Any) -> list[list[str]]:
+        """The best translation of each source."""
+        assert self._process.stdin is not None
+        pickle.dump((sources, options), self._process.stdin)
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return pickle.load(self._process.stdout)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
-def agreement(ids: torch.Tensor, results: list[Any]) -> str:
+def agreement(ids: torch.Tensor, results: list[list[str]]) -> str:
     """How many tokens are the same up to the first other one of each sentence."""
     same = total = 0
     for mine, result in zip(ids[:, 1:].tolist(), results, strict=True):
-        theirs = [int(token[1:]) if token[1:].isdigit() else -1 for token in result.hypotheses[0]]
+        theirs = [int(token[1:]) if token[1:].isdigit() else -1 for token in result]
         mine = mine[: len(theirs)]
         same += next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(theirs))
         total += len(theirs)
@@ -98,7 +120,7 @@ def main() -> None:
     rows: list[Row] = []
     for dtype in dtypes:
         pair = build("m2m100_418M", dtype, device, args.layers, with_transformers=True)
-        translator = translator_of(pair, "int8" if args.weights else name_of(dtype), ctranslate2)
+        translator = Translator(pair, "int8" if args.weights else name_of(dtype), ctranslate2)
         if format is not None:
             quantize_model(pair.ours, Quantization(format, () if args.head else None, tied=args.head))
         for batch in args.batch:
@@ -109,7 +131,7 @@ def main() -> None:
                 runs = generate_runs(pair, ids, num_beams, args.new_tokens)
 
                 def theirs(sources=sources, num_beams=num_beams, lengths=lengths, translator=translator):  # type: ignore[no-untyped-def]
-                    return translator.translate_batch(sources, beam_size=num_beams, **lengths)
+                    return translator(sources, beam_size=num_beams, **lengths)
 
                 print(f"  {agreement(runs['moekernels'](), theirs())}", file=sys.stderr)  # type: ignore[arg-type]
                 once = work([pair.ours.get_encoder()], ids.numel())
@@ -120,6 +142,7 @@ def main() -> None:
                 row = measure(title, num_tokens, total, {**runs, NAME: theirs}, dtype, device, roofs, args.budget)
                 rows.append(row)
                 print(f"{row.shape}: × {NAME} {row.baselines[NAME] / row.seconds:.2f}", file=sys.stderr)
+        translator.close()
         del pair, translator
     print(render(rows, roofs, about))
     if args.save:

@@ -173,7 +173,7 @@ def work(model: OlmoeForCausalLM, num_tokens: int) -> tuple[float, float]:
 
     expert_bytes = num_bytes(p for layer in model.model.layers for p in layer.mlp.experts.parameters())
     dense_bytes = num_bytes(model.model.layers.parameters()) - expert_bytes
-    return flops, dense_bytes + touched * expert_bytes + model.lm_head.weight.nbytes
+    return flops, dense_bytes + touched * expert_bytes + num_bytes([model.lm_head.weight])
 
 
 def measure(name: str, num_tokens: int, runs: dict[str, Any], model: OlmoeForCausalLM, dtype: str, weights: str | None,

@@ -8,7 +8,12 @@ import pytest
 import torch
 import transformers
 
-from moekernels.generation import GenerationConfig, MaxLengthCriteria, StoppingCriteria
+from moekernels.generation import (
+    GenerationConfig,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    SuppressTokensLogitsProcessor,
+)
 from tests.generation.adapter import EOS, PAD, VOCAB, Adapted, prompts, tiny_olmoe
 
 
@@ -110,6 +115,50 @@ def test_buffers_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     for padded in (False, True):
         ours, theirs = both(prompts(3, 5, padded), max_new_tokens=40, eos_token_id=None)
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_who_may_keep_scores_and_logits(num_beams: int, dtype: torch.dtype) -> None:
+    """The model its logits, a processor of the caller its scores; and the tokens are those without such a processor."""
+
+    class Keeping(Adapted):
+        def forward(self, **kwargs: Any) -> Any:
+            out = super().forward(**kwargs)
+            out.logits = out.logits.to(dtype)
+            made.append((out.logits, out.logits.clone()))
+            return out
+
+        __call__ = forward
+
+    def keep(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        given.append((scores, scores.clone()))
+        return scores
+
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kwargs = {"num_beams": num_beams, "max_new_tokens": 12, "min_new_tokens": 9, "suppress_tokens": [9, 10]}
+    plain = Keeping(tiny_olmoe()).generate(prompts(2, 5), eos_token_id=list(range(2, 30)), **kwargs)
+    kept = Keeping(tiny_olmoe()).generate(
+        prompts(2, 5), eos_token_id=list(range(2, 30)), logits_processor=[keep], **kwargs
+    )
+    assert torch.equal(plain, kept)
+    assert len(given) >= 9 and len(made) >= 18
+    for now, then in made + given:
+        assert torch.equal(now, then)
+    assert len({scores.data_ptr() for scores, _ in given}) == len(given)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_processor_derived_from_ours_is_called(num_beams: int) -> None:
+    class Only(SuppressTokensLogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(scores, -1e4).index_fill_(1, torch.tensor([40, 41, 42]), 0.0)
+
+    out = Adapted(tiny_olmoe()).generate(
+        prompts(2, 5), num_beams=num_beams, max_new_tokens=6, logits_processor=[Only([1])]
+    )
+    assert set(out[:, 5:].flatten().tolist()) <= {40, 41, 42}
 
 
 def test_outputs() -> None:

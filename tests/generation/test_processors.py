@@ -269,3 +269,27 @@ def test_whole_pipeline_equals_transformers(length: int) -> None:
     got = build_logits_processors(GenerationConfig(**parameters), 1, encoder_input_ids=ids)(ids, scores)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     assert not torch.equal(got, scores)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 40])
+@pytest.mark.parametrize("name", CASES)
+def test_overwriting_scores_gives_the_same(name: str, length: int) -> None:
+    ids, scores = _history(3, length), _scores(3)
+    processors = ours.LogitsProcessorList([CASES[name][0]()])  # type: ignore[list-item]
+    expected = processors(ids, scores)
+    given = scores.clone()
+    got = processors.overwrite(ids, given)
+    assert torch.equal(got, expected)
+    if ("Min" in name and "Length" in name) or "Suppress" in name:
+        assert got is given  # whether or not there is something to ban
+
+
+def test_which_processors_are_our_own() -> None:
+    class Derived(ours.MinLengthLogitsProcessor):
+        pass
+
+    own = ours.MinLengthLogitsProcessor(3, 2)
+    assert ours.LogitsProcessorList().are_own
+    assert ours.LogitsProcessorList([own, ours.TopKLogitsWarper(3)]).are_own
+    for other in (Derived(3, 2), oracle.MinLengthLogitsProcessor(3, 2), lambda ids, scores: scores, own.__call__):
+        assert not ours.LogitsProcessorList([own, other]).are_own

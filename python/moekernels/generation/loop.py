@@ -116,25 +116,31 @@ class Search:
         return outputs
 
     def next_scores(self, *, log_probs: bool = False) -> Tensor:
-        """Runs the model and returns the processed scores float32 `[B, V]` of the next token.
+        """Runs the model and returns the processed scores float32 `[B, V]` of the next token, until the next step.
 
         Args:
             log_probs: turn the logits into log-probabilities before they are processed.
         """
         outputs = self.run_model()
-        # A copy where it is kept, because a view would keep the logits of a whole prompt alive.
-        kept = "logits" in self.record or ("scores" in self.record and not log_probs)
         logits = outputs.logits[:, -1]
-        if log_probs and not kept and logits.dtype != torch.float32:
+        recorded = "logits" in self.record or "scores" in self.record
+        unseen = self.processors.are_own and not recorded
+        if unseen or (log_probs and "logits" not in self.record):
             logits = self._widened(logits)
         else:
-            logits = logits.to(torch.float32, copy=kept)
-        scores = self.processors(self.state.input_ids, logits.log_softmax(dim=-1) if log_probs else logits)
+            # A copy where it is kept, because a view would keep the logits of a whole prompt alive.
+            logits = logits.to(torch.float32, copy=recorded)
+        scores = logits
+        if log_probs:
+            # Also in place, as a CPU reads a row for the last time when it writes it.
+            scores = torch.log_softmax(logits, dim=-1, out=logits if unseen and logits.is_cpu else None)
+        process = self.processors.overwrite if unseen else self.processors
+        scores = process(self.state.input_ids, scores)
         self.record.add(outputs, scores=scores, logits=logits)
         return scores
 
     def _widened(self, logits: Tensor) -> Tensor:
-        """The logits `[B, V]` in float32, until the next step: new memory every time takes longer than to fill it."""
+        """The logits `[B, V]` in float32, to be overwritten: new memory in every step takes longer than to fill it."""
         if self._wide is None or self._wide.shape != logits.shape:
             self._wide = torch.empty_like(logits, dtype=torch.float32)
         return self._wide.copy_(logits)

@@ -34,6 +34,20 @@ class LogitsProcessorList(list[Callable[[Tensor, Tensor], Tensor]]):
             scores = processor(input_ids, scores)
         return scores
 
+    @property
+    def are_own(self) -> bool:
+        """Whether all are of this package, whose processors keep no scores; a class derived from one of them is not."""
+        return all(type(processor).__module__.startswith("moekernels.generation.") for processor in self)
+
+    def overwrite(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The same where `scores` are not needed any more, and all are of this package: bans are written into them."""
+        for processor in self:
+            if isinstance(processor, _Ban):
+                processor.ban_(input_ids.shape[1], scores)
+            else:
+                scores = processor(input_ids, scores)
+        return scores
+
 
 def token_list(name: str, ids: TokenIds) -> list[int]:
     """Token ids given as one, several or a tensor, as a list. Raises ValueError if one is no non-negative integer."""
@@ -60,6 +74,25 @@ class _TokenIds:
         if self.index.device != device:
             self.index = self.index.to(device)
         return self.index
+
+
+class _Ban(LogitsProcessor):
+    """Bans the same tokens in every row, at some lengths of the sequence."""
+
+    _tokens: _TokenIds
+
+    def _bans_at(self, length: int) -> bool:
+        return True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        return self.ban_(length, scores.clone()) if self._bans_at(length) else scores
+
+    def ban_(self, length: int, scores: Tensor) -> Tensor:
+        """Writes the bans for a sequence of that length into `scores`, and returns them."""
+        if self._bans_at(length):
+            scores.index_fill_(1, self._tokens.on(scores.device), NEGATIVE_INFINITY)
+        return scores
 
 
 class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
@@ -190,19 +223,17 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
         super().__init__(kept)
 
 
-class MinLengthLogitsProcessor(LogitsProcessor):
+class MinLengthLogitsProcessor(_Ban):
     """Bans the end tokens until the sequence, prompt included, has `min_length` tokens."""
 
     def __init__(self, min_length: int, eos_token_id: TokenIds) -> None:
         if not isinstance(min_length, int) or min_length < 0:
             raise ValueError(f"min_length must be a non-negative integer, got {min_length!r}")
         self.min_length = min_length
-        self._ends = _TokenIds("eos_token_id", eos_token_id)
+        self._tokens = _TokenIds("eos_token_id", eos_token_id)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] >= self.min_length:
-            return scores
-        return scores.index_fill(1, self._ends.on(scores.device), NEGATIVE_INFINITY)
+    def _bans_at(self, length: int) -> bool:
+        return length < self.min_length
 
 
 class MinNewTokensLengthLogitsProcessor(MinLengthLogitsProcessor):
@@ -294,14 +325,11 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         return scores.index_copy(1, ends, torch.where(picked.isinf(), picked, raised))
 
 
-class SuppressTokensLogitsProcessor(LogitsProcessor):
+class SuppressTokensLogitsProcessor(_Ban):
     """Bans the given tokens."""
 
     def __init__(self, suppress_tokens: Sequence[int]) -> None:
         self._tokens = _TokenIds("suppress_tokens", suppress_tokens)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(1, self._tokens.on(scores.device), NEGATIVE_INFINITY)
 
 
 class SuppressTokensAtBeginLogitsProcessor(SuppressTokensLogitsProcessor):
@@ -311,5 +339,5 @@ class SuppressTokensAtBeginLogitsProcessor(SuppressTokensLogitsProcessor):
         super().__init__(begin_suppress_tokens)
         self.begin_index = begin_index
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return super().__call__(input_ids, scores) if input_ids.shape[1] == self.begin_index else scores
+    def _bans_at(self, length: int) -> bool:
+        return length == self.begin_index
