@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,19 @@ def test_a_model_without_its_head_from_a_whole_one(saved: Path) -> None:
     base = base_class("olmoe").from_pretrained(saved)
     with torch.no_grad():
         assert torch.equal(base(**inputs("olmoe"))[0], whole.model(**inputs("olmoe"))[0])
+
+
+@pytest.mark.parametrize("quantization", [None, {"format": "int8"}])
+def test_loading_imports_no_compiler(saved: Path, quantization: dict[str, str] | None) -> None:
+    """As drawing weights on the meta device would, in vain: a second, and 80 MB for as long as the process lives."""
+    code = """
+import json, sys
+import torch, moekernels
+before = set(sys.modules)
+model = moekernels.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=json.loads(sys.argv[2]))
+model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3)
+print(sorted(name for name in set(sys.modules) - before if name in ("sympy", "torch._dynamo", "torch._inductor")))
+"""
+    command = [sys.executable, "-c", code, str(saved), json.dumps(quantization)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -41,6 +41,7 @@ from moekernels.models.gguf import gguf_config, open_gguf
 from moekernels.models.gradient_checkpointing import GradientCheckpointingMixin
 from moekernels.models.loading import (
     WITHOUT_EFFECT,
+    Unfilled,
     held_experts,
     initialise,
     on_every_rank,
@@ -164,7 +165,7 @@ class PreTrainedModel(TokenEmbeddingsMixin, SavingMixin, GradientCheckpointingMi
         config = copy.deepcopy(config)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
-        with torch.device(device):
+        with torch.device(device), Unfilled():
             return cls(config)
 
     @classmethod

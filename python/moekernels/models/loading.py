@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moekernels.checkpoint import CheckpointReader, Reader, StateDictReader
 from moekernels.checkpoint.quantized import QuantizedReader, check_whole
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class Unfilled(TorchFunctionMode):
+    """`torch.nn.init` leaves tensors on the meta device alone: to draw nothing, torch imports its compiler (80 MB)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
 
 #: Keywords that change nothing here: no code of a checkpoint is ever run, and no weight is ever in memory twice.
 WITHOUT_EFFECT = frozenset(

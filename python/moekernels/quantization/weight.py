@@ -239,6 +239,8 @@ def _share_memory(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 functions[Tensor.share_memory_] = _share_memory
+# Every parameter is made with it, and torch's way to its handler imports sympy (50 MB) at the first call.
+functions[Tensor.detach] = lambda weight: weight._like(dict(weight.parts))
 functions[Tensor.is_shared] = lambda weight: all(part.is_shared() for part in weight.parts.values())
 
 # What torch.load may make of a file, with weights_only.
