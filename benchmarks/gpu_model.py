@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_model.py     # the table of docs/performance.md
 
-For every kernel of a problem the model takes the largest of: tensor-core clocks, bytes through the second-level cache,
-bytes of device memory; plus what nothing overlaps. The tiles are those that the launcher would choose. A measurement
-that is slower shows what the model does not know; one that is faster, that a rate here is wrong.
+For every kernel of a problem the model takes the largest of: tensor-core clocks and what nothing overlaps, bytes
+through shared memory and through the second-level cache, bytes of device memory. The tiles are those that the launcher
+would choose. A measurement that is slower shows what the model does not know; one that is faster, that a rate here is
+wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SMS = 132
 CLOCK = 1.83e9  # 989 TFLOP/s of dense bf16 / (132 multiprocessors * 4096 FLOP per clock)
 FLOP_PER_CLOCK = 4096  # of one multiprocessor
 MEMORY = 4.8e12  # bytes/s
+SHARED_PER_CLOCK = 128  # bytes, of one multiprocessor
 L2_PER_CLOCK = 5120 / SMS  # bytes for one multiprocessor: published for the A100, whose cache has the same two halves
 
 # ---- assumed, and the first things to correct by a measurement ----
@@ -31,7 +33,7 @@ MEMORY_SHARE = 0.9  # of the published rate, for long streams
 LAUNCH = 1.5e-6  # s a kernel of few blocks takes from the end of the one before it to its own, without its work
 
 # ---- counted in the machine code of the kernels, per tile and warp, times the two warps of a scheduler ----
-EPILOGUE_GATED = 2600  # clocks in which the tensor cores have nothing to do
+EPILOGUE_GATED = 2600  # clocks in which the tensor cores have nothing to do, unless consumers take turns
 EPILOGUE_PLAIN = 1300
 
 # ---- the same of the decode path with codes of a quantised weight: instructions of a lane per weight, 8 × 32 tile ----
@@ -48,34 +50,48 @@ class Tile:
     columns: int  # weight rows
     depth: int
     paired: bool = False  # blocks share weights by twos
+    in_turn: bool = False  # half of it is stored while the other half is multiplied
 
 
 def tile_of(**problem: int | bool) -> Tile:
-    """The tile that the grouped GEMM's launcher chooses: `sm90 128x256x64, 4 stages, groups of 16, clusters of 2`."""
+    """The tile of the grouped GEMM's launcher: `sm90 128x256x64, 4 stages, groups of 16, clusters of 2, in turn`."""
     text = _C.describe_tiles(**problem)
     match = re.match(r"(\w+) (\d+)x(\d+)x(\d+)", text)
     assert match is not None and match[1] == "sm90", problem
-    return Tile(int(match[2]), int(match[3]), int(match[4]), "clusters of 2" in text)
+    return Tile(int(match[2]), int(match[3]), int(match[4]), "clusters of 2" in text, "in turn" in text)
 
 
-def step_clocks(tile: Tile) -> float:
-    """Of one stage: what the tensor cores need, or the cache to deliver it."""
-    multiply = 2 * tile.rows * tile.columns * tile.depth / FLOP_PER_CLOCK
+def multiply_clocks(tile: Tile) -> float:
+    """What the tensor cores need for a step."""
+    return 2 * tile.rows * tile.columns * tile.depth / FLOP_PER_CLOCK
+
+
+def copy_clocks(tile: Tile) -> float:
+    """The same of the cache, and of shared memory: a stage is written, and read by two consumers with half its rows."""
     weights = tile.columns / 2 if tile.paired else tile.columns
-    return max(multiply, (tile.rows + weights) * tile.depth * ELEMENT / L2_PER_CLOCK)
+    through_l2 = (tile.rows + weights) * tile.depth * ELEMENT / L2_PER_CLOCK
+    written, read = tile.rows + tile.columns, tile.rows + 2 * tile.columns
+    return max(through_l2, (written + read) * tile.depth * ELEMENT / SHARED_PER_CLOCK)
 
 
-def gemm(num_rows: int, experts: int, m: int, k: int, gated: bool, gathered: bool, pairs: bool) -> float:
-    """Seconds of [num_rows, k] by [experts, m, k], the rows spread evenly."""
+def tile_clocks(tile: Tile, depth: float, epilogue: float) -> float:
+    """Of a tile in the middle of a block's work: the ring fills while the tile before is stored."""
+    steps = math.ceil(depth / tile.depth)
+    return max(steps * multiply_clocks(tile) + (0 if tile.in_turn else epilogue), steps * copy_clocks(tile))
+
+
+def gemm(num_rows: int, experts: int, m: int, k: int, gated: bool, gathered: bool, shared: bool) -> float:
+    """Seconds of [num_rows, k] by [experts, m, k], the rows spread evenly; `shared`: as chosen, or each block alone."""
     tile = tile_of(
         num_rows=num_rows, out_features=m, in_features=k, num_experts=experts, gated=gated, gathered=gathered
     )
-    tile = replace(tile, paired=tile.paired and pairs)
+    if not shared:
+        tile = replace(tile, paired=False, in_turn=False)
     together = 2 if tile.paired else 1
     row_tiles = together * experts * math.ceil(num_rows / experts / tile.rows / together)
     tiles = row_tiles * math.ceil(m / tile.columns)
-    clocks = math.ceil(k / tile.depth) * step_clocks(tile) + (EPILOGUE_GATED if gated else EPILOGUE_PLAIN)
-    compute = math.ceil(tiles / SMS) * clocks / (CLOCK * SUSTAINED)
+    epilogue = EPILOGUE_GATED if gated else EPILOGUE_PLAIN
+    compute = math.ceil(tiles / SMS) * tile_clocks(tile, k, epilogue) / (CLOCK * SUSTAINED)
     out = m // 2 if gated else m
     memory = (experts * m * k + num_rows * (k + out)) * ELEMENT / (MEMORY * MEMORY_SHARE)
     return LAUNCH + max(compute, memory)
@@ -85,7 +101,7 @@ def weight_grad(num_rows: int, experts: int, m: int, k: int) -> float:
     """Seconds of [experts, m, k], each the product of an expert's rows."""
     tile = Tile(128, 256, 64)
     tiles = experts * math.ceil(m / tile.rows) * math.ceil(k / tile.columns)
-    clocks = math.ceil(num_rows / experts / tile.depth) * step_clocks(tile) + EPILOGUE_PLAIN
+    clocks = tile_clocks(tile, num_rows / experts, EPILOGUE_PLAIN)
     memory = (num_rows * (m + k) + experts * m * k) * ELEMENT / (MEMORY * MEMORY_SHARE)
     return LAUNCH + max(math.ceil(tiles / SMS) * clocks / (CLOCK * SUSTAINED), memory)
 
@@ -94,20 +110,20 @@ def stream(num_bytes: float) -> float:
     return LAUNCH + num_bytes / (MEMORY * MEMORY_SHARE)
 
 
-def forward(shape: LayerShape, tokens: int, pairs: bool) -> float:
+def forward(shape: LayerShape, tokens: int, shared: bool) -> float:
     """The layer after routing: up-projection of gathered rows, down-projection, weighted sum per token."""
     rows = tokens * shape.top_k
-    up = gemm(rows, shape.num_experts, shape.up_features, shape.hidden_size, shape.gated, True, pairs)
-    down = gemm(rows, shape.num_experts, shape.hidden_size, shape.ffn_size, False, False, pairs)
+    up = gemm(rows, shape.num_experts, shape.up_features, shape.hidden_size, shape.gated, True, shared)
+    down = gemm(rows, shape.num_experts, shape.hidden_size, shape.ffn_size, False, False, shared)
     return up + down + stream((rows + tokens) * shape.hidden_size * ELEMENT)
 
 
-def backward(shape: LayerShape, tokens: int, pairs: bool) -> float:
+def backward(shape: LayerShape, tokens: int, shared: bool) -> float:
     """Gradients of rows and weights of both projections, and the element-wise passes between them."""
     rows, h, f, up = tokens * shape.top_k, shape.hidden_size, shape.ffn_size, shape.up_features
     products = (
-        gemm(rows, shape.num_experts, f, h, False, False, pairs)
-        + gemm(rows, shape.num_experts, h, up, False, False, pairs)
+        gemm(rows, shape.num_experts, f, h, False, False, shared)
+        + gemm(rows, shape.num_experts, h, up, False, False, shared)
         + weight_grad(rows, shape.num_experts, h, f)
         + weight_grad(rows, shape.num_experts, up, h)
     )
@@ -128,7 +144,7 @@ def flops(shape: LayerShape, tokens: int) -> float:
     return 2 * tokens * shape.top_k * shape.expert_size
 
 
-def rows(pairs: bool) -> list[tuple[str, str, str]]:
+def rows(shared: bool) -> list[tuple[str, str, str]]:
     """What, the goal, the prediction."""
 
     def rate(seconds: float, work: float) -> str:
@@ -138,9 +154,9 @@ def rows(pairs: bool) -> list[tuple[str, str, str]]:
         return f"{seconds * 1e6:.0f} µs"
 
     def layer(shape: LayerShape, tokens: int) -> str:
-        return rate(forward(shape, tokens, pairs), flops(shape, tokens))
+        return rate(forward(shape, tokens, shared), flops(shape, tokens))
 
-    one_gemm = gemm(131072, 64, 2048, 2048, False, True, pairs)
+    one_gemm = gemm(131072, 64, 2048, 2048, False, True, shared)
     dense = 2 * 131072 * 2048**2 / (SMS * FLOP_PER_CLOCK * CLOCK * SUSTAINED)
     moe_step = few_tokens(OLMOE, 1) + 2 * LAUNCH
     attention = 4 * OLMOE.hidden_size**2 * ELEMENT / (MEMORY * MEMORY_SHARE) + 6 * LAUNCH
@@ -175,15 +191,18 @@ def rows(pairs: bool) -> list[tuple[str, str, str]]:
         (
             "G9: OLMoE layer backward, 32768 tokens",
             "≥ 520 TFLOP/s",
-            rate(backward(OLMOE, 32768, pairs), 2 * flops(OLMOE, 32768)),
+            rate(backward(OLMOE, 32768, shared), 2 * flops(OLMOE, 32768)),
         ),
         ("G10: un-permute, 32768 tokens", "≥ 90 % of a copy", f"{MEMORY_SHARE:.0%} of {MEMORY / 1e12} TB/s"),
     ]
 
 
 def table() -> str:
-    lines = ["| what | goal | predicted, not measured | the same without clusters |", "| --- | --- | --- | --- |"]
-    both = zip(rows(pairs=True), rows(pairs=False), strict=True)
+    lines = [
+        "| what | goal | predicted, not measured | the same without clusters and turns |",
+        "| --- | --- | --- | --- |",
+    ]
+    both = zip(rows(shared=True), rows(shared=False), strict=True)
     lines += [f"| {what} | {goal} | {paired} | {alone} |" for (what, goal, paired), (_, _, alone) in both]
     return "\n".join(lines)
 

@@ -23,11 +23,17 @@ def test_the_documentation_has_its_table(model: ModuleType) -> None:
     assert model.table() in (ROOT / "docs" / "performance.md").read_text()
 
 
-def test_a_step_by_hand(model: ModuleType) -> None:
+def test_a_tile_by_hand(model: ModuleType) -> None:
     """128 rows by 256 weights by 64: 1024 clocks of multiplying; 48 KB through the cache, or 32 in a pair."""
     per_clock = 5120 / 132
-    assert model.step_clocks(model.Tile(128, 256, 64)) == pytest.approx(48 * 1024 / per_clock)
-    assert model.step_clocks(model.Tile(128, 256, 64, paired=True)) == 1024
+    alone, paired, narrow = (model.Tile(128, *rest) for rest in ((256, 64), (256, 64, True), (128, 64)))
+    assert model.multiply_clocks(alone) == 2 * model.multiply_clocks(narrow) == 1024
+    assert model.copy_clocks(alone) == pytest.approx(48 * 1024 / per_clock)
+    assert model.copy_clocks(paired) == 1024  # 48 KB written and 16 + 64 KB read, at 128 bytes a clock
+    assert model.copy_clocks(narrow) == pytest.approx(32 * 1024 / per_clock)
+    assert model.tile_clocks(paired, 2000, 2600) == 32 * 1024 + 2600
+    assert model.tile_clocks(model.Tile(128, 256, 64, True, True), 2000, 2600) == 32 * 1024
+    assert model.tile_clocks(alone, 2048, 2600) == 32 * model.copy_clocks(alone)  # the cache has no pause
 
 
 def test_few_tokens_by_hand(model: ModuleType) -> None:

@@ -35,8 +35,9 @@ def launch(
     group_m: int = 2,
     settings: Settings | None = None,
     cluster: int = 1,
+    in_turn: bool = False,
 ) -> Tensor:
-    library.call("set_tiles", tile_n, STAGES.get(tile_n, 4), group_m, cluster)
+    library.call("set_tiles", tile_n, STAGES.get(tile_n, 4), group_m, cluster, int(in_turn))
     return gemm_problems.launch(library, p, inputs, settings=settings)
 
 
@@ -148,10 +149,26 @@ def test_pairs_of_blocks_that_share_weights(library: SimtLibrary, gathered: bool
         p = Problem(counts, 2 * 136, 200, kind == "gated", gathered, transposed=kind == "transposed", unused=3)
         inputs = make_inputs(p)
         settings = Settings(seed=seed, timing=TIMINGS[seed % 3], sm_count=(4, 2, 5)[seed % 3])
-        paired = launch(library, p, inputs, tile_n, settings=settings, cluster=2)
+        paired = launch(library, p, inputs, tile_n, settings=settings, cluster=2, in_turn=seed % 2 == 0)
         assert int(library.launches[0].split("<<<(")[1].split(",")[0]) % 2 == 0
         assert torch.equal(paired, launch(library, p, inputs, tile_n))
         assert_accurate(paired, inputs.to(torch.float64).reference(p), inputs.reference(p))
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated", "transposed"])
+@pytest.mark.parametrize("tile_n", STAGES)
+@GATHERED
+def test_consumers_in_turn(library: SimtLibrary, gathered: bool, tile_n: int, kind: str) -> None:
+    """In tiles of fewer steps than stages, of just as many and of more; with and without rows for the second one."""
+    for seed, steps in enumerate((1, STAGES[tile_n] - 1, STAGES[tile_n], STAGES[tile_n] + 3)):
+        p = Problem((260, 64, 65, 1, 128, 300), 2 * 136, 64 * steps, kind == "gated", gathered, bias=kind == "plain",
+                    transposed=kind == "transposed")  # fmt: skip
+        inputs = make_inputs(p)
+        expected = launch(library, p, inputs, tile_n)
+        for cluster in (1, 2):
+            settings = Settings(seed=seed, timing=TIMINGS[(seed + cluster) % 3], sm_count=cluster)
+            turned = launch(library, p, inputs, tile_n, settings=settings, cluster=cluster, in_turn=True)
+            assert torch.equal(turned, expected), (steps, cluster)
 
 
 @pytest.mark.parametrize("cluster", [0, 3])
@@ -239,7 +256,7 @@ def test_tiles_that_nobody_built_are_an_error(library: SimtLibrary) -> None:
 )
 def test_sizes_beyond_32_bits_are_an_error(library: SimtLibrary, sizes: dict[str, int]) -> None:
     somewhere = torch.zeros(64).bfloat16()
-    library.call("set_tiles", 128, STAGES[128], 2, 1)
+    library.call("set_tiles", 128, STAGES[128], 2, 1, 0)
     with pytest.raises(SimtError, match=r"cudaError_t 1$"):
         library.run(
             "grouped_gemm", rows=somewhere, weight=somewhere, out=somewhere.clone(), bias=None, row_scale=None,

@@ -47,6 +47,19 @@ def test_every_instantiation(library: SimtLibrary, gathered: bool, dtype: torch.
     assert f"grouped_weight_grad_{'f32' if tiles.path == F32 else 'sm80'}_kernel" in library.launches[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_consumer_cards(library: SimtLibrary, capability: int, dtype: torch.dtype) -> None:
+    """100 KB of shared memory for two blocks of a multiprocessor, each with 1 KB of the system's."""
+    p = WeightGradProblem((40, 0, 9), 136, 72, gathered=True, dtype=dtype)
+    for sm_count in (1, 64):  # large tiles and small ones
+        check(library, p, settings=Settings(compute_capability=capability, sm_count=sm_count))
+        assert not any("sm90" in line for line in library.launches)
+        for line in library.launches:
+            smem = int(line.split("), ")[-1].split(">>>")[0])
+            assert 2 * (smem + 1024) <= 100 * 1024, line
+
+
 # The first four are aligned, but for the last elements of a row.
 @pytest.mark.parametrize(
     ("out_features", "in_features", "padding", "shift"),
@@ -246,7 +259,9 @@ def choose(library: SimtLibrary, problem: Choice) -> tuple[int, ...]:
 
 def test_choices(library: SimtLibrary) -> None:
     assert choose(library, Choice()) == (SM90, 128, 256, 64, 4)
-    assert choose(library, Choice(num_experts=1, out_features=512)) == (SM90, 128, 128, 64, 6)
+    for row_tiles, tile_n, stages in ((66, 128, 6), (67, 256, 4)):  # 132 narrow tiles run at once
+        problem = Choice(num_experts=1, out_features=128 * row_tiles, in_features=256)
+        assert choose(library, problem) == (SM90, 128, tile_n, 64, stages)
     assert choose(library, Choice(in_features=128)) == (SM90, 128, 128, 64, 6)
     assert choose(library, Choice(num_rows=0))[0] == SM80
     assert choose(library, Choice(aligned=False)) == (SM80, 64, 128, 32, 4)

@@ -63,6 +63,7 @@ class Config(NamedTuple):
     stages: int
     group_m: int
     cluster: int
+    in_turn: int
     text: str
 
 
@@ -72,8 +73,8 @@ def library(simt: Simt) -> SimtLibrary:
 
 
 def choose(library: SimtLibrary, problem: GemmProblem) -> Config:
-    chosen = torch.zeros(7, dtype=torch.int64)
-    text = torch.zeros(64, dtype=torch.uint8)
+    chosen = torch.zeros(8, dtype=torch.int64)
+    text = torch.zeros(128, dtype=torch.uint8)
     library.call("choose", torch.tensor([int(x) for x in astuple(problem)]), chosen, text)
     path, *numbers = chosen.tolist()
     printed = bytes(text.tolist()).rstrip(b"\0").decode()
@@ -204,10 +205,17 @@ def test_a_choice_can_be_printed(library: SimtLibrary) -> None:
     assert config.text == "sm80 128x128x32, 4 stages, groups of 16"
 
 
+def test_narrow_tiles_only_where_all_of_them_run_at_once(library: SimtLibrary) -> None:
+    for num_tiles, tile_n in ((1, 128), (66, 128), (67, 256), (131, 256), (132, 256)):
+        problem = GemmProblem(num_rows=128, out_features=256 * num_tiles, num_experts=1)
+        assert choose(library, problem).tile_n == tile_n
+    assert choose(library, GemmProblem(num_rows=10**6, out_features=128)).tile_n == 128  # half of a wide one
+
+
 def test_many_rows_per_expert_share_weights_in_pairs(library: SimtLibrary) -> None:
     assert choose(library, up_projection(OLMOE, 4088)).cluster == 1  # 511 rows for each of 64 experts
     many = choose(library, up_projection(OLMOE, 4096))
-    assert (many.cluster, many.text) == (2, "sm90 128x256x64, 4 stages, groups of 16, clusters of 2")
+    assert many[6:] == (2, 1, "sm90 128x256x64, 4 stages, groups of 16, clusters of 2, in turn")
     # The same weights by the same path for any number of rows: not in batch-invariant mode, nor elsewhere than here.
     assert choose(library, up_projection(OLMOE, 8192, batch_invariant=True)).cluster == 1
     assert choose(library, up_projection(OLMOE, 8192, compute_capability=80)).cluster == 1

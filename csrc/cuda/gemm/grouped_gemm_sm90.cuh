@@ -23,6 +23,11 @@
 // of every stage's weights, multicast into both. Then full[s] expects the bytes of both, and empty[s] the consumers of
 // both, as whoever loads overwrites both. An expert's last tile may leave the second block without rows: it only helps.
 //
+// In turn, the consumers do not end a tile together, which would leave the tensor cores idle while both store. The
+// second waits before the tile's last kTurnSteps until the first has issued its own: the first then stores while the
+// second multiplies, and is ahead of it in the next tile while the second stores. The ring has more stages than that:
+// the first needs none for these steps that the second has yet to release.
+//
 // What is stored goes through a slab of shared memory of the warp's own, 64 columns at a time, to leave in whole
 // 16-byte pieces. Rows past the tile's last belong to the next expert and are masked there: in the multiplication they
 // may hold anything, as no row of a product depends on another. A consumer without any row in the tile just releases
@@ -54,11 +59,13 @@ struct GroupedGemmSm90Traits {
   static constexpr int kTileK = 64;
   static constexpr int kOutN = kGated ? kTileN / 2 : kTileN;  // output columns of a tile
   static constexpr int kStages = kTileN == 256 ? 4 : 6;
+  static constexpr int kTurnSteps = 3;
 
   static constexpr int kConsumerWarps = 8;
   static constexpr int kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kProducerThreads = 128;
   static constexpr int kThreads = kConsumerThreads + kProducerThreads;
+  static constexpr uint32_t kTurnBarrier = 1;
   // What the launch gives each of the 384 threads is 168.
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
@@ -83,6 +90,7 @@ struct GroupedGemmSm90Traits {
   static_assert(sizeof(T) == 2 && kOperandRowBytes == 128);
   static_assert(kTileN == 128 || kTileN == 256);
   static_assert(kOutN % kSlabColumns == 0);
+  static_assert(kTurnSteps < kStages);
   static_assert(!(kGated && kTransposed));
   static_assert(kProducerThreads * kProducerRegisters + kConsumerThreads * kConsumerRegisters <= kThreads * 168);
   static constexpr uint32_t kLaunchSmemBytes = kSmemBytes + ptx::kSwizzleAlignment;
@@ -264,13 +272,15 @@ __device__ __forceinline__ void finish_sums(float (&acc)[Traits::kTileN / 2], co
 
 template <class Traits>
 __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSchedule& schedule,
-                                        const ClusterPlace& place, uint32_t smem, int warp, int lane) {
+                                        const ClusterPlace& place, uint32_t smem, int warp, int lane, bool in_turn) {
   using T = typename Traits::T;
   constexpr int kWgmmaK = 16;
   const bool gathered = p.token_of_row != nullptr;
   const int warpgroup = warp / 4;
   const int32_t num_steps = static_cast<int32_t>(ceil_div(p.in_features, Traits::kTileK));
   const int32_t num_tiles = schedule.num_tiles();
+  // In fewer steps the first consumer could end two tiles before the second has seen one of them end.
+  const bool takes_turns = in_turn && num_steps >= Traits::kStages;
   const bool paired = place.size > 1;
   const uint32_t to_lanes_block = paired && lane < 2 ? ptx::mapa(smem, lane) - smem : 0;
   const auto release = [=](const Pipeline<Traits>& stage) {
@@ -300,8 +310,12 @@ __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSc
       continue;
     }
 
+    // Where both have rows.
+    const bool has_turns = takes_turns && current.row_begin + Traits::kRowBox < current.row_end;
+    const int32_t wait_before = has_turns && warpgroup == 1 ? num_steps - Traits::kTurnSteps : -1;
     Pipeline<Traits> previous = pipeline;
     for (int32_t step = 0; step < num_steps; ++step) {
+      if (step == wait_before) ptx::bar_sync(Traits::kTurnBarrier, Traits::kConsumerThreads);
       pipeline.wait_full();
       if (gathered) ptx::fence_proxy_async();
       const uint64_t rows =
@@ -323,6 +337,7 @@ __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSc
       previous = pipeline;
       pipeline.advance();
     }
+    if (has_turns && warpgroup == 0) ptx::bar_arrive(Traits::kTurnBarrier, Traits::kConsumerThreads);
     if (index < num_tiles) tile = place.own_rows(schedule.tile(index), Traits::kTileM);  // while the last step runs
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_keep(acc);
@@ -344,7 +359,8 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     grouped_gemm_sm90_kernel(const __grid_constant__ CUtensorMap weight_map,
                              const __grid_constant__ CUtensorMap rows_map,  // unused where rows are gathered
-                             const __grid_constant__ GroupedGemmParams params, int group_m, int cluster_size) {
+                             const __grid_constant__ GroupedGemmParams params, int group_m, int cluster_size,
+                             bool in_turn) {
 #if MOEKERNELS_SM90A
   MOEKERNELS_DYNAMIC_SMEM(given);
   unsigned char* const raw = ptx::align_for_swizzle(given);
@@ -383,7 +399,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     produce<Traits>(&weight_map, &rows_map, params, schedule, place, smem, warp);
   } else {
     ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
-    consume<Traits>(params, schedule, place, smem, warp, lane);
+    consume<Traits>(params, schedule, place, smem, warp, lane, in_turn);
   }
   if (place.size > 1) {  // the other block may still write here, or arrive
     __syncwarp();
@@ -418,7 +434,7 @@ cudaError_t launch_grouped_gemm_sm90(const GroupedGemmParams& params, const Tile
   launch_config.cluster = static_cast<unsigned>(config.cluster);
   launch_config.overlap_previous = can_overlap_previous<kKernel>();
   return launch<kKernel>(launch_config, weight_map, rows_map, params, std::max(config.group_m / config.cluster, 1),
-                         config.cluster);
+                         config.cluster, config.in_turn);
 }
 
 #define MOEKERNELS_INSTANCE(T, tile_n, gated, transposed)                                             \

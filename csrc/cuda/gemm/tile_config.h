@@ -58,12 +58,13 @@ constexpr int32_t kMaxExpertsPerLaunch = 1024;
 
 struct TileConfig {
   GemmPath path;
-  int tile_m;       // rows of a tile
-  int tile_n;       // weight rows of a tile; when gated, half of them are gates and half values
-  int tile_k;       // K of a stage
-  int stages;       // of the pipeline
-  int group_m;      // this many tiles of rows share the sweep over columns, so that both stay in L2
-  int cluster = 1;  // blocks that share weights, each with a tile of rows of its own
+  int tile_m;            // rows of a tile
+  int tile_n;            // weight rows of a tile; when gated, half of them are gates and half values
+  int tile_k;            // K of a stage
+  int stages;            // of the pipeline
+  int group_m;           // this many tiles of rows share the sweep over columns, so that both stay in L2
+  int cluster = 1;       // blocks that share weights, each with a tile of rows of its own
+  bool in_turn = false;  // kSm90: one half of a tile is stored while the other is still multiplied
 
   bool operator==(const TileConfig&) const = default;
 };
@@ -72,7 +73,8 @@ struct TileConfig {
 inline std::string to_string(const TileConfig& c) {
   return std::string(name_of(c.path)) + " " + std::to_string(c.tile_m) + "x" + std::to_string(c.tile_n) + "x" +
          std::to_string(c.tile_k) + ", " + std::to_string(c.stages) + " stages, groups of " +
-         std::to_string(c.group_m) + (c.cluster > 1 ? ", clusters of " + std::to_string(c.cluster) : "");
+         std::to_string(c.group_m) + (c.cluster > 1 ? ", clusters of " + std::to_string(c.cluster) : "") +
+         (c.in_turn ? ", in turn" : "");
 }
 
 // Whether every row of `rows` and `weight` starts at a multiple of 16 bytes.
@@ -165,6 +167,9 @@ constexpr int kGroupM = 16;
 
 // From so many rows per expert on, pairs of blocks share weights: a pair reads 64 KB of a step through L2 where two
 // blocks read 96. Half a pair without rows, at most one per expert and tile of columns, costs less than that then.
+//
+// Consumers take turns in pairs alone: there the tensor cores set the pace, and their pause at the end of a tile costs
+// time. Elsewhere L2 does, and fills the ring meanwhile.
 constexpr int64_t kPairedRowsPerExpert = 512;
 
 inline TileConfig sm90_config(const GemmProblem& p) {
@@ -172,9 +177,14 @@ inline TileConfig sm90_config(const GemmProblem& p) {
   constexpr TileConfig kNarrow{GemmPath::kSm90, 128, 128, 64, /*stages=*/6, kGroupM};
   if (p.out_features <= 128) return kNarrow;
   if (p.batch_invariant) return kWide;
-  if (expected_tiles(p, 128, 256) < p.sm_count) return kNarrow;
+  // Shared memory moves 80 KB in a step of the narrow tile and 128 KB in one of the wide, at 128 bytes a clock: two of
+  // the narrow take longer than one of the wide, and are better only side by side.
+  if (2 * expected_tiles(p, 128, 256) <= p.sm_count) return kNarrow;
   TileConfig config = kWide;
-  if (rows_per_expert(p) >= kPairedRowsPerExpert) config.cluster = 2;
+  if (rows_per_expert(p) >= kPairedRowsPerExpert) {
+    config.cluster = 2;
+    config.in_turn = true;
+  }
   return config;
 }
 

@@ -54,7 +54,8 @@ inline TileConfig weight_grad_sm80_config(const WeightGradProblem& p) {
 inline TileConfig choose_weight_grad_config(const WeightGradProblem& p) {
   const bool hopper = p.compute_capability == 90 && p.aligned && p.dtype != DType::kFloat32 && p.num_rows > 0;
   if (!hopper) return weight_grad_sm80_config(p);
-  const bool wide = p.in_features > 128 && weight_grad_tiles(p, 128, 256) >= p.sm_count;
+  // Two narrow tiles take longer than a wide one (tile_config.h): only where all of them run side by side.
+  const bool wide = p.in_features > 128 && 2 * weight_grad_tiles(p, 128, 256) > p.sm_count;
   return {GemmPath::kSm90, 128, wide ? 256 : 128, 64, wide ? 4 : 6, 1};
 }
 

@@ -2,11 +2,10 @@
 // then its numbers. tests/simt/test_crosscheck.py places operands by these tables and runs the emulated instructions.
 //
 //   wgmma     where each element of the operands [rows, 64] lies in shared memory (bytes, K fastest), the descriptors
-//   of
-//             the four k16 steps, and m + 64 n of every sum of every thread
+//             of the four k16 steps, and m + 64 n of every sum of every thread
 //   mma       m + 16 k, n + 8 k and m + 16 n of what each lane holds of a, b and d
-//   ldmatrix  which of the 32 rows of 8 elements, as 8 row + column, each lane gets in each half register; stmatrix:
-//   puts encode    the arguments of cuTensorMapEncodeTiled but for the address and the L2 promotion
+//   ldmatrix  which of the 32 rows of 8 elements, as 8 row + column, each lane gets in each half register; stmatrix: puts
+//   encode    the arguments of cuTensorMapEncodeTiled but for the address and the L2 promotion
 #include <cuda.h>
 
 #include <cstdint>

@@ -66,8 +66,8 @@ extern "C" cudaError_t take_calls(int64_t* count, int64_t* fields) {
 }
 
 // problem: num_rows, out_features, in_features, num_experts, dtype, gated, gathered, aligned, allow_tf32,
-// batch_invariant, compute_capability, sm_count, transposed -> path, tile_m, tile_n, tile_k, stages, group_m, cluster;
-// text: 64 bytes
+// batch_invariant, compute_capability, sm_count, transposed -> path, tile_m, tile_n, tile_k, stages, group_m, cluster,
+// in_turn; text: 128 bytes
 extern "C" cudaError_t choose(const int64_t* problem, int64_t* chosen, char* text) {
   GemmProblem p{};
   p.num_rows = problem[0];
@@ -84,8 +84,9 @@ extern "C" cudaError_t choose(const int64_t* problem, int64_t* chosen, char* tex
   p.sm_count = static_cast<int>(problem[11]);
   p.transposed = problem[12] != 0;
   const TileConfig c = choose_tile_config(p);
-  const int64_t fields[] = {static_cast<int64_t>(c.path), c.tile_m, c.tile_n, c.tile_k, c.stages, c.group_m, c.cluster};
+  const int64_t fields[] = {
+      static_cast<int64_t>(c.path), c.tile_m, c.tile_n, c.tile_k, c.stages, c.group_m, c.cluster, c.in_turn};
   std::memcpy(chosen, fields, sizeof fields);
-  std::strncpy(text, to_string(c).c_str(), 64);
+  std::strncpy(text, to_string(c).c_str(), 128);
   return cudaSuccess;
 }

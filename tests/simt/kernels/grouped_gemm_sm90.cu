@@ -20,11 +20,12 @@ cudaError_t run(const GroupedGemmParams& params, cudaStream_t stream) {
 
 }  // namespace moekernels
 
-extern "C" cudaError_t set_tiles(int64_t tile_n, int64_t stages, int64_t group_m, int64_t cluster) {
+extern "C" cudaError_t set_tiles(int64_t tile_n, int64_t stages, int64_t group_m, int64_t cluster, int64_t in_turn) {
   moekernels::config.tile_n = static_cast<int>(tile_n);
   moekernels::config.stages = static_cast<int>(stages);
   moekernels::config.group_m = static_cast<int>(group_m);
   moekernels::config.cluster = static_cast<int>(cluster);
+  moekernels::config.in_turn = in_turn != 0;
   return cudaSuccess;
 }
 
