@@ -216,10 +216,11 @@ def _module_command(site: Path) -> list[str | Path]:
     """Compiles moekernels._C, all that depends on the version of Python."""
     package = site / "moekernels"
     headers = _output_of(sys.executable, "-m", "pybind11", "--includes").split()
-    folders = [f"-I{folder}" for folder in (site, REPOSITORY / "csrc", REPOSITORY / "csrc" / "include")]
+    csrc = REPOSITORY / "csrc"
+    folders = [f"-I{folder}" for folder in (site, csrc, csrc / "include")]
     return [
         "c++", "-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", *folders, *headers,
-        REPOSITORY / "csrc" / "python" / "module.cpp", f"-L{package}", "-lmoekernels", "-Wl,-rpath,$ORIGIN",
+        *sorted((csrc / "python").glob("*.cpp")), f"-L{package}", "-lmoekernels", "-Wl,-rpath,$ORIGIN",
         "-o", package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}",
     ]  # fmt: skip
 

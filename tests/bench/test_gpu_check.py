@@ -84,6 +84,13 @@ def test_the_kernels_of_the_backward_pass(gpu_check: ModuleType) -> None:
     assert gpu_check.BACKWARD == BACKWARD
 
 
+def test_the_module_for_another_python_has_all_of_its_sources(gpu_check: ModuleType, tmp_path: Path) -> None:
+    named = re.search(r"pybind11_add_module\(_C ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert named is not None
+    command = gpu_check._module_command(tmp_path)
+    assert {str(ROOT / source) for source in named[1].split()} <= {str(word) for word in command}
+
+
 def test_what_fails_hangs_or_is_missing_ends_alone(gpu_check: ModuleType, tmp_path: Path) -> None:
     check = make_check(gpu_check, tmp_path)
     failing = "print('FAILED tests/ops/test_plan.py::test_x[cuda-1] - AssertionError'); raise SystemExit(1)"
