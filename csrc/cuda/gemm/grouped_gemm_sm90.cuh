@@ -303,6 +303,7 @@ __device__ __forceinline__ void consume(const GroupedGemmParams& p, const TileSc
     if (idle) {
       for (int32_t step = 0; step < num_steps; ++step) {
         pipeline.wait_full();
+        __syncwarp();  // a lane that has yet to look would miss this phase once the stage is filled again
         release(pipeline);
         pipeline.advance();
       }
