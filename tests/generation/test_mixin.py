@@ -137,13 +137,12 @@ def test_who_may_keep_scores_and_logits(num_beams: int, dtype: torch.dtype) -> N
 
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
     given: list[tuple[torch.Tensor, torch.Tensor]] = []
-    kwargs = {"num_beams": num_beams, "max_new_tokens": 12, "min_new_tokens": 9, "suppress_tokens": [9, 10]}
-    plain = Keeping(tiny_olmoe()).generate(prompts(2, 5), eos_token_id=list(range(2, 30)), **kwargs)
-    kept = Keeping(tiny_olmoe()).generate(
-        prompts(2, 5), eos_token_id=list(range(2, 30)), logits_processor=[keep], **kwargs
-    )
+    # Ends are banned at first; after that nothing stands between the model and the caller's processor.
+    kwargs = {"num_beams": num_beams, "max_new_tokens": 12, "min_new_tokens": 3}
+    plain = Keeping(tiny_olmoe()).generate(prompts(2, 5), **kwargs)
+    kept = Keeping(tiny_olmoe()).generate(prompts(2, 5), logits_processor=[keep], **kwargs)
     assert torch.equal(plain, kept)
-    assert len(given) >= 9 and len(made) >= 18
+    assert len(given) >= 6 and len(made) == 2 * len(given)
     for now, then in made + given:
         assert torch.equal(now, then)
     assert len({scores.data_ptr() for scores, _ in given}) == len(given)
