@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most memory that is in use during a call, above what was before.
 
     On a CPU this is the process's resident memory, whose high-water mark Linux lets a process set back. What the ops
-    keep from earlier calls is not counted before: it is released.
+    and the C library keep from earlier calls is not counted before: it is released.
     """
     gc.collect()
     moekernels.release_memory()
@@ -32,6 +33,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     run()
