@@ -88,9 +88,7 @@ def adapted_mlp(
     factors: list[Any] = []
     for adapter in adapters:
         factors += (None, None, 1.0) if adapter is None else adapter
-    return _AdaptedMlp.apply(  # type: ignore[no-any-return,no-untyped-call]
-        hidden, routing_weights, *plan, *weights, *biases, *factors, activation, gated, transposed
-    )
+    return _AdaptedMlp.apply(hidden, routing_weights, *plan, *weights, *biases, *factors, activation, gated, transposed)
 
 
 class _AdaptedMlp(torch.autograd.Function):
@@ -133,7 +131,7 @@ class _AdaptedMlp(torch.autograd.Function):
         return unpermute(rows, row_of_slot, routing_weights)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | float | None, ...]:
         """As the backward pass of :func:`sparse_mlp`, with the gradients of factors in place of those of weights.
 
@@ -258,6 +256,6 @@ def _activation_grad(
         return reference.activation_grad(
             grad_out, linear, activation, gated=gated, row_scale=row_scale, expert_offsets=expert_offsets
         )
-    return _ops.activation_grad(  # type: ignore[no-any-return]
+    return _ops.activation_grad(
         grad_out, linear, str(activation), gated, row_scale, expert_offsets, with_scaled, with_grad_scale
     )

@@ -133,7 +133,7 @@ def run_planned(
     assert isinstance(up, Tensor) and isinstance(down, Tensor)
     activation, gated, transposed = structure.activation, structure.gated, structure.transposed
     up_lora, down_lora = ((adapters or {}).get(name) for name in (structure.up, "down_proj"))
-    frozen = not is_transformed() and not wants_gradient(*(tensor for tensor in experts if tensor is not None))
+    frozen = not is_transformed() and not wants_gradient(*(tensor for tensor in experts if isinstance(tensor, Tensor)))
     if adapters and frozen and activation is not None and not structure.normed:
         return adapted_mlp(
             hidden.to(down.dtype), weights.float(), plan, (up, down), (up_bias, down_bias), (up_lora, down_lora),
