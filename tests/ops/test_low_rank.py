@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import moekernels
 from moekernels import ops
 from moekernels.ops import _low_rank, reference
 from moekernels.ops._low_rank import LowRank, adapted_mlp
@@ -105,6 +106,9 @@ KINDS = {
 }
 
 
+IDS = torch.tensor([[0, 1], [1, 3], [3, 0], [1, -1], [3, 1], [0, 3], [1, 0], [3, 1], [0, 1]]).int()
+
+
 def make_layer(kind: str, biased: bool, transposed: bool, device: torch.device | str = "cpu") -> Layer:
     """One choice is dropped, an expert is unvisited, and the second factors lie as PEFT's."""
     generator = torch.Generator().manual_seed(3)
@@ -114,12 +118,11 @@ def make_layer(kind: str, biased: bool, transposed: bool, device: torch.device |
 
     options = {**KINDS[kind], "transposed": transposed}
     up = 40 if options["gated"] else 20
-    ids = torch.tensor([[0, 1], [1, 3], [3, 0], [1, -1], [3, 1], [0, 3], [1, 0], [3, 1], [0, 1]], device=device).int()
     weights = [random(4, up, 24), random(4, 24, 20)]
     return Layer(
         random(9, 24) * 5,
         torch.rand(9, 2, generator=generator).to(device),
-        ops.plan(ids, 4),
+        ops.plan(IDS.to(device), 4),
         [weight.transpose(1, 2).contiguous() if transposed else weight for weight in weights],
         [random(4, up), random(4, 24)] if biased else [None, None],
         [random(4, 3, 24), random(up, 3, 4).permute(2, 1, 0), random(4, 5, 20), random(24, 5, 4).permute(2, 1, 0)],
@@ -145,6 +148,25 @@ def test_layer(unit: torch.device, kind: str, biased: bool, transposed: bool, dt
         assert_accurate(*result)
     # Such a sum in float32 is of terms that were rounded to the dtype.
     assert_accurate(actual.to(dtype), truth.double(), plain.to(dtype), rounded.size_of_terms())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_a_token_are_its_own(unit: torch.device, dtype: torch.dtype) -> None:
+    """In its output and in its gradient, whoever else there is."""
+    layer = make_layer("silu", False, False, unit)
+    some = layer._replace(
+        hidden=layer.hidden[:4], routing_weights=layer.routing_weights[:4], plan=ops.plan(IDS[:4].to(unit), 4)
+    )
+    adapters = LowRank(*(x.to(dtype) for x in layer.factors[:2]), 0.7), LowRank(*layer.factors[2:], 2.0)
+    weights, direction = [x.to(dtype) for x in layer.weights], torch.randn(9, 24, device=unit).to(dtype)
+    results = []
+    for x in (layer, some):
+        hidden = x.hidden.to(dtype).requires_grad_()
+        with moekernels.batch_invariant():
+            out = adapted_mlp(hidden, x.routing_weights, x.plan, weights, (None, None), adapters, **x.options)
+            results.append([out, *torch.autograd.grad(out, hidden, direction[: len(out)])])
+    for whole, part in zip(*results, strict=True):
+        assert torch.equal(whole[:4], part)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["by-rows", "transposed"])
