@@ -160,7 +160,7 @@ def test_pairs_of_blocks_that_share_weights(library: SimtLibrary, gathered: bool
 @GATHERED
 def test_consumers_in_turn(library: SimtLibrary, gathered: bool, tile_n: int, kind: str) -> None:
     """In tiles of fewer steps than stages, of just as many and of more; with and without rows for the second one."""
-    for seed, steps in enumerate((1, STAGES[tile_n], STAGES[tile_n] + 3)):
+    for seed, steps in enumerate((3, STAGES[tile_n], STAGES[tile_n] + 3)):
         p = Problem((200, 64, 65, 1), 144, 64 * steps, kind == "gated", gathered, bias=kind == "plain",
                     transposed=kind == "transposed")  # fmt: skip
         inputs = make_inputs(p)
