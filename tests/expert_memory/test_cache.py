@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 import torch
 
 from moekernels.expert_memory import ExpertCache
+from moekernels.expert_memory.files import ExpertFile
+from moekernels.expert_memory.layout import Span
+from moekernels.expert_memory.memory import Slot
 from tests.expert_memory.conftest import EXPERT, counts, load
 
 
@@ -82,6 +87,33 @@ def test_what_is_there_comes_first(cache: ExpertCache, weights: list[torch.Tenso
     visit(cache, weights, 0, 2)
     first = visit(cache, weights, 0, 0, 1, 2)[0]
     assert 2 in first
+
+
+def test_a_group_is_in_order_whoever_had_it_read(cache: ExpertCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expert 3 is on its way for another thread, 1 is asked for with it, and both arrive at once."""
+    wait, arrive, fill = cache._changed.wait, threading.Event(), Slot.fill
+    found: list[list[int]] = []
+
+    def wait_for_all() -> None:
+        while any(entry.pending for entry in cache._entries.values()):
+            wait()
+
+    def fill_later(slot: Slot, file: ExpertFile, span: Span) -> int:
+        arrive.wait()
+        return fill(slot, file, span)
+
+    monkeypatch.setattr(Slot, "fill", fill_later)
+    monkeypatch.setattr(cache._changed, "wait", wait_for_all)
+    threads = []
+    for experts in ([3], [1, 3]):
+        threads.append(threading.Thread(target=lambda e: found.extend(map(list, cache.visit(0, e))), args=(experts,)))
+        threads[-1].start()
+        while (0, experts[0]) not in cache._entries:
+            time.sleep(0.001)
+    arrive.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [[1, 3], [3]]
 
 
 def test_what_a_visit_needs_is_not_evicted_for_it(cache: ExpertCache, weights: list[torch.Tensor]) -> None:

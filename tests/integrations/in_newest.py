@@ -42,7 +42,7 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         wanted = f"transformers=={arguments.version}" if arguments.version else "transformers>=5"
-        python = make_environment(arguments.directory or Path(temporary) / "environment", [wanted, "kernels"])
+        python = make_environment(arguments.directory or Path(temporary) / "environment", [wanted, "kernels", "trl"])
         found = "import transformers; print('transformers', transformers.__version__, flush=True)"
         subprocess.run([python, "-c", found], check=True)
         tests = rest or [str(ROOT / "tests" / name) for name in TESTS]

@@ -193,7 +193,7 @@ class ExpertCache:
         tensors of a group may be used until the next one is asked for, or the iterator closed.
 
         Yields:
-            expert -> its tensors by name.
+            expert -> its tensors by name, in ascending order of experts.
 
         Raises:
             ExpertReadError: an expert cannot be read. The next visit tries again.
@@ -208,7 +208,8 @@ class ExpertCache:
                     missing = self._take(missing, held)
                     group = self._wait_for_some(held)
                 if group:
-                    yield {entry.key[1]: entry.slot.tensors for entry in group}
+                    # Not in the order in which they were pinned: those that another thread was reading come first there.
+                    yield {entry.key[1]: entry.slot.tensors for entry in sorted(group, key=lambda entry: entry.key)}
                     self._release(group, held)
         finally:
             self._release(list(held), held)
