@@ -208,7 +208,7 @@ class ExpertCache:
                     missing = self._take(missing, held)
                     group = self._wait_for_some(held)
                 if group:
-                    # Not in the order in which they were pinned: those that another thread was reading come first there.
+                    # Not in the order of pinning, in which those that another thread had read come first.
                     yield {entry.key[1]: entry.slot.tensors for entry in sorted(group, key=lambda entry: entry.key)}
                     self._release(group, held)
         finally:
