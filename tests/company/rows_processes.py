@@ -86,6 +86,5 @@ for _name, _pieces in _PIECES.items():
 
 @row("DDP", processes=2)
 def ddp(case: Case) -> Results:
-    with process_group():
-        model = nn.parallel.DistributedDataParallel(case.model(), find_unused_parameters=True)
-        return _train(case, model)
+    with process_group():  # no name keeps the wrapper, which may wait for ever for a group that is gone before it
+        return _train(case, nn.parallel.DistributedDataParallel(case.model(), find_unused_parameters=True))
