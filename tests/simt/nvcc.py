@@ -115,6 +115,8 @@ class Compiler:
         self._pool = ThreadPoolExecutor(max_workers=WORKERS)
         self._results: dict[tuple[Path, str], Future[Compiled]] = {}
         self._lock, self._locks = Lock(), dict[str, Lock]()
+        # A copy: pytest writes to the environment before each test, while other threads start processes with it.
+        self._environment = dict(os.environ)
 
     def start(self, wanted: Iterable[tuple[Path, str]]) -> None:
         """Begins to compile these pairs of source and architecture, in this order."""
@@ -162,7 +164,7 @@ class Compiler:
             with tempfile.TemporaryDirectory(dir=self._cache_dir) as scratch:
                 built = Path(scratch) / f"out{target.suffix}"
                 command = ["nvcc", *options, str(source), "-o", str(built)]
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                result = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
                 if result.returncode != 0:
                     raise CompileError(result.stderr)
                 record = Path(scratch) / "log.json"
