@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 import moekernels
+from moekernels._memory import trim_heap
 from moekernels.models import NllbMoeConfig
 from moekernels.models.nllb_moe import NllbMoeSparseMLP
 
@@ -33,8 +33,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    trim_heap()
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     run()

@@ -71,9 +71,9 @@ def layer(num_tokens: int, dtype: torch.dtype, training: bool = False) -> Run:
 def on_meta(name: str, dtype: torch.dtype) -> Any:
     from moekernels.models import AutoConfig, AutoModelForSeq2SeqLM
 
-    fields = {"m2m100": {"model_type": "m2m_100"}, "switch": {"model_type": "switch_transformers"}}[name]
+    model_type = {"m2m100": "m2m_100", "switch": "switch_transformers"}[name]
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(decoder_start_token_id=0, **fields))
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, decoder_start_token_id=0))
     return model.to(dtype)
 
 
