@@ -63,8 +63,8 @@ class PackedRows {
 
 // One chunk of K of the rows of tiles begin .. end times one panel of weights; `t` has the weights, n and what to do
 // with the sums. What is far is fetched by the first tiles of all, which share it, and where it pays
-// (MOEKERNELS_FETCH_FROM_MEMORY); what is near by the last tile. With one or two rows the processor runs so far ahead by
-// itself that the first of these fetches only costs.
+// (MOEKERNELS_FETCH_FROM_MEMORY); what is near by the last tile. With one or two rows the processor runs so far ahead
+// by itself that the first of these fetches only costs.
 template <class Dot>
 MOEKERNELS_INLINE void multiply_panel(const PackedRows<Dot>& rows, int64_t begin, int64_t end, int64_t k, float* sums,
                                       TileOperands<Dot>& t) {
