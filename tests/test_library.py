@@ -136,9 +136,34 @@ def test_tile_choice_can_be_asked_without_a_gpu() -> None:
 
 def test_import_leaves_torchs_compiler_alone() -> None:
     """It takes longer to import than everything here."""
-    code = "import sys, torch, moekernels; print('torch._dynamo' in sys.modules)"
+    code = "import sys, torch, moekernels; moekernels.pipeline; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_import_brings_models_when_they_are_used() -> None:
+    code = """
+import sys, moekernels
+parts = ["tokenizers", "generation", "models", "pipelines"]
+print([part for part in parts if f"moekernels.{part}" in sys.modules])
+moekernels.AutoTokenizer
+print([part for part in parts if f"moekernels.{part}" in sys.modules])
+print(all(getattr(moekernels, part).__name__ == f"moekernels.{part}" for part in parts))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n['tokenizers']\nTrue\n"
+
+
+def test_every_public_name_is_that_of_its_part() -> None:
+    parts = [moekernels.tokenizers, moekernels.generation, moekernels.models, moekernels.pipelines]
+    for name in moekernels.__all__:
+        value = getattr(moekernels, name)
+        homes = [part for part in parts if name in part.__all__]
+        assert all(value is getattr(part, name) for part in homes), name
+        assert homes or name in vars(moekernels), name
+        assert name in dir(moekernels)
+    with pytest.raises(AttributeError, match="module 'moekernels' has no attribute 'AutoModelForNothing'"):
+        moekernels.AutoModelForNothing  # noqa: B018
 
 
 def test_an_unknown_instruction_set_in_the_environment() -> None:
