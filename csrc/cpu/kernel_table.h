@@ -104,6 +104,11 @@ struct KernelTable {
   void (*narrow)(DType dtype, const float* source, void* target, int64_t n);
   void (*softmax)(const float* logits, float* probs, int64_t n);
   void (*round)(DType dtype, float* values, int64_t n);
+
+  // Choosing, see isa/choice_kernels.h.
+  void (*score)(Score score, const float* logits, const float* bias, float* scores, float* choice, int64_t n);
+  bool (*group_sums)(const float* choice, int64_t num_groups, int64_t size, float* sums);
+  bool (*largest)(const float* scores, int64_t n, int32_t k, int32_t* indices);
 };
 
 // Null where the build or its target lacks the instruction set.

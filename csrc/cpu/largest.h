@@ -6,15 +6,18 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/kernel_table.h"
+
 namespace moekernels::cpu {
 
 // Finds the k largest of a row's scores: NaN above everything, -0 equal to +0, the lower index first among equal ones.
 class Largest {
  public:
-  explicit Largest(int32_t max_k) : best_(static_cast<size_t>(max_k)) {}
+  explicit Largest(int32_t max_k) : in_kernel_(kernels().largest), best_(static_cast<size_t>(max_k)) {}
 
   // Leaves the indices of the k <= max_k largest of n scores in `indices`, the largest first.
   void find(const float* scores, int32_t n, int32_t k, int32_t* indices) {
+    if (k <= n && in_kernel_(scores, n, k, indices)) return;
     int32_t found = 0;
     float smallest = 0.0f;  // of the k found so far
     for (int32_t i = 0; i < n; ++i) {
@@ -46,6 +49,7 @@ class Largest {
 
   static int32_t index_of(uint64_t key) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key)); }
 
+  bool (*const in_kernel_)(const float* scores, int64_t n, int32_t k, int32_t* indices);
   std::vector<uint64_t> best_;  // [k]
 };
 

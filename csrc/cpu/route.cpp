@@ -1,7 +1,7 @@
 // logits [T, E] -> weights [T, K], expert_ids [T, K]
 //
-// The rules are those of ops/reference.py. Arithmetic on a row goes through the kernel table; choosing does not, so
-// that every instruction set orders NaN, ties and signed zeros alike.
+// The rules are those of ops/reference.py. What is done to a row goes through the kernel table; every instruction set
+// orders NaN, ties and signed zeros alike.
 #include <limits>
 #include <vector>
 

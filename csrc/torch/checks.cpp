@@ -40,6 +40,12 @@ constexpr std::array<std::pair<const char*, Scoring>, 3> kScorings = {{
     {"sparsemixer", Scoring::kSparsemixer},
 }};
 
+constexpr std::array<std::pair<const char*, Score>, 3> kScores = {{
+    {"softmax", Score::kSoftmax},
+    {"sigmoid", Score::kSigmoid},
+    {"sqrt_softplus", Score::kSqrtSoftplus},
+}};
+
 template <typename Table>
 auto look_up(const Checks& checks, const char* what, const Table& table, const std::string& name) {
   for (const auto& [known_name, value] : table) {
@@ -171,6 +177,10 @@ Activation Checks::activation(const std::string& name, bool gated, Swiglu& swigl
 
 Scoring Checks::scoring(const std::string& name) const {
   return look_up(*this, "scoring", kScorings, name);
+}
+
+Score Checks::score(const std::string& name) const {
+  return look_up(*this, "score", kScores, name);
 }
 
 DType Checks::probs_dtype(const std::optional<ScalarType>& dtype, Scoring scoring) const {

@@ -64,6 +64,7 @@ class Checks {
   }
   Activation activation(const std::string& name, bool gated, Swiglu& swiglu) const;
   Scoring scoring(const std::string& name) const;
+  Score score(const std::string& name) const;
 
   // float32 where none is given.
   DType probs_dtype(const std::optional<ScalarType>& dtype, Scoring scoring) const;

@@ -42,8 +42,10 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
       "linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='none', bool batch_invariant=False) -> "
       "Tensor");
   m.def(
-      "choose(Tensor scores, Tensor? bias, Tensor? mask, int top_k, int num_groups, int top_groups, bool renormalize, "
-      "float scale) -> (Tensor weights, Tensor expert_ids)");
+      "route_by_score(Tensor logits, int top_k, str score='sigmoid', Tensor? selection_bias=None, int num_groups=1, "
+      "int? top_groups=None, bool renormalize=False, float scale=1.0, Tensor? mask=None) "
+      "-> (Tensor weights, Tensor expert_ids)");
+  m.def("transpose(Tensor matrix) -> Tensor");
   m.def("rms_norm(Tensor input, Tensor weight, float eps) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? bias=None) -> Tensor");
 
@@ -91,7 +93,8 @@ void register_all(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(moekernels, CPU, m) {
   register_all(m);
   m.impl("linear", MOEKERNELS_BOX(linear));
-  m.impl("choose", MOEKERNELS_BOX(choose));
+  m.impl("route_by_score", MOEKERNELS_BOX(route_by_score));
+  m.impl("transpose", MOEKERNELS_BOX(transpose));
   m.impl("rms_norm", MOEKERNELS_BOX(rms_norm));
   m.impl("attention", MOEKERNELS_BOX(attention));
 }

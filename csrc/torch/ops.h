@@ -20,9 +20,12 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, const std:
                                  const std::optional<ScalarType>& probs_dtype, double eps,
                                  const std::optional<Tensor>& noise, const std::optional<Tensor>& mask);
 
-std::tuple<Tensor, Tensor> choose(const Tensor& scores, const std::optional<Tensor>& bias,
-                                  const std::optional<Tensor>& mask, int64_t top_k, int64_t num_groups,
-                                  int64_t top_groups, bool renormalize, double scale);
+std::tuple<Tensor, Tensor> route_by_score(const Tensor& logits, int64_t top_k, const std::string& score,
+                                          const std::optional<Tensor>& selection_bias, int64_t num_groups,
+                                          const std::optional<int64_t>& top_groups, bool renormalize, double scale,
+                                          const std::optional<Tensor>& mask);
+
+Tensor transpose(const Tensor& matrix);
 
 std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& expert_ids, int64_t num_experts,
                                         const std::optional<int64_t>& capacity,

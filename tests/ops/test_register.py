@@ -61,7 +61,8 @@ def samples() -> dict[str, tuple]:
             True,
             scale,
         ),
-        "choose": (logits.sigmoid(), torch.randn(8), torch.rand(6) > 0.3, 2, 4, 2, True, 2.5),
+        "route_by_score": (logits, 2, "sigmoid", torch.randn(8), 4, 2, True, 2.5, torch.rand(6) > 0.3),
+        "transpose": (logits,),
         "router_stats": (logits, 3, 2, torch.ones(6)),
         "sparse_mlp": layer,
         "sparse_mlp_train": layer,
@@ -81,8 +82,9 @@ DIFFERENTIABLE = (
     "sparse_mlp_train", "sparse_mlp_train of a table",
 )  # fmt: skip
 OTHERS = (
-    "plan", "sparse_mlp", "sparse_mlp of a table", "linear", "quantized_gemm", "rms_norm", "attention", "choose",
-    "route_grad", "router_stats_grad", "unpermute_grad", "activation_grad", "grouped_weight_grad",
+    "plan", "sparse_mlp", "sparse_mlp of a table", "linear", "quantized_gemm", "rms_norm", "attention",
+    "route_by_score", "transpose", "route_grad", "router_stats_grad", "unpermute_grad", "activation_grad",
+    "grouped_weight_grad",
 )  # fmt: skip
 
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekernels import ops
+from moekernels import cpu_isa, ops
+from moekernels.ops.route_by_score import SCORES
+from tests.isa import isas
+from tests.tolerance import assert_accurate
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,9 +156,56 @@ def test_the_kernel_is_the_definition(experts: int, groups: int, kept: int) -> N
         assert torch.equal(wanted.expert_ids, got.expert_ids)
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("experts", [1, 5, 16, 31, 64, 70, 256, 333])
+def test_ties_and_infinities_on_every_machine(experts: int, isa: str) -> None:
+    """Ids are those of a stable sort, whichever way the kernel takes: few or many columns, or one after another."""
+    kinds = [torch.randn(20, experts), (torch.randn(20, experts) * 2).round() / 2, torch.zeros(1, experts)]
+    kinds.append(torch.linspace(-3, 3, experts).expand(1, -1))  # each larger than all before
+    kinds.append(torch.where(torch.rand(20, experts) < 0.7, float("-inf"), torch.randn(20, experts)))
+    logits = torch.cat(kinds)
+    logits[3, experts // 2] = float("nan")
+    for top_k in sorted({1, min(experts, 2), min(experts, 8), min(experts, 11), min(experts, 30), experts}):
+        expected = torch.sort(logits + 0.0, dim=-1, descending=True, stable=True).indices[:, :top_k]
+        with cpu_isa(isa):
+            assert torch.equal(ops.route(logits, top_k).expert_ids.long(), expected)
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_groups_on_every_machine(isa: str) -> None:
+    for experts, num_groups, top_groups, top_k in ((64, 8, 4, 8), (40, 8, 3, 6), (256, 8, 4, 8), (12, 12, 5, 4)):
+        logits = (torch.randn(200, experts) * 4).round() / 4
+        logits[7, 3] = float("nan")
+        bias = torch.randn(experts).round() / 8
+        bias[torch.rand(experts) < 0.3] = float("-inf")  # never chosen, but where a group has nothing else
+        options = {"selection_bias": bias, "num_groups": num_groups, "top_groups": top_groups}
+        expected = ops.route_by_score(logits.double(), top_k, **options)  # by torch's functions
+        with cpu_isa(isa):
+            actual = ops.route_by_score(logits, top_k, **options)
+        assert torch.equal(actual.expert_ids, expected.expert_ids)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_every_machine(dtype: torch.dtype, score: str, isa: str) -> None:
+    """Also where exponentials leave float32, and to the same bits for a token whoever else there is."""
+    logits = torch.cat([torch.randn(50, 40), torch.linspace(-120, 120, 400).view(10, 40)]).to(dtype)
+    with cpu_isa(isa):
+        weights, ids = ops.route_by_score(logits, 40, score=score)
+        some = ops.route_by_score(logits[3:5], 40, score=score)
+    actual = torch.zeros(60, 40).scatter(1, ids.long(), weights)
+    assert_accurate(actual, SCORES[score](logits.double()), SCORES[score](logits.float()))
+    assert torch.equal(some.weights, weights[3:5])
+    small = SCORES[score](logits.double())
+    big_enough = small > 1e-17  # of which even the square is a normal number
+    assert ((actual - small).abs() / small)[big_enough].max() < 4e-7 * (20 if score == "softmax" else 1)
+
+
 def test_registration() -> None:
-    scores, bias, mask = torch.rand(5, 8), torch.rand(8), torch.rand(5) > 0.5
-    torch.library.opcheck(torch.ops.moekernels.choose.default, (scores, bias, mask, 2, 4, 2, True, 1.5))
+    logits, bias, mask = torch.randn(5, 8), torch.rand(8), torch.rand(5) > 0.5
+    op = torch.ops.moekernels.route_by_score.default
+    torch.library.opcheck(op, (logits, 2, "sigmoid", bias, 4, 2, True, 1.5, mask))
 
 
 def test_mask() -> None:

@@ -3,6 +3,7 @@
 
 #include "cpu/isa/activation_kernels.h"
 #include "cpu/isa/attention_task.h"
+#include "cpu/isa/choice_kernels.h"
 #include "cpu/isa/gemm_task.h"
 #include "cpu/isa/quantized_integer_kernel.h"
 #include "cpu/isa/quantized_kernel.h"
@@ -78,6 +79,9 @@ constexpr KernelTable kernel_table(GemmKernel float32_gemm, GemmKernel bfloat16_
       narrow,
       softmax,
       round,
+      score,
+      group_sums,
+      largest,
   };
 }
 

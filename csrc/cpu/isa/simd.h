@@ -65,6 +65,16 @@ MOEKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) {
 MOEKERNELS_INLINE VecF times_power_of_2(VecF x, VecF n) {
   return _mm512_scalef_ps(x, n);
 }
+MOEKERNELS_INLINE VecF sqrt(VecF x) {
+  return _mm512_sqrt_ps(x);
+}
+MOEKERNELS_INLINE float max_of(VecF x) {  // of which none is NaN
+  return _mm512_reduce_max_ps(x);
+}
+// A bit for each lane of a comparison.
+MOEKERNELS_INLINE uint32_t mask_of(VecI comparison) {
+  return _mm512_movepi32_mask(__m512i(comparison));
+}
 MOEKERNELS_INLINE VecF load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -88,6 +98,17 @@ MOEKERNELS_INLINE void reduce_4(VecF a, VecF b, VecF c, VecF d, float* target, b
 MOEKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) {
   return _mm256_fmadd_ps(a, b, c);
 }
+MOEKERNELS_INLINE VecF sqrt(VecF x) {
+  return _mm256_sqrt_ps(x);
+}
+MOEKERNELS_INLINE float max_of(VecF x) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+MOEKERNELS_INLINE uint32_t mask_of(VecI comparison) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(__m256(comparison)));
+}
 MOEKERNELS_INLINE VecF load(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -108,6 +129,20 @@ MOEKERNELS_INLINE void reduce_4(VecF a, VecF b, VecF c, VecF d, float* target, b
 
 MOEKERNELS_INLINE VecF fma(VecF a, VecF b, VecF c) {
   return a * b + c;
+}
+MOEKERNELS_INLINE VecF sqrt(VecF x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+}
+MOEKERNELS_INLINE float max_of(VecF x) {
+  float max = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) max = x[lane] > max ? x[lane] : max;
+  return max;
+}
+MOEKERNELS_INLINE uint32_t mask_of(VecI comparison) {
+  uint32_t mask = 0;
+  for (int lane = 0; lane < kLanes; ++lane) mask |= (comparison[lane] != 0 ? 1u : 0u) << lane;
+  return mask;
 }
 
 // Shifting a half's exponent and mantissa into a float's place leaves the exponent off by 2^112, which a
@@ -191,6 +226,16 @@ MOEKERNELS_INLINE void store_n(T* p, VecF v, int64_t n) {
   store(elements, v);
   for (int64_t i = 0; i < n; ++i) p[i] = elements[i];
 }
+
+#if MOEKERNELS_VECTOR_BYTES == 64
+MOEKERNELS_INLINE VecF load_n(const float* p, int64_t n, float fill = 0.0f) {
+  return n >= kLanes ? load(p) : VecF(_mm512_mask_loadu_ps(set1(fill), static_cast<__mmask16>((1u << n) - 1), p));
+}
+MOEKERNELS_INLINE void store_n(float* p, VecF v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+}
+#endif
 
 }  // namespace
 }  // namespace moekernels::cpu

@@ -32,7 +32,8 @@ void set_cpu_isa(CpuIsa isa);  // clamped to best_cpu_isa(); for tests and bench
 
 // Each reads and writes exactly what params.h says and cannot fail on valid parameters.
 void run(const RouteParams& params, const Parallel& parallel);
-void run(const ChooseParams& params, const Parallel& parallel);
+void run(const RouteByScoreParams& params, const Parallel& parallel);
+void run(const TransposeParams& params, const Parallel& parallel);
 void run(const PlanParams& params, const Parallel& parallel);
 void run(const PermuteParams& params, const Parallel& parallel);
 void run(const GroupedGemmParams& params, const Parallel& parallel);

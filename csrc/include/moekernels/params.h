@@ -24,6 +24,13 @@ enum class Scoring : int32_t {
   kSparsemixer = 2,  // PhiMoE: two argmaxes, each weighted by a softmax over its near-ties
 };
 
+// How a logit becomes an expert's score.
+enum class Score : int32_t {
+  kSoftmax = 0,
+  kSigmoid = 1,
+  kSqrtSoftplus = 2,  // sqrt(log(1 + exp(x))) (DeepSeek-V4)
+};
+
 enum class Activation : int32_t {
   kNone = 0,
   kRelu = 1,
@@ -62,24 +69,37 @@ struct RouteParams {
   float eps;          // kSparsemixer: experts within 2 * eps of the maximum count as near-ties
 };
 
-// scores [T, E] -> weights [T, K], expert_ids [T, K] int32 (-1: not routed)
+// logits [T, E] -> weights [T, K] float32, expert_ids [T, K] int32 (-1: not routed)
 // With c = score + bias: of the groups of neighbouring experts those with the largest sums of their two largest c, of
 // their experts those of largest c. Weights are scores.
-struct ChooseParams {
-  static constexpr const char* kOp = "choose";
-  const float* scores;  // [T, E]
+struct RouteByScoreParams {
+  static constexpr const char* kOp = "route_by_score";
+  const void* logits;   // [T, E] of `logits_dtype`
   const float* bias;    // [E], nullable
   const uint8_t* mask;  // [T], nullable: tokens with 0 get expert_ids -1 and weights 0
   float* weights;       // [T, K] contiguous
   int32_t* expert_ids;  // [T, K] contiguous
   int64_t num_tokens;
-  int64_t scores_stride;
+  int64_t logits_stride;
   int32_t num_experts;
   int32_t top_k;
   int32_t num_groups;
   int32_t top_groups;
+  Score score;
+  DType logits_dtype;
   bool renormalize;  // divide the weights of a token by their sum
   float scale;       // then multiply them with it
+};
+
+// matrix [M, N] -> out [N, M]
+struct TransposeParams {
+  static constexpr const char* kOp = "transpose";
+  const void* matrix;
+  void* out;  // contiguous
+  int64_t num_rows;
+  int64_t num_cols;
+  int64_t stride;
+  int64_t element_size;  // bytes: 2 or 4
 };
 
 // expert_ids [T, K] -> expert_offsets [E + 1], token_of_row [N], row_of_slot [T, K]

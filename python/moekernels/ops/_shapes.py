@@ -43,10 +43,15 @@ def _route(logits: Tensor, top_k: int, *args: Any, **kwargs: Any) -> tuple[Tenso
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
-@_fake("choose")
-def _choose(scores: Tensor, bias: Tensor | None, mask: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = (scores.shape[0], top_k)
-    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int32)
+@_fake("route_by_score")
+def _route_by_score(logits: Tensor, top_k: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+@_fake("transpose")
+def _transpose(matrix: Tensor) -> Tensor:
+    return matrix.new_empty(matrix.shape[1], matrix.shape[0])
 
 
 @_fake("plan")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekernels.ops._call import is_transformed, run, wants_gradient
+from moekernels.ops._call import KERNEL_DTYPES, is_transformed, run, wants_gradient
 from moekernels.ops._types import Routing
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,8 +36,8 @@ def route_by_score(
     largest sums of their two largest c stay; of their experts the `top_k` of largest c are chosen. Weights are s of the
     chosen, divided by their sum if `renormalize`, times `scale`. On exact ties the lowest index comes first.
 
-    On a CPU a kernel chooses and weights, from scores that torch computes; elsewhere, in float64 and for gradients
-    torch's functions do.
+    On a CPU a kernel does; elsewhere and in float64 torch's functions do, which also compute the weights where they
+    have a gradient.
 
     Args:
         logits: ``[T, E]``, float32, bfloat16, float16 or float64.
@@ -57,17 +57,22 @@ def route_by_score(
     Raises:
         ValueError: for wrong shapes, dtypes or devices, an unknown score, sizes that do not go together.
     """
+    if _in_kernel(logits, selection_bias, mask):
+        bias = selection_bias
+        if bias is not None and (bias.requires_grad or bias.dtype != torch.float32):
+            bias = bias.detach().float()
+        with_gradient = wants_gradient(logits)
+        weights, expert_ids = run(
+            torch.ops.moekernels.route_by_score.default, logits.detach() if with_gradient else logits, top_k, score,
+            bias, num_groups, top_groups, renormalize, scale, mask,
+        )  # fmt: skip
+        if with_gradient:
+            scores = SCORES[score](logits.float())
+            weights = _weights(scores, expert_ids.long().clamp(min=0), renormalize, scale, mask)
+        return Routing(weights, expert_ids)
     groups = _checked(logits, top_k, score, selection_bias, num_groups, top_groups, mask)
     scores = SCORES[score](logits if logits.dtype == torch.float64 else logits.float())
     bias = None if selection_bias is None else selection_bias.detach()
-    in_kernel = scores.is_cpu and torch.float64 not in (scores.dtype, None if bias is None else bias.dtype)
-    if in_kernel and not is_transformed():
-        bias = None if bias is None else bias.float()
-        op = torch.ops.moekernels.choose.default
-        weights, expert_ids = run(op, scores.detach(), bias, mask, top_k, num_groups, groups, renormalize, scale)
-        if not wants_gradient(scores):
-            return Routing(weights, expert_ids)
-        return Routing(_weights(scores, expert_ids.long().clamp(min=0), renormalize, scale, mask), expert_ids)
     choice = scores.detach() if bias is None else scores.detach() + bias
     if groups < num_groups:
         parts = choice.unflatten(-1, (num_groups, -1))
@@ -79,6 +84,14 @@ def route_by_score(
     if mask is not None:
         expert_ids = expert_ids.masked_fill(~mask.unsqueeze(-1), -1)
     return Routing(weights, expert_ids.int())
+
+
+def _in_kernel(logits: Tensor, selection_bias: Tensor | None, mask: Tensor | None) -> bool:
+    if not logits.is_cpu or logits.dtype not in KERNEL_DTYPES or is_transformed():
+        return False
+    if selection_bias is not None and not (selection_bias.is_cpu and selection_bias.dtype in KERNEL_DTYPES):
+        return False
+    return mask is None or (mask.is_cpu and mask.dtype == torch.bool)
 
 
 def _weights(scores: Tensor, expert_ids: Tensor, renormalize: bool, scale: float, mask: Tensor | None) -> Tensor:
