@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moekernels._settings import autocast_dtype
 from moekernels.ops import reference
-from moekernels.ops._call import Operators
+from moekernels.ops._call import KERNEL_DTYPES, Operators
 from moekernels.ops._float64 import is_float64
 from moekernels.ops._quantized import is_quantized
 from moekernels.ops._types import Plan
@@ -141,6 +141,7 @@ class _AdaptedMlp(torch.autograd.Function):
             hidden, routing_weights, expert_offsets, token_of_row, row_of_slot, up_weight, down_weight, down_bias,
             up_first, up_second, down_first, down_second, linear, up_reduced, down_reduced,
         ) = ctx.saved_tensors  # fmt: skip
+        _let_go(ctx)
         needs_hidden, needs_weights = ctx.needs_input_grad[:2]
         up_scale, down_scale = ctx.scales
         grad_hidden = grad_weights = None
@@ -188,16 +189,28 @@ class _AdaptedMlp(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _let_go(ctx: Any) -> None:
+    """Leave saved tensors to the backward pass alone, so that they are free where it needs them no more.
+
+    Without this its node holds them to the end. Where the graph is to be kept torch does nothing.
+    """
+    release = getattr(ctx, "maybe_clear_saved_tensors", None)  # where torch has it
+    if release is not None and not torch.compiler.is_compiling():
+        release()
+
+
 def _as_read(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``[E, R, width]`` in this dtype with dense rows, as they are if they are so.
 
-    PEFT's `lora_B` has its experts in neighbouring columns: rows are what torch transposes fast.
+    PEFT's `lora_B` has its experts in neighbouring columns: a matrix to be transposed.
     """
     factor = factor.to(dtype)
     if factor.stride(-1) == 1:
         return factor
     num_experts, rank, _ = factor.shape
-    return factor.transpose(0, 1).flatten(0, 1).contiguous().unflatten(0, (rank, num_experts)).transpose(0, 1)
+    rows = factor.transpose(0, 1).flatten(0, 1)  # [R * E, width]
+    rows = _ops.transpose(rows.t()) if rows.is_cpu and dtype in KERNEL_DTYPES else rows.contiguous()
+    return rows.unflatten(0, (rank, num_experts)).transpose(0, 1)
 
 
 def _reduced(
@@ -238,8 +251,12 @@ def _factor_grad(
     if reduced is None or factor is None:
         return None
     grad, _ = grouped_weight_grad(reduced, rows, expert_offsets, token_of_row=token_of_row)
-    grad = grad.to(factor.dtype)
-    return grad if factor.stride(-1) == 1 else grad.transpose(0, 1).contiguous().transpose(0, 1)
+    if factor.stride(-1) != 1:
+        num_experts, rank, _ = grad.shape
+        order = torch.arange(num_experts * rank, dtype=torch.int32, device=grad.device)
+        order = order.view(num_experts, rank).t().reshape(-1)
+        grad = permute(grad.flatten(0, 1), order).unflatten(0, (rank, num_experts)).transpose(0, 1)
+    return grad.to(factor.dtype)
 
 
 def _activation_grad(
