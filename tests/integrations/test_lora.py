@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -141,6 +142,29 @@ def test_gradients_in_float64(name: str) -> None:
     got = gradients(run_stacks(experts, structure, hidden, ids, weights, stacks, found[1]))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("targets", "router"),
+    [
+        ({"target_modules": "all-linear"}, r"base_model\.model\.model\.layers\.0\.mlp\.gate and 1 more"),
+        ({"target_modules": [], "target_parameters": ["gate.weight"]}, r"\.mlp\.gate and 1 more"),
+        ({"target_modules": ["q_proj"], "target_parameters": TARGETS["target_parameters"]}, None),
+    ],
+    ids=["all-linear", "by-name", "without"],
+)
+def test_warning_of_adapted_routers(targets: dict[str, Any], router: str | None) -> None:
+    model = make_model("olmoe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, **targets))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        replace_moe_layers(model)
+    messages = [str(warning.message) for warning in said]
+    assert len(messages) == (router is not None)
+    if router is not None:
+        assert re.search(f"{router} .*carry adapters of PEFT.* target_parameters", messages[0])
 
 
 def test_hooks_take_the_way_of_peft() -> None:

@@ -67,6 +67,21 @@ def test_disabled_merged_and_taken_off(model: Any) -> None:
         close([ours.merge_and_unload()(**inputs()).logits], [stock.merge_and_unload()(**inputs()).logits])
 
 
+def test_warning_of_adapted_routers(model: Any) -> None:
+    """PEFT's "all-linear" leaves routers of models of this package alone; one that is named is adapted."""
+    stacks = TARGETS["target_parameters"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        plain = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules="all-linear"))
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[*stacks, "router.weight"])
+        adapted_router = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace_moe_layers(plain)
+    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.router and 1 more of .* carry adapters of PEFT"):
+        replace_moe_layers(adapted_router)
+
+
 def test_dropout_is_refused_as_peft_does(model: Any) -> None:
     with pytest.raises(ValueError, match="lora_dropout"):
         peft.get_peft_model(model, peft.LoraConfig(r=2, lora_dropout=0.1, **TARGETS))

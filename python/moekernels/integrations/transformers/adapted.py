@@ -5,6 +5,7 @@ Letters: T tokens, K choices per token, H hidden size.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moekernels.integrations.transformers.experts import ExpertWeights
 from moekernels.integrations.transformers.fused import Structure, plain_stacks, run_planned, run_stacks, structure_of
 from moekernels.integrations.transformers.layers import FusedExperts
-from moekernels.integrations.transformers.lora import adapters_of, is_wrapper
+from moekernels.integrations.transformers.lora import adapters_of, is_adapter, is_wrapper
 from moekernels.integrations.transformers.plain import say_why, why_not_plain
 from moekernels.integrations.transformers.swaps import Swap
 from moekernels.nn import GroupedExperts
@@ -90,6 +91,39 @@ def in_wrappers(module: Any) -> nn.Module:
     while is_wrapper(module):
         module = module.base_layer
     return module
+
+
+_ROUTERS = ("gate", "router")  # what models call them, beside their experts
+
+
+def warn_of_adapted_routers(model: nn.Module) -> None:
+    """Say which routers of replaced layers carry adapters: training these changes which experts a token chooses."""
+    modules = dict(model.named_modules())
+    found: dict[str, None] = {}
+    for name, module in modules.items():
+        if not is_adapter(module):
+            continue
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part in _ROUTERS and _has_replaced(modules[".".join(parts[:i])]):
+                found[".".join(parts[: i + 1])] = None
+    if not found:
+        return
+    first, *others = found
+    more = f" and {len(others)} more" if others else ""
+    warnings.warn(
+        f"{first}{more} of this model's routers carry adapters of PEFT, as target_modules='all-linear' has it: training "
+        "them changes which experts tokens choose. To leave routers out, name the modules in target_modules and the "
+        "stacks of experts in target_parameters; exclude_modules leaves out modules, but no router that is adapted as a "
+        "parameter",
+        stacklevel=3,
+    )
+
+
+def _has_replaced(module: nn.Module) -> bool:
+    return isinstance(module, Swap) or any(
+        isinstance(child, Swap) or isinstance(in_wrappers(child), Swap) for child in module.children()
+    )
 
 
 def wrapper_swap(module: nn.Module, experts_swap: type[Swap] | None) -> type[Swap] | None:

@@ -21,6 +21,11 @@ def is_wrapper(module: Any) -> bool:
     return any(cls.__name__ == "ParamWrapper" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
+def is_adapter(module: Any) -> bool:
+    """Whether it is PEFT's, of any kind, around a module or a parameter."""
+    return "base_layer" in module._modules and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
+
 def adapters_of(module: Any, transposed: bool) -> tuple[nn.Module, dict[str, LowRank]] | str:
     """What wrappers around a module of experts add to its stacks, or why only PEFT itself can say so.
 

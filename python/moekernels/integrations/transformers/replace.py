@@ -10,6 +10,7 @@ from types import MethodType
 from torch import nn
 
 from moekernels import ops
+from moekernels.integrations.transformers.adapted import warn_of_adapted_routers
 from moekernels.integrations.transformers.layers import NllbExperts, warn_of_nllb
 from moekernels.integrations.transformers.plain import is_own_forward
 from moekernels.integrations.transformers.swaps import Swap, swapped_class
@@ -58,7 +59,7 @@ def replace_moe_layers(model: nn.Module, *, strict: bool = True, weights: str | 
     Nothing is copied, packed or kept: each call reads the weights where they are. Whatever others do to the model, now
     or later, thus holds: where a module of the experts has hooks, an adapter, a quantised Linear, or a weight that is
     pruned, normed, offloaded or float64, the layer computes what it did before by calling its modules, and a warning
-    says once which module and why.
+    says once which module and why. Another warning names routers that adapters of PEFT would train.
 
     Args:
         model: any module; its MoE modules are found by their classes. Those replaced before are left alone.
@@ -118,6 +119,7 @@ def replace_moe_layers(model: nn.Module, *, strict: bool = True, weights: str | 
         setattr(module, name, nn.Parameter(quantized, requires_grad=False))
     if any(swap is NllbExperts for _, _, swap in found):
         warn_of_nllb()
+    warn_of_adapted_routers(model)
     return ReplacedLayers(
         tuple(name for name, _, _ in found),
         dict(Counter(type(module).__name__ for _, module, _ in found)),
