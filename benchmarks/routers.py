@@ -2,8 +2,8 @@
 
     python benchmarks/routers.py --save out.md
 
-A cell is the time of a rule as a multiple of that of `ops.route`, which stands beside it in microseconds. The rules
-take turns in one process, some calls at a time; cells are medians. `MOEKERNELS_CPU_ISA=avx2` and the like say with which
+A cell is the time of a rule as a multiple of that of `ops.route`, which stands beside it in microseconds. Rules take
+turns in one process, some calls at a time; cells are medians. `MOEKERNELS_CPU_ISA=avx2` and the like say with which
 instructions.
 """
 

@@ -63,7 +63,7 @@ class AmxAttentionTask {
 
   void run() {
     keys_.pack_right(p_.num_keys, p_.head_dim, [&](int64_t key) { return rows_.key(key); });
-    values_.pack_right_transposed(p_.head_dim, p_.num_keys, [&](int64_t key) { return rows_.value(key); });
+    values_.pack_right_transposed(p_.head_dim, p_.num_keys, p_.num_keys, [&](int64_t key) { return rows_.value(key); });
     const AmxTiles tiles;
     for (int64_t begin = 0; begin < rows_.size(); begin += kAmxBlockRows) {
       num_rows_ = min(kAmxBlockRows, rows_.size() - begin);

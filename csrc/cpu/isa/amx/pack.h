@@ -74,16 +74,20 @@ class AmxPacked {
   }
 
   // right, MN-major: column c is source(k)[c] for k in [0, n). Columns go by pairs of groups, in the order in which the
-  // instructions leave them: `in_order` undoes it.
+  // instructions leave them: `in_order` undoes it. The rows of the next tile, of which there are some up to `end`, are
+  // fetched meanwhile: they lie too far apart for the processor to do that.
   template <class Source>
-  void pack_right_transposed(int64_t cols, int64_t n, const Source& source) {
+  void pack_right_transposed(int64_t cols, int64_t n, int64_t end, const Source& source) {
     resize(n);
-    const BFloat16* rows[kAmxDepth];
+    const BFloat16 *rows[kAmxDepth], *next[kAmxDepth];
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       block_rows(source, tile * kAmxDepth, n, rows);
+      block_rows(source, (tile + 1) * kAmxDepth, end, next);
       for (int64_t pair = 0; pair < kAmxRows; ++pair) {
         BFloat16* low = target(0, tile) + pair * kAmxDepth;
         for (int64_t first = 0; first < cols; first += 2 * kAmxRows, low += 2 * tiles_ * kAmxElements) {
+          __builtin_prefetch(next[2 * pair] + first);
+          __builtin_prefetch(next[2 * pair + 1] + first);
           const __m512i even = (__m512i)words(rows[2 * pair], first, cols);
           const __m512i odd = (__m512i)words(rows[2 * pair + 1], first, cols);
           store_word(low, (VecU)_mm512_unpacklo_epi16(even, odd));

@@ -17,6 +17,10 @@ namespace {
 
 constexpr int64_t kAmxChunk = 256;  // elements of K: the operands of multiply_tiles stay in the first-level cache
 
+// Where few rows are on the left, what is packed of the right operand is read so seldom that it is not to leave the
+// first-level cache.
+constexpr int64_t kAmxFewLeftGroups = 2, kAmxShortChunk = 64;
+
 MOEKERNELS_INLINE int64_t groups_of(int64_t n, int64_t size = kAmxRows) {
   return ceil_div(n, size);
 }
@@ -36,17 +40,18 @@ void amx_product(const GemmBlocking& blocking, void* scratch, int64_t rows, int6
   float* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + blocking.sums_offset);
   const bool pack_once = depth <= blocking.depth;
   const int64_t row_groups = groups_of(rows);
+  const int64_t chunk = row_groups <= kAmxFewLeftGroups ? kAmxShortChunk : kAmxChunk;  // the same sums
   if (pack_once) pack_left(left, rows, 0, depth);
   for (int64_t col = col_begin; col < col_end; col += blocking.cols) {
     const int64_t cols = min(blocking.cols, col_end - col);
     const int64_t col_groups = 2 * groups_of(cols, 2 * kAmxRows);
     const int64_t stride = col_groups * kAmxSums;  // between groups of rows
     if (depth == 0) clear_sums(sums, row_groups * col_groups);
-    for (int64_t begin = 0; begin < depth; begin += kAmxChunk) {
+    for (int64_t begin = 0; begin < depth; begin += chunk) {
       const int64_t part = begin % blocking.depth;  // of the left operand, packed anew at each beginning
       if (!pack_once && part == 0) pack_left(left, rows, begin, min(blocking.depth, depth - begin));
-      const int64_t n = min(kAmxChunk, depth - begin);
-      right.pack_right_transposed(cols, n, [&](int64_t k) { return right_row(begin + k, col); });
+      const int64_t n = min(chunk, depth - begin);
+      right.pack_right_transposed(cols, n, depth - begin, [&](int64_t k) { return right_row(begin + k, col); });
       for (int64_t c = 0; c < col_groups; c += 2) {
         const BFloat16* packed[2] = {right.at(c, 0), right.at(c + 1, 0)};
         for (int64_t r = 0; r < row_groups; r += 2) {

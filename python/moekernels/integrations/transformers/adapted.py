@@ -112,10 +112,10 @@ def warn_of_adapted_routers(model: nn.Module) -> None:
     first, *others = found
     more = f" and {len(others)} more" if others else ""
     warnings.warn(
-        f"{first}{more} of this model's routers carry adapters of PEFT, as target_modules='all-linear' has it: training "
-        "them changes which experts tokens choose. To leave routers out, name the modules in target_modules and the "
-        "stacks of experts in target_parameters; exclude_modules leaves out modules, but no router that is adapted as a "
-        "parameter",
+        f"{first}{more} of this model's routers carry adapters of PEFT, as target_modules='all-linear' has it: "
+        "training them changes which experts tokens choose. To leave routers out, name the modules in target_modules "
+        "and the stacks of experts in target_parameters; exclude_modules leaves out modules, but no router that is "
+        "adapted as a parameter",
         stacklevel=3,
     )
 
