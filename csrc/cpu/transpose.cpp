@@ -1,7 +1,7 @@
 // matrix [M, N] -> out [N, M]
 //
-// Squares of which a row is a line of the cache, through memory of their own: rows that lie a power of two apart share so
-// few places in the cache that a line which is touched more than once would not stay.
+// Squares of which a row is a line of the cache, through memory of their own: rows that lie a power of two apart share
+// so few places in the cache that a line which is touched more than once would not stay.
 #include <algorithm>
 #include <cstring>
 
