@@ -5,12 +5,14 @@ Results are kept in a cache folder under the hash of everything that went into t
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -44,6 +46,17 @@ class Compiler:
             BuildError: it does not compile.
         """
         key = hashlib.sha256("\0".join([str(source), *flags]).encode()).hexdigest()[:16]
+        with self._alone(key):
+            return self._compiled(source, flags, key)
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Of two processes that need the same, one compiles it and the other waits."""
+        with (self._cache_dir / f"{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _compiled(self, source: Path, flags: Sequence[str], key: str) -> Path:
         manifest = self._cache_dir / f"{source.stem}-{key}.json"
         if manifest.exists():
             known = json.loads(manifest.read_text())

@@ -108,15 +108,16 @@ class Builder(Compiler):
 
         Args:
             sources: ``.cu`` files (``located``).
-            defines: macros, as ``NAME`` or ``NAME=VALUE``.
+            defines: macros of the first source, as ``NAME`` or ``NAME=VALUE``; others are compiled once for all tests.
         Raises:
             BuildError: a source does not compile.
         """
         runtime = self.runtime()
-        flags = (*COMMON_FLAGS, *KERNEL_FLAGS, *(f"-D{define}" for define in defines), *self._include_flags())
+        flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *self._include_flags()]
         paths = [located(source, self._cache_dir) for source in sources]
+        macros = [[f"-D{define}" for define in defines], *([] for _ in paths[1:])]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = list(pool.map(lambda source: self.compile(source, flags), paths))
+            objects = list(pool.map(lambda path, extra: self.compile(path, [*flags, *extra]), paths, macros))
         link = (f"-L{runtime.parent}", f"-l:{runtime.name}", f"-Wl,-rpath,{runtime.parent}")
         return self.link(paths[0].stem, objects, link)
 

@@ -49,7 +49,7 @@ def test_code_for_a_device(built: str, capability: int, code: str) -> None:
     ],
 )
 def test_an_error_names_the_missing_architecture(simt: Simt, capability: int, said: str) -> None:
-    library = simt.library(KERNELS / "describe.cu", "common/error.cu", defines=('MOEKERNELS_CUDA_ARCHS="80-real 89"',))
+    library = simt.library("common/error.cu", KERNELS / "describe.cu", defines=('MOEKERNELS_CUDA_ARCHS="80-real 89"',))
     text = torch.zeros(400, dtype=torch.uint8)
     library.call("describe_error", 209, text, 400, settings=Settings(compute_capability=capability))
     message = bytes(text.tolist()).rstrip(b"\0").decode()
