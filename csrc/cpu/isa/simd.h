@@ -229,15 +229,15 @@ MOEKERNELS_INLINE void store_n(T* p, VecF v, int64_t n) {
 
 #if MOEKERNELS_VECTOR_BYTES == 64
 // The same, n <= 0 included: none.
-MOEKERNELS_INLINE __mmask16 first_lanes(int64_t n) {
+MOEKERNELS_INLINE __mmask16 lanes_below(int64_t n) {
   return static_cast<__mmask16>(n <= 0 ? 0u : n >= kLanes ? ~0u : (1u << n) - 1);
 }
 MOEKERNELS_INLINE VecF load_n(const float* p, int64_t n, float fill = 0.0f) {
-  return n >= kLanes ? load(p) : VecF(_mm512_mask_loadu_ps(set1(fill), first_lanes(n), p));
+  return n >= kLanes ? load(p) : VecF(_mm512_mask_loadu_ps(set1(fill), lanes_below(n), p));
 }
 MOEKERNELS_INLINE void store_n(float* p, VecF v, int64_t n) {
   if (n >= kLanes) return store(p, v);
-  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+  _mm512_mask_storeu_ps(p, lanes_below(n), v);
 }
 #endif
 
