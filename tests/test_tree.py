@@ -70,7 +70,10 @@ def test_kernels_of_one_instruction_set_use_nothing_from_elsewhere() -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
 @pytest.mark.parametrize(
     ("isa", "flags"),
-    [("avx2", "-march=haswell"), ("amx", "-march=skylake-avx512 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16")],
+    [
+        ("avx2", "-march=haswell"),
+        ("amx", "-march=skylake-avx512 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8"),
+    ],
 )
 def test_kernels_of_one_instruction_set_share_no_function(isa: str, flags: str, tmp_path: Path) -> None:
     """The linker keeps one copy of an inline function, perhaps the one for a machine that is not there (isa/simd.h)."""

@@ -41,10 +41,10 @@ bool has_tiles() {
   return true;  // tests/amx
 }
 #elif defined(__x86_64__)
-bool has_amx_bf16() {
+bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBf16) != 0 && (edx & kTile) != 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAll) == kAll;
 }
 
 // Tile registers are large, so Linux lets a process use them only after it has asked. Refused where the kernel is too
@@ -60,7 +60,7 @@ bool may_use_tiles() {
 }
 
 bool has_tiles() {
-  return has_amx_bf16() && may_use_tiles();
+  return has_amx() && may_use_tiles();
 }
 #endif
 

@@ -82,6 +82,7 @@ struct CodesKernel {
 // All of them: few rows with codes that are widened in registers, many with rows of the weight that are unpacked to
 // the dtype of the GEMM and multiplied by its kernel; rows that are rounded to 8 bits with the codes themselves.
 struct QuantizedKernel {
+  int64_t streamed_rows[3];  // by DType: how many of an expert are few
   CodesKernel widening, integer;
   void (*unpack)(const QuantizedGemmParams& params, int64_t expert, int64_t row_begin, int64_t row_end, void* out,
                  float* scratch);  // to [rows][K]; scratch has room for the scales of a row

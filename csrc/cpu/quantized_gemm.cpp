@@ -71,7 +71,9 @@ class QuantizedGemm {
   };
 
   // Whether so many rows of an expert are multiplied by the codes themselves.
-  bool streams(int64_t rows) const { return rows <= codes_.max_rows || params_.int8_rows || p_.batch_invariant; }
+  bool streams(int64_t rows) const {
+    return rows <= quantized_.streamed_rows[static_cast<int32_t>(p_.dtype)] || params_.int8_rows || p_.batch_invariant;
+  }
   int64_t col_blocks() const { return ceil_div(width_, columns_); }
 
   void work(int64_t worker) {

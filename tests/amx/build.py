@@ -22,8 +22,8 @@ FLAGS = (
 )
 AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 VECTORS = (*AVX512, "-mavx512bf16", "-mavx512vnni")
-EMULATED = (*VECTORS, "-include", str(HERE / "tile_registers.h"))
-NATIVE = (*VECTORS, "-mamx-tile", "-mamx-bf16")
+EMULATED = (*VECTORS, "-DMOEKERNELS_EMULATED_TILES", "-include", str(HERE / "tile_registers.h"))
+NATIVE = (*VECTORS, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 
 def missing_requirement() -> str | None:

@@ -13,24 +13,30 @@ struct alignas(64) Config {
   uint8_t rows[16];
 };
 
-// rows x 2 pairs, pairs x 2 columns, rows x columns.
-extern "C" void product(const void* left, const void* right, void* sums, int rows, int pairs, int columns) {
+// rows x words, words x columns, rows x columns; words are pairs of bfloat16 or four integers.
+extern "C" void product(const void* left, const void* right, void* sums, int rows, int words, int columns,
+                        bool integers) {
   Config config = {};
   config.palette = 1;
-  const int shapes[3][2] = {{rows, columns}, {rows, pairs}, {pairs, columns}};
+  const int shapes[3][2] = {{rows, columns}, {rows, words}, {words, columns}};
   for (int tile = 0; tile < 3; ++tile) {
     config.rows[tile] = uint8_t(shapes[tile][0]);
     config.bytes_per_row[tile] = uint16_t(4 * shapes[tile][1]);
   }
   _tile_loadconfig(&config);
   _tile_loadd(0, sums, 4 * columns);
-  _tile_loadd(1, left, 4 * pairs);
+  _tile_loadd(1, left, 4 * words);
   _tile_loadd(2, right, 4 * columns);
-  _tile_dpbf16ps(0, 1, 2);
+  if (integers) {
+    _tile_dpbssd(0, 1, 2);
+  } else {
+    _tile_dpbf16ps(0, 1, 2);
+  }
   _tile_stored(0, sums, 4 * columns);
   _tile_release();
 }
 
+#if defined(MOEKERNELS_EMULATED_TILES)  // assemblers know some of the rules
 // Each breaks one rule.
 extern "C" void break_rule(int rule) {
   Config config = {};
@@ -46,6 +52,7 @@ extern "C" void break_rule(int rule) {
   _tile_loadd(1, memory, 64);
   _tile_dpbf16ps(0, 1, 2);
 }
+#endif
 
 // Whether Linux lets this process use tile registers.
 extern "C" bool request_tiles() {

@@ -26,6 +26,7 @@ FILES = (
     "ops/test_grouped_gemm.py",
     "ops/test_grouped_weight_grad.py",
     "ops/test_linear.py",
+    "ops/test_quantized.py",
     "ops/test_sparse_mlp.py",
     "nn/test_attention.py",
 )

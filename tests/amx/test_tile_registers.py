@@ -23,15 +23,17 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def loaded(path: Path) -> Product:
-    """``sums + left @ right`` of [rows, 2 pairs], [2 pairs, columns] and [rows, columns] by one instruction."""
+    """``sums + left @ right`` of [rows, depth], [depth, columns] and [rows, columns] by one instruction: bfloat16 and
+    float32, or integers of 8 and 32 bits."""
     library = ctypes.CDLL(str(path))
 
     def run(left: Tensor, right: Tensor, sums: Tensor) -> Tensor:
-        (rows, depth), columns = left.shape, right.shape[1]
-        packed = right.view(depth // 2, 2, columns).transpose(1, 2).contiguous()
+        (rows, depth), columns, of_a_word = left.shape, right.shape[1], 4 // left.element_size()
+        words = depth // of_a_word
+        packed = right.view(words, of_a_word, columns).transpose(1, 2).contiguous()
         left, out = left.contiguous(), sums.clone().contiguous()
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (left, packed, out))
-        library.product(*pointers, rows, depth // 2, columns)
+        library.product(*pointers, rows, words, columns, left.dtype == torch.int8)
         return out
 
     return run
@@ -159,6 +161,33 @@ def test_bits_of_the_processor(case: tuple[int, int, int, float, float], emulate
     for _ in range(20):
         tiles = random_tiles(*case)
         assert torch.equal(bits(emulated(*tiles)), bits(native(*tiles)))
+
+
+def random_integers(rows: int, depth: int, columns: int) -> tuple[Tensor, ...]:
+    left, right = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((rows, depth), (depth, columns)))
+    return left, right, torch.randint(-(2**31), 2**31 - 1, (rows, columns), dtype=torch.int32)
+
+
+SHAPES = [(16, 64, 16), (16, 32, 16), (3, 12, 5), (1, 4, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integers_by_definition(shape: tuple[int, int, int], emulated: Product) -> None:
+    """TDPBSSD: exact, modulo 2 ** 32."""
+    left, right, sums = random_integers(*shape)
+    left[0], right[:, 0], sums[0, 0] = -128, -128, 2**31 - 1
+    assert torch.equal(emulated(left, right, sums), (sums.long() + left.long() @ right.long()).int())
+
+
+@needs_isa("amx")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integers_of_the_processor(shape: tuple[int, int, int], emulated: Product, compiler: Compiler) -> None:
+    path = product_library(compiler, native=True)
+    assert ctypes.CDLL(str(path)).request_tiles()
+    native = loaded(path)
+    for _ in range(20):
+        tiles = random_integers(*shape)
+        assert torch.equal(emulated(*tiles), native(*tiles))
 
 
 RULES = (

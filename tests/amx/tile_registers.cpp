@@ -1,5 +1,5 @@
 // What Intel's manual says that the tile instructions do (Software Developer's Manual, volume 2: LDTILECFG, TILERELEASE,
-// TILEZERO, TILELOADD, TILESTORED, TDPBF16PS).
+// TILEZERO, TILELOADD, TILESTORED, TDPBF16PS, TDPBSSD).
 #include "tile_registers.h"
 
 #include <cstdint>
@@ -36,6 +36,17 @@ void require(bool holds, const char* rule) {
 void require_configured(int tile) {
   require(registers.configured, "used without a configuration");
   require(tile >= 0 && tile < kTiles && registers.rows[tile] > 0, "a tile that the configuration leaves out");
+}
+
+void require_product(int sums, int left, int right) {
+  require_configured(sums);
+  require_configured(left);
+  require_configured(right);
+  const Registers& r = registers;
+  require(sums != left && sums != right && left != right, "a product of a tile with itself");
+  require(r.rows[sums] == r.rows[left] && r.bytes_per_row[sums] == r.bytes_per_row[right] &&
+              r.bytes_per_row[left] / 4 == r.rows[right],
+          "a product of tiles that do not fit");
 }
 
 // Rounds to the nearest, flushes what is subnormal on the way in and out and reports no exception, while it lives. The
@@ -98,14 +109,8 @@ void store(int tile, void* memory, long stride) {
 // The first elements of all pairs add up, in the order of K and from zero, and so do the second ones; then the two, and
 // that goes to the sums.
 void dot_bf16(int sums, int left, int right) {
-  require_configured(sums);
-  require_configured(left);
-  require_configured(right);
+  require_product(sums, left, right);
   const Registers& r = registers;
-  require(sums != left && sums != right && left != right, "a product of a tile with itself");
-  require(r.rows[sums] == r.rows[left] && r.bytes_per_row[sums] == r.bytes_per_row[right] &&
-              r.bytes_per_row[left] / 4 == r.rows[right],
-          "a product of tiles that do not fit");
   const TileArithmetic mode;
   for (int row = 0; row < r.rows[left]; ++row) {
     __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
@@ -122,6 +127,21 @@ void dot_bf16(int sums, int left, int right) {
     float* out = reinterpret_cast<float*>(registers.data[sums][row]);
     const __mmask16 columns = __mmask16((1u << (r.bytes_per_row[sums] / 4)) - 1);
     _mm512_mask_store_ps(out, columns, _mm512_add_ps(_mm512_load_ps(out), _mm512_add_ps(first, second)));
+  }
+}
+
+// Signed bytes, four to a word; sums wrap around.
+void dot_int8(int sums, int left, int right) {
+  require_product(sums, left, right);
+  Registers& r = registers;
+  for (int row = 0; row < r.rows[left]; ++row) {
+    auto* out = reinterpret_cast<uint32_t*>(r.data[sums][row]);
+    for (int column = 0; column < r.bytes_per_row[sums] / 4; ++column) {
+      for (int k = 0; k < r.bytes_per_row[left]; ++k) {
+        const int a = static_cast<int8_t>(r.data[left][row][k]);
+        out[column] += uint32_t(a * static_cast<int8_t>(r.data[right][k / 4][4 * column + k % 4]));
+      }
+    }
   }
 }
 

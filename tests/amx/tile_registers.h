@@ -18,19 +18,23 @@ void zero(int tile);
 void load(int tile, const void* memory, long stride);
 void store(int tile, void* memory, long stride);
 void dot_bf16(int sums, int left, int right);
+void dot_int8(int sums, int left, int right);
 
 }  // namespace tiles
 
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
+#define __AMX_INT8__ 1
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig(config) ::tiles::load_config(config)
 #define _tile_release() ::tiles::release()
 #define _tile_zero(tile) ::tiles::zero(tile)
 #define _tile_loadd(tile, memory, stride) ::tiles::load(tile, memory, stride)
 #define _tile_stored(tile, memory, stride) ::tiles::store(tile, memory, stride)
 #define _tile_dpbf16ps(sums, left, right) ::tiles::dot_bf16(sums, left, right)
+#define _tile_dpbssd(sums, left, right) ::tiles::dot_int8(sums, left, right)

@@ -1,13 +1,15 @@
-// Compiled with -mamx-tile -mamx-bf16 on top of the flags of avx512bf16.cpp.
+// Compiled with -mamx-tile -mamx-bf16 -mamx-int8 on top of the flags of avx512bf16.cpp.
 #define MOEKERNELS_VECTOR_BYTES 64
 #define MOEKERNELS_NATIVE_BFLOAT16 1
-#define MOEKERNELS_FETCH_FROM_MEMORY 0  // such processors do it better themselves
+#define MOEKERNELS_FETCH_FROM_MEMORY 0  // but codes (fetch_ahead.h): such processors do it better themselves
+#define MOEKERNELS_TILE_REGISTERS 1
 
 #include "cpu/kernel_table.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
 #include "cpu/isa/amx/attention_task.h"
 #include "cpu/isa/amx/gemm_task.h"
+#include "cpu/isa/amx/integer_task.h"
 #include "cpu/isa/amx/split_task.h"
 #include "cpu/isa/amx/weight_grad_task.h"
 #include "cpu/isa/kernels.h"
@@ -65,6 +67,8 @@ constexpr KernelTable kKernels = kernel_table(
         .run_transposed = run_amx_transposed_gemm_task,
         .weight_grad = run_amx_weight_grad_task,
     },
+    // Tiles multiply more than four rows sooner than vectors do, unpacking included.
+    quantized_kernel(4, {kIntegerRows, amx_integer_scratch_bytes, amx_integer_gemm}),
     {
         .max_rows = kAmxAttentionRows,
         .max_head_dim = kAmxMaxCols,

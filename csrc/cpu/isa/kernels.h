@@ -58,16 +58,23 @@ using DotOfBFloat16 = DotBFloat16Native;
 using DotOfBFloat16 = DotBFloat16;
 #endif
 
+constexpr QuantizedKernel quantized_kernel(int64_t streamed_bfloat16_rows = kQuantizedRows,
+                                           CodesKernel integer = {kIntegerRows, integer_scratch_bytes, integer_gemm}) {
+  return {
+      .streamed_rows = {kQuantizedRows, streamed_bfloat16_rows, kQuantizedRows},
+      .widening = {kQuantizedRows, quantized_scratch_bytes, quantized_gemm},
+      .integer = integer,
+      .unpack = unpack_rows,
+  };
+}
+
 constexpr KernelTable kernel_table(GemmKernel float32_gemm, GemmKernel bfloat16_gemm,
+                                   QuantizedKernel quantized = quantized_kernel(),
                                    AttentionKernel attention_by_tiles = {}) {
   return {
       {float32_gemm, bfloat16_gemm, gemm_kernel<DotFloat16>()},
       {attention_kernel<DotFloat32>(), attention_kernel<DotOfBFloat16>(), attention_kernel<DotFloat16>()},
-      {
-          {kQuantizedRows, quantized_scratch_bytes, quantized_gemm},
-          {kIntegerRows, integer_scratch_bytes, integer_gemm},
-          unpack_rows,
-      },
+      quantized,
       attention_by_tiles,
       unpermute,
       unpermute_grad_rows,

@@ -14,8 +14,8 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr int64_t kIntegerRows = 64;     // of a task
-constexpr int64_t kOutlierColumns = 32;  // whose weights are gathered at a time
+constexpr int64_t kIntegerRows = MOEKERNELS_TILE_REGISTERS ? 96 : 64;  // of a task
+constexpr int64_t kOutlierColumns = 32;                                // whose weights are gathered at a time
 
 // With a scale for each weight row there are fewer vectors at a time than with scales for groups.
 template <bool kByRow>
@@ -69,21 +69,13 @@ class IntegerProduct
 
   template <class T>
   void pack_rows() {
-    const GroupedGemmParams& p = this->p_;
     const Parts& tiles = this->tiles_;
-    const GatheredRows<T> source(p.rows, p.row_stride, p.token_of_row, p.num_source_rows);
-    bool has_outliers = false;
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      for (int64_t r = 0; r < tiles.size(tile); ++r) {
-        const int64_t row = tiles.begin(tile) + r;
-        has_outliers |= pack_row(source.at(this->task_.row_begin + row, 0), row,
-                                 this->tile_at(tile) + r * kPackedBytes<Codes, kByRow>,
-                                 tiles.size(tile) * kPackedBytes<Codes, kByRow>);
-      }
-    }
-    if constexpr (kTakesOutliers) {
-      if (threshold_ > 0.0f) find_outlier_columns(source, has_outliers);
-    }
+    int64_t tile = 0;
+    round_rows<T>([&](int64_t row) {
+      if (row == tiles.begin(tile + 1)) ++tile;
+      constexpr int64_t kBytes = kPackedBytes<Codes, kByRow>;
+      return PackedRow{this->tile_at(tile) + (row - tiles.begin(tile)) * kBytes, tiles.size(tile) * kBytes};
+    });
   }
 
   // To the finished sums of weight rows `first` + the columns of the task. A row adds what stands out in it, from left
@@ -171,6 +163,29 @@ class IntegerProduct
     }
   }
 
+ protected:
+  // Where a row is packed: a block after the other, so many bytes apart.
+  struct PackedRow {
+    uint8_t* target;
+    int64_t stride;
+  };
+
+  // Every row of the task, each to where place(row) says.
+  template <class T, class Place>
+  void round_rows(const Place& place) {
+    const GroupedGemmParams& p = this->p_;
+    const GatheredRows<T> source(p.rows, p.row_stride, p.token_of_row, p.num_source_rows);
+    bool has_outliers = false;
+    for (int64_t row = 0; row < this->tiles_.n; ++row) {
+      has_outliers |= pack_row(source.at(this->task_.row_begin + row, 0), row, place(row));
+    }
+    if constexpr (kTakesOutliers) {
+      if (threshold_ > 0.0f) find_outlier_columns(source, has_outliers);
+    }
+  }
+
+  float* const row_scales_;
+
  private:
   static constexpr bool kTakesOutliers = kByRow && Codes::kVectors == 1;
 
@@ -211,7 +226,7 @@ class IntegerProduct
   // The largest magnitude of what does not stand out becomes 127. A NaN makes the scale, and thereby the results, NaN.
   // Returns whether something stands out.
   template <class T>
-  bool pack_row(const T* values, int64_t row, uint8_t* target, int64_t stride) {
+  bool pack_row(const T* values, int64_t row, const PackedRow& place) {
     float largest = largest_magnitude<false>(values, kNoLimit);
     int32_t limit = kNoLimit;
     if constexpr (kTakesOutliers) {
@@ -223,7 +238,8 @@ class IntegerProduct
     row_scales_[row] = largest / 127.0f;
     const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     int32_t sum = 0;
-    for (int64_t k = 0; k < this->p_.in_features; k += kBlockWeights, target += stride) {
+    uint8_t* target = place.target;
+    for (int64_t k = 0; k < this->p_.in_features; k += kBlockWeights, target += place.stride) {
       alignas(64) int8_t block[kBlockWeights] = {};
       for (int64_t i = 0; values != nullptr && i < kBlockWeights && k + i < this->p_.in_features; i += kLanes) {
         VecF x = load_n(values + k + i, this->p_.in_features - k - i);
@@ -317,7 +333,6 @@ class IntegerProduct
 
   static constexpr int32_t kNoLimit = 0x7fffffff;  // above all numbers
 
-  float* const row_scales_;
   int32_t* const row_sums_;
   const float threshold_;           // 0: nothing stands out
   int32_t* const outlier_columns_;  // behind their number

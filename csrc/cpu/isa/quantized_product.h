@@ -90,13 +90,13 @@ class QuantizedProduct {
         scales_(params, task.expert),
         place_(place),
         columns_(task.col_end - task.col_begin),
+        matrix_(static_cast<const uint8_t*>(params.weight.codes) + task.expert * params.weight.codes_stride),
         row_bytes_(p_.in_features * Codes::kBlockBytes / kBlockWeights),
         row_size_(row_size),
         packed_(reinterpret_cast<Packed*>(scratch)),
         scale_rows_(reinterpret_cast<float*>(scratch + place.scales)),
         sums_(reinterpret_cast<Sum*>(scratch + place.sums)),
         blocks_(p_.in_features / kBlockWeights),
-        matrix_(static_cast<const uint8_t*>(params.weight.codes) + task.expert * params.weight.codes_stride),
         group_shift_(scales_.group_shift()) {
     for (int lane = 0; lane < kLanes; ++lane) {
       group_of_lane_[lane] = uint32_t(int64_t{Codes::kLaneWeights} * lane >> group_shift_);
@@ -122,6 +122,7 @@ class QuantizedProduct {
   const QuantizedScales scales_;
   const QuantizedScratch& place_;
   const int64_t columns_;
+  const uint8_t* const matrix_;  // codes of the expert
 
  private:
   const Kernel& kernel() const { return static_cast<const Kernel&>(*this); }
@@ -196,7 +197,6 @@ class QuantizedProduct {
   float* const scale_rows_;
   Sum* const sums_;
   const int64_t blocks_;  // whole ones of a row
-  const uint8_t* const matrix_;
   const int group_shift_;
   VecU group_of_lane_;  // which of the scales of a block
 };

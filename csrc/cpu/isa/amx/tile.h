@@ -19,16 +19,19 @@ constexpr int kAmxElements = kAmxRows * kAmxDepth;            // bfloat16 in a t
 constexpr int kAmxSums = kAmxRows * kAmxRows;                 // float32 in a tile
 constexpr int64_t kAmxStride = kAmxDepth * sizeof(BFloat16);  // bytes of a row of a tile in scratch memory
 
-// All eight tile registers at full size, for as long as the object lives.
+// All eight tile registers, for as long as the object lives: at full size but for the operands in 6 (left) and 7
+// (right), which are `depth` bytes of K deep.
 class AmxTiles {
  public:
-  AmxTiles() {
+  explicit AmxTiles(int depth = kAmxStride) {
     struct alignas(64) Config {
       uint8_t palette, start_row, reserved[14];
       uint16_t bytes_per_row[16];
       uint8_t rows[16];
     };
-    static const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    const auto bytes = static_cast<uint16_t>(depth);
+    const auto words = static_cast<uint8_t>(depth / 4);
+    const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, bytes, 64}, {16, 16, 16, 16, 16, 16, 16, words}};
     _tile_loadconfig(&config);
   }
   ~AmxTiles() { _tile_release(); }
