@@ -80,7 +80,7 @@ void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_str
   if constexpr (kRights > 5) _tile_stored(5, sums + 5 * kAmxSums, kAmxStride);
 }
 
-// The same for one r, whose sums are in register kRegister.
+// The same for one r, in register kRegister and to tile kRegister of `sums`: the next group need not wait for this one.
 template <int kRegister>
 MOEKERNELS_INLINE void multiply_group(const uint8_t* left, const uint8_t* right, int64_t depth, int64_t tiles,
                                       int32_t* sums) {
