@@ -74,18 +74,20 @@ struct AttentionKernel {
 
 // Products with a quantised weight whose codes are read as they are.
 struct CodesKernel {
-  int64_t max_rows;  // of a task
+  int64_t streamed_rows[3];  // by DType: with more rows of an expert its weights are better unpacked
+  int64_t max_rows;          // of a task
   int64_t (*scratch_bytes)(const QuantizedGemmParams& params, int64_t columns);
   void (*run)(const QuantizedGemmParams& params, const GemmTask& task, void* scratch);
 };
 
-// All of them: few rows with codes that are widened in registers, many with rows of the weight that are unpacked to
-// the dtype of the GEMM and multiplied by its kernel; rows that are rounded to 8 bits with the codes themselves.
+// All of them: few rows with codes that are widened in registers, or, rounded to 8 bits, with the codes themselves;
+// many with rows of the weight that are unpacked to the dtype of the GEMM and multiplied by its kernel.
 struct QuantizedKernel {
-  int64_t streamed_rows[3];  // by DType: how many of an expert are few
   CodesKernel widening, integer;
+  // To [rows][K], so many elements apart; scratch has room for the scales of a row.
   void (*unpack)(const QuantizedGemmParams& params, int64_t expert, int64_t row_begin, int64_t row_end, void* out,
-                 float* scratch);  // to [rows][K]; scratch has room for the scales of a row
+                 int64_t stride, float* scratch);
+  void (*round_row)(DType dtype, const void* row, void* target, int64_t n);  // to what it is as 8-bit integers
 };
 
 struct KernelTable {

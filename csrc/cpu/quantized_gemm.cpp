@@ -3,8 +3,10 @@
 // A task is rows of an expert times a block of its columns. Few rows are multiplied while the codes are widened. For
 // many the block is unpacked to the dtype of the rows and multiplied by the grouped GEMM's own kernel. Rows that are
 // rounded to 8 bits are multiplied by the codes, however many there are, so many at a time: the tasks of the same rows
-// come one after the other and find them packed. Workers take tasks from a common counter; each output belongs to one
-// task, so who took it does not matter.
+// come one after the other and find them packed. Where scales are for groups and unpacking is quicker, many of them are
+// copied as rounded and go that way too. Workers take tasks from a common counter; each output belongs to one task, so
+// who took it does not matter.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -21,6 +23,7 @@ using cpu::GemmTask;
 constexpr int64_t kTasksPerWorker = 8;             // as many as let workers finish together
 constexpr int64_t kWeightRows = 128;               // of a task at most; gate and value count separately
 constexpr int64_t kMinWeightRows = 32;             // at least
+constexpr int64_t kLine = 64;                      // of caches, in bytes
 constexpr int64_t kWeightsPerWorker = 128 * 1024;  // fewer are not worth waking another thread for
 
 class QuantizedGemm {
@@ -31,8 +34,11 @@ class QuantizedGemm {
         gemm_(cpu::kernels().gemm[static_cast<int32_t>(p_.dtype)]),
         quantized_(cpu::kernels().quantized),
         codes_(params.int8_rows ? quantized_.integer : quantized_.widening),
+        always_streams_(p_.batch_invariant || (params.int8_rows && params.weight.group >= p_.in_features)),
         gates_(p_.gated ? 2 : 1),
         width_(p_.out_features / gates_),
+        row_bytes_(p_.in_features * size_of(p_.dtype)),
+        unpacked_bytes_(round_up(row_bytes_, kLine) + kLine),
         blocking_(cpu::gemm_blocking(gemm_.k_major, p_.num_rows, p_.in_features, p_.gated)) {
     int64_t end = 0;
     for (int64_t expert = 0; expert < p_.num_experts; ++expert) {
@@ -49,11 +55,13 @@ class QuantizedGemm {
     num_workers_ = clamp(visits * p_.out_features * p_.in_features / kWeightsPerWorker, 1, parallel.num_threads);
     columns_ = kWeightRows / gates_;
     while (columns_ > kMinWeightRows / gates_ && visits * col_blocks() < kTasksPerWorker * num_workers_) columns_ /= 2;
-    scales_offset_ = round_up(gates_ * columns_ * p_.in_features * size_of(p_.dtype), 64);
+    scales_offset_ = gates_ * columns_ * unpacked_bytes_;
     gemm_offset_ = scales_offset_ + round_up(p_.in_features / params.weight.group * int64_t{4}, 64);
     const int64_t unpacking = gemm_offset_ + blocking_.scratch_bytes;
     const int64_t streaming = codes_.scratch_bytes(params, columns_);
-    scratch_bytes_ = unpacking > streaming ? unpacking : streaming;
+    scratch_bytes_ = round_up(unpacking > streaming ? unpacking : streaming, 64);
+    rounds_ = params.int8_rows && std::any_of(visits_.begin(), visits_.end(),
+                                              [this](const Visit& visit) { return !streams(visit.end - visit.begin); });
   }
 
   void run(const Parallel& parallel) {
@@ -61,7 +69,9 @@ class QuantizedGemm {
     std::memset(static_cast<char*>(p_.out) + first_unused_row_ * row_bytes, 0,
                 static_cast<size_t>((p_.num_rows - first_unused_row_) * row_bytes));
     if (visits_.empty()) return;
-    scratch_ = cpu::scratch<char>(parallel, num_workers_ * scratch_bytes_);
+    const int64_t rounded_bytes = rounds_ ? p_.num_source_rows * row_bytes_ : 0;
+    scratch_ = cpu::scratch<char>(parallel, num_workers_ * scratch_bytes_ + rounded_bytes);
+    if (rounds_) round_rows(parallel);
     cpu::for_workers(parallel, num_workers_, [this](int64_t worker) { work(worker); });
   }
 
@@ -72,9 +82,21 @@ class QuantizedGemm {
 
   // Whether so many rows of an expert are multiplied by the codes themselves.
   bool streams(int64_t rows) const {
-    return rows <= quantized_.streamed_rows[static_cast<int32_t>(p_.dtype)] || params_.int8_rows || p_.batch_invariant;
+    return always_streams_ || rows <= codes_.streamed_rows[static_cast<int32_t>(p_.dtype)];
   }
   int64_t col_blocks() const { return ceil_div(width_, columns_); }
+  char* rounded_rows() const { return scratch_ + num_workers_ * scratch_bytes_; }
+
+  void round_rows(const Parallel& parallel) {
+    constexpr int64_t kRowsPerPiece = 4;
+    const auto* rows = static_cast<const char*>(p_.rows);
+    const int64_t stride = p_.row_stride * size_of(p_.dtype);
+    cpu::for_ranges(parallel, p_.num_source_rows, kRowsPerPiece, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        quantized_.round_row(p_.dtype, rows + row * stride, rounded_rows() + row * row_bytes_, p_.in_features);
+      }
+    });
+  }
 
   void work(int64_t worker) {
     char* scratch = scratch_ + worker * scratch_bytes_;
@@ -98,13 +120,17 @@ class QuantizedGemm {
   int64_t unpack(const Visit& visit, int64_t col_begin, int64_t col_end, int64_t packed_row, char* scratch) const {
     WeightPart parts[2];
     for (int64_t gate = 0; gate < gates_; ++gate) {
-      char* block = scratch + gate * (col_end - col_begin) * p_.in_features * size_of(p_.dtype);
+      char* block = scratch + gate * (col_end - col_begin) * unpacked_bytes_;
       const int64_t first = gate * width_;
       quantized_.unpack(params_, visit.expert, first + col_begin, first + col_end, block,
-                        reinterpret_cast<float*>(scratch + scales_offset_));
-      parts[gate] = {block, p_.in_features};
+                        unpacked_bytes_ / size_of(p_.dtype), reinterpret_cast<float*>(scratch + scales_offset_));
+      parts[gate] = {block, unpacked_bytes_ / size_of(p_.dtype)};
     }
     GroupedGemmParams gemm = p_;
+    if (rounds_) {
+      gemm.rows = rounded_rows();
+      gemm.row_stride = p_.in_features;
+    }
     gemm.weight_parts = parts;
     gemm.num_parts = static_cast<int32_t>(gates_);
     const int64_t size = size_of(p_.dtype);
@@ -126,13 +152,17 @@ class QuantizedGemm {
   const cpu::GemmKernel& gemm_;
   const cpu::QuantizedKernel& quantized_;
   const cpu::CodesKernel& codes_;
+  const bool always_streams_;
   const int64_t gates_;  // 2 where there are gate and value
   const int64_t width_;  // of the output
+  const int64_t row_bytes_;
+  const int64_t unpacked_bytes_;  // from an unpacked row to the next: a power of two apart, they would displace others
   const GemmBlocking blocking_;
   std::vector<Visit> visits_;
   int64_t columns_;  // of a task
   int64_t first_unused_row_, num_workers_, scales_offset_, gemm_offset_, scratch_bytes_;
-  char* scratch_ = nullptr;
+  bool rounds_;              // whether tasks that unpack take rows rounded to 8 bits
+  char* scratch_ = nullptr;  // of each worker, then rows that are rounded
   std::atomic<int64_t> next_task_{0};
 };
 

@@ -164,14 +164,18 @@ def test_activations_in_8_bits(format: str, options: dict[str, object], dtype: t
         assert_accurate(actual, truth, plain.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("format", "options"), INTEGER_FORMATS)
-def test_many_rows_in_8_bits(format: str, options: dict[str, object], unit: torch.device) -> None:
+def test_many_rows_in_8_bits(format: str, options: dict[str, object], dtype: torch.dtype, unit: torch.device) -> None:
     """As many as tile registers take, and more than a task has; tiles, groups of rows and of weight rows in part."""
     if unit.type != "cpu":
         pytest.skip("the kernel is for CPUs")
     for num_rows, columns, out_features in ((5, 64, 16), (16, 320, 30), (33, 448, 48), (96, 64, 17), (230, 192, 140)):
         weight = _quantized(2, out_features, columns, format=format, activations="int8", **options)
-        rows, offsets = torch.randn(num_rows + 3, columns), torch.tensor([0, 3, num_rows + 3], dtype=torch.int32)
+        offsets = torch.tensor([0, 3, num_rows + 3], dtype=torch.int32)
+        source = torch.randn(num_rows + 9, columns + 8)[:, :columns].to(dtype)
+        tokens = torch.arange(num_rows + 3).flip(0).int() // 2
+        rows = source[tokens]
         integers, scales = reference.round_rows(rows)
         of_each = [slice(0, 3), slice(3, None)]
         truth, plain = (
@@ -180,7 +184,7 @@ def test_many_rows_in_8_bits(format: str, options: dict[str, object], unit: torc
             for w in (torch.float64, torch.float32)
         )  # fmt: skip
         poison_free_memory()
-        assert_accurate(ops.grouped_gemm(rows, weight, offsets), truth, plain)
+        assert_accurate(ops.grouped_gemm(source, weight, offsets, token_of_row=tokens), truth, plain.to(dtype))
         with moekernels.batch_invariant(True):
             together = ops.grouped_gemm(rows, weight, offsets)
             alone = ops.grouped_gemm(rows[7:8], weight, torch.tensor([0, 0, 1], dtype=torch.int32))

@@ -58,13 +58,19 @@ using DotOfBFloat16 = DotBFloat16Native;
 using DotOfBFloat16 = DotBFloat16;
 #endif
 
-constexpr QuantizedKernel quantized_kernel(int64_t streamed_bfloat16_rows = kQuantizedRows,
-                                           CodesKernel integer = {kIntegerRows, integer_scratch_bytes, integer_gemm}) {
+constexpr int64_t kAnyRows = INT64_MAX;
+
+constexpr QuantizedKernel quantized_kernel(
+    CodesKernel integer = {{kAnyRows, kAnyRows, kAnyRows}, kIntegerRows, integer_scratch_bytes, integer_gemm},
+    int64_t widened_bfloat16_rows = kQuantizedRows) {
   return {
-      .streamed_rows = {kQuantizedRows, streamed_bfloat16_rows, kQuantizedRows},
-      .widening = {kQuantizedRows, quantized_scratch_bytes, quantized_gemm},
+      .widening = {{kQuantizedRows, widened_bfloat16_rows, kQuantizedRows},
+                   kQuantizedRows,
+                   quantized_scratch_bytes,
+                   quantized_gemm},
       .integer = integer,
       .unpack = unpack_rows,
+      .round_row = round_row,
   };
 }
 

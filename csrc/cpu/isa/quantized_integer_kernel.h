@@ -23,6 +23,27 @@ constexpr int kIntegerTile = MOEKERNELS_VECTOR_BYTES != 64 ? 2
                              : kByRow                      ? 8
                                                            : 4;
 
+constexpr int32_t kNoLimit = 0x7fffffff;  // above all numbers
+
+MOEKERNELS_INLINE VecF magnitude_of(VecF x) {
+  return VecF(VecU(x) & 0x7fffffffu);
+}
+
+// The largest magnitude of a row, or of those below a limit; NaN if there is one. Bits of magnitudes rise with them,
+// and those of NaN are above all. No values: zeros.
+template <bool kLimited, class T>
+float largest_magnitude(const T* values, int64_t n, int32_t limit) {
+  VecI most{};
+  for (int64_t k = 0; values != nullptr && k < n; k += kLanes) {
+    VecI bits = VecI(magnitude_of(load_n(values + k, n - k)));
+    if constexpr (kLimited) bits &= bits < limit;
+    most = bits > most ? bits : most;
+  }
+  int32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  return __builtin_bit_cast(float, largest);
+}
+
 // kByRow: a scale for each weight row; else for groups of it.
 template <bool kByRow>
 struct IntegerSums {
@@ -206,33 +227,16 @@ class IntegerProduct
     return *reinterpret_cast<const VecUBytes*>(packed + vector * kVectorBytes);
   }
 
-  static MOEKERNELS_INLINE VecF magnitude_of(VecF x) { return VecF(VecU(x) & 0x7fffffffu); }
-
-  // The largest magnitude of a row, or of those below a limit; NaN if there is one. Bits of magnitudes rise with them,
-  // and those of NaN are above all.
-  template <bool kLimited, class T>
-  float largest_magnitude(const T* values, int32_t limit) const {
-    VecI most{};
-    for (int64_t k = 0; values != nullptr && k < this->p_.in_features; k += kLanes) {
-      VecI bits = VecI(magnitude_of(load_n(values + k, this->p_.in_features - k)));
-      if constexpr (kLimited) bits &= bits < limit;
-      most = bits > most ? bits : most;
-    }
-    int32_t largest = 0;
-    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-    return __builtin_bit_cast(float, largest);
-  }
-
   // The largest magnitude of what does not stand out becomes 127. A NaN makes the scale, and thereby the results, NaN.
   // Returns whether something stands out.
   template <class T>
   bool pack_row(const T* values, int64_t row, const PackedRow& place) {
-    float largest = largest_magnitude<false>(values, kNoLimit);
+    float largest = largest_magnitude<false>(values, this->p_.in_features, kNoLimit);
     int32_t limit = kNoLimit;
     if constexpr (kTakesOutliers) {
       if (threshold_ > 0.0f && largest >= threshold_) {
         limit = __builtin_bit_cast(int32_t, threshold_);
-        largest = largest_magnitude<true>(values, limit);
+        largest = largest_magnitude<true>(values, this->p_.in_features, limit);
       }
     }
     row_scales_[row] = largest / 127.0f;
@@ -331,13 +335,24 @@ class IntegerProduct
     }
   }
 
-  static constexpr int32_t kNoLimit = 0x7fffffff;  // above all numbers
-
   int32_t* const row_sums_;
   const float threshold_;           // 0: nothing stands out
   int32_t* const outlier_columns_;  // behind their number
   float* const outlier_weights_;    // [kOutlierColumns][width]
 };
+
+// To the multiples of its scale that a row is rounded to, as products with weights that are unpacked take it.
+void round_row(DType dtype, const void* row, void* target, int64_t n) {
+  with_dtype(dtype, [&]<class T>() {
+    const T* values = static_cast<const T*>(row);
+    const float largest = largest_magnitude<false>(values, n, kNoLimit), scale = largest / 127.0f;
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    for (int64_t k = 0; k < n; k += kLanes) {
+      const VecI integers = rounded(load_n(values + k, n - k) * inverse);
+      store_n(static_cast<T*>(target) + k, __builtin_convertvector(integers, VecF) * scale, n - k);
+    }
+  });
+}
 
 template <class T>
 void integer_task(const QuantizedGemmParams& params, const GemmTask& task, char* scratch) {

@@ -3,9 +3,9 @@
 //
 // Codes of 16 weight rows at a time are packed as the left operand, those of 4 bits unpacked to bytes. The rows are
 // rounded as everywhere (isa/quantized_integer_kernel.h) and packed as the right operand, so sums come out as
-// [weight rows][rows] and are transposed when they are finished. A tile is no deeper than a group of weights with one
-// scale: sums over a group, times its scales, are added up in float32. With a scale for each weight row, sums are
-// integers to the end, the same as on every machine.
+// [weight rows][rows] and are transposed when they are finished. A weight row has one scale here, so sums are integers
+// to the end, the same as on every machine. With scales for groups, sums would pass through memory for every 64 columns
+// at most, which takes longer than to unpack the weights for tiles of bfloat16.
 #pragma once
 
 #include "cpu/isa/amx/tile.h"
@@ -15,12 +15,10 @@
 namespace moekernels::cpu {
 namespace {
 
-constexpr int kAmxRowBytes = kAmxStride;  // of a tile register
-constexpr int kAmxIntegerRowGroups = 6;   // of rows: two registers of eight hold the operands
-constexpr int64_t kAmxGroups = 4;         // of columns, multiplied before their scales
-// Of a task; fewer are multiplied by vectors. Scales for groups cost as much for one row as for 16.
-constexpr int64_t kAmxIntegerMinRows = 5, kAmxGroupedMinRows = 11;
-constexpr int64_t kAmxRightBytes = kAmxRows * kAmxRowBytes;  // 64 columns of 16 packed rows
+constexpr int kAmxRowBytes = kAmxStride;                    // of a tile register
+constexpr int kAmxIntegerRowGroups = 6;                     // of rows: two registers of eight hold the operands
+constexpr int64_t kAmxIntegerMinRows = 5;                   // of a task; fewer are multiplied by vectors
+constexpr int64_t kAmxTileBytes = kAmxRows * kAmxRowBytes;  // 64 columns of 16 rows
 static_assert(kIntegerRows <= kAmxIntegerRowGroups * kAmxRows);
 
 // The codes that are packed next, so many bytes of which are asked for at each step of multiplying these.
@@ -34,11 +32,10 @@ struct AmxNextCodes {
   }
 };
 
-// sums[r] = left * right[r] over `tiles` tiles of `depth` bytes, where right[r] begins `right_stride` bytes behind the
-// one before it.
+// sums[r] = left * right[r] over `tiles` tiles, where right[r] begins `right_stride` bytes behind the one before it.
 template <int kRights>
-void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_stride, int64_t depth, int64_t tiles,
-                    int32_t* sums, AmxNextCodes next) {
+void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_stride, int64_t tiles, int32_t* sums,
+                    AmxNextCodes next) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
   _tile_zero(0);
   if constexpr (kRights > 1) _tile_zero(1);
@@ -46,8 +43,8 @@ void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_str
   if constexpr (kRights > 3) _tile_zero(3);
   if constexpr (kRights > 4) _tile_zero(4);
   if constexpr (kRights > 5) _tile_zero(5);
-  for (int64_t i = 0; i < tiles; ++i, left += depth * kAmxRows, right += depth * kAmxRows) {
-    _tile_loadd(6, left, depth);
+  for (int64_t i = 0; i < tiles; ++i, left += kAmxTileBytes, right += kAmxTileBytes) {
+    _tile_loadd(6, left, kAmxStride);
     _tile_loadd(7, right, kAmxStride);
     _tile_dpbssd(0, 6, 7);
     if constexpr (kRights > 1) {
@@ -80,37 +77,11 @@ void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_str
   if constexpr (kRights > 5) _tile_stored(5, sums + 5 * kAmxSums, kAmxStride);
 }
 
-// The same for one r, in register kRegister and to tile kRegister of `sums`: the next group need not wait for this one.
-template <int kRegister>
-MOEKERNELS_INLINE void multiply_group(const uint8_t* left, const uint8_t* right, int64_t depth, int64_t tiles,
-                                      int32_t* sums) {
-  if constexpr (kRegister == 0) _tile_zero(0);
-  if constexpr (kRegister == 1) _tile_zero(1);
-  if constexpr (kRegister == 2) _tile_zero(2);
-  if constexpr (kRegister == 3) _tile_zero(3);
-  for (int64_t i = 0; i < tiles; ++i, left += depth * kAmxRows, right += depth * kAmxRows) {
-    _tile_loadd(6, left, depth);
-    _tile_loadd(7, right, kAmxStride);
-    if constexpr (kRegister == 0) _tile_dpbssd(0, 6, 7);
-    if constexpr (kRegister == 1) _tile_dpbssd(1, 6, 7);
-    if constexpr (kRegister == 2) _tile_dpbssd(2, 6, 7);
-    if constexpr (kRegister == 3) _tile_dpbssd(3, 6, 7);
-  }
-  if constexpr (kRegister == 0) _tile_stored(0, sums, kAmxStride);
-  if constexpr (kRegister == 1) _tile_stored(1, sums + kAmxSums, kAmxStride);
-  if constexpr (kRegister == 2) _tile_stored(2, sums + 2 * kAmxSums, kAmxStride);
-  if constexpr (kRegister == 3) _tile_stored(3, sums + 3 * kAmxSums, kAmxStride);
-}
-
 // 32 codes of 4 bits in halves, as integers.
 MOEKERNELS_INLINE __m256i unpacked_halves(const uint8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)), mask = _mm_set1_epi8(15);
   const __m256i both = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), _mm_and_si128(bytes, mask));
   return _mm256_sub_epi8(both, _mm256_set1_epi8(NibbleIntegers::kZero));
-}
-
-MOEKERNELS_INLINE bool has_row_scales(const QuantizedGemmParams& p) {
-  return p.weight.group >= p.gemm.in_features;
 }
 
 // Rounds rows as the product of codes in bytes with a scale for each weight row does, whatever the codes are.
@@ -120,7 +91,7 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
  public:
   static QuantizedScratch scratch(const QuantizedGemmParams& p, int64_t columns) {
     QuantizedScratch place = Rounded::scratch(p, columns);
-    place.total += left_bytes(p) + scale_bytes(p);
+    place.total += left_bytes(p);
     return place;
   }
 
@@ -129,22 +100,18 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
       : Rounded(params, task, place, scratch),
         is_nibbles_(params.weight.order != CodeOrder::kBytes),
         code_bytes_(is_nibbles_ ? params.gemm.in_features / 2 : params.gemm.in_features),
-        depth_(has_row_scales(params) ? kAmxRowBytes : min(params.weight.group, kAmxRowBytes)),
-        tiles_of_group_(ceil_div(params.weight.group, depth_)),
-        groups_(this->scales_.per_row()),
-        row_group_bytes_(round_up(params.gemm.in_features, kAmxRowBytes) * kAmxRows),
+        steps_(ceil_div(params.gemm.in_features, kAmxRowBytes)),
         row_groups_(ceil_div(this->tiles_.n, kAmxRows)),
         packed_rows_(reinterpret_cast<uint8_t*>(scratch)),
-        left_(reinterpret_cast<uint8_t*>(scratch + place.total - left_bytes(params) - scale_bytes(params))),
-        weight_scales_(reinterpret_cast<float*>(scratch + place.total - scale_bytes(params))) {}
+        left_(reinterpret_cast<uint8_t*>(scratch + place.total - left_bytes(params))) {}
 
   template <class T>
   void pack_rows() {
     this->template round_rows<T>([this](int64_t row) {
-      uint8_t* target = packed_rows_ + row / kAmxRows * row_group_bytes_ + row % kAmxRows * kAmxRowBytes;
-      return typename Rounded::PackedRow{target, kAmxRightBytes};
+      uint8_t* target = packed_rows_ + row / kAmxRows * row_group_bytes() + row % kAmxRows * kAmxRowBytes;
+      return typename Rounded::PackedRow{target, kAmxTileBytes};
     });
-    for (uint8_t* tile = packed_rows_; tile < packed_rows_ + row_groups_ * row_group_bytes_; tile += kAmxRightBytes) {
+    for (uint8_t* tile = packed_rows_; tile < packed_rows_ + row_groups_ * row_group_bytes(); tile += kAmxTileBytes) {
       auto* words = reinterpret_cast<VecUMemory*>(tile);
       VecU v[kAmxRows];
       MOEKERNELS_UNROLL
@@ -157,98 +124,61 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
 
   // Weight rows `first` + the columns of the task, to the sums of every row from `target` on.
   void multiply_columns(int64_t first, int64_t target) {
-    const AmxTiles tiles(static_cast<int>(depth_));
+    const AmxTiles tiles;
     for (int64_t c = 0; c < this->columns_; c += kAmxRows) {
       const int64_t weight_row = first + this->task_.col_begin + c, n = min(kAmxRows, this->columns_ - c);
-      this->scales_.load_rows(weight_row, n, kUnit, weight_scales_);
       pack_left(weight_row, n);
-      const uint8_t* next = codes_of(weight_row + kAmxRows);
-      if (groups_ == 1) {
-        multiply_whole_rows(target + c, {next, ceil_div(kAmxRows * code_bytes_, tiles_of_group_)});
-      } else {
-        AmxNextCodes part = {next, ceil_div(kAmxRows * code_bytes_, row_groups_ * ceil_div(groups_, kAmxGroups))};
-        for (int64_t r = 0; r < row_groups_; ++r) multiply_groups(r, target + c, part);
-      }
+      float scales[kAmxRows] = {};
+      this->scales_.load_rows(weight_row, n, kUnit, scales);
+      multiply(scales, target + c, {codes_of(weight_row + kAmxRows), ceil_div(kAmxRows * code_bytes_, steps_)});
     }
   }
 
  private:
   const uint8_t* codes_of(int64_t weight_row) const { return this->matrix_ + weight_row * code_bytes_; }
+  int64_t row_group_bytes() const { return steps_ * kAmxTileBytes; }
 
   static int64_t left_bytes(const QuantizedGemmParams& p) {
     return round_up(p.gemm.in_features, kAmxRowBytes) * kAmxRows;
-  }
-  // Of 16 weight rows, in whole vectors, as scales of a row are written.
-  static int64_t scale_bytes(const QuantizedGemmParams& p) {
-    return round_up(p.gemm.in_features / p.weight.group * kAmxRows, kLanes) * int64_t(sizeof(float));
   }
 
   // Codes of n weight rows as tiles, read row by row as they lie in memory. What is lacking of 16 rows is left
   // undefined, and so are its sums; columns from K on are zero.
   void pack_left(int64_t weight_row, int64_t n) const {
-    const int64_t k = this->p_.in_features, tile_bytes = depth_ * kAmxRows;
+    const int64_t k = this->p_.in_features;
     const uint8_t* codes = codes_of(weight_row);
     for (int64_t row = 0; row < n; ++row, codes += code_bytes_) {
-      uint8_t* target = left_ + row * depth_;
-      if (is_nibbles_) {
-        for (int64_t i = 0; i < k; i += 32) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i / depth_ * tile_bytes + i % depth_),
-                              unpacked_halves(codes + i / 2));
-        }
-      } else {
-        for (int64_t i = 0; i < k; i += depth_, target += tile_bytes) {
-          const __mmask64 mask = ~uint64_t{0} >> (kAmxRowBytes - min(depth_, k - i));
-          _mm512_mask_storeu_epi8(target, mask, _mm512_maskz_loadu_epi8(mask, codes + i));
+      uint8_t* target = left_ + row * kAmxRowBytes;
+      for (int64_t i = 0; i < k; i += kAmxRowBytes, target += kAmxTileBytes) {
+        if (is_nibbles_) {
+          const bool is_whole = k - i > kAmxRowBytes / 2;
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), unpacked_halves(codes + i / 2));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + kAmxRowBytes / 2),
+                              is_whole ? unpacked_halves(codes + (i + kAmxRowBytes / 2) / 2) : __m256i{});
+        } else {
+          const __mmask64 mask = ~uint64_t{0} >> (kAmxRowBytes - min(kAmxRowBytes, k - i));
+          _mm512_storeu_epi8(target, _mm512_maskz_loadu_epi8(mask, codes + i));
         }
       }
     }
   }
 
   // All rows of the task at once, times all of K.
-  void multiply_whole_rows(int64_t target, const AmxNextCodes& next) const {
+  void multiply(const float (&scales)[kAmxRows], int64_t target, const AmxNextCodes& next) const {
     constexpr decltype(&multiply_codes<1>) kOf[kAmxIntegerRowGroups] = {multiply_codes<1>, multiply_codes<2>,
                                                                         multiply_codes<3>, multiply_codes<4>,
                                                                         multiply_codes<5>, multiply_codes<6>};
     alignas(64) int32_t sums[kAmxIntegerRowGroups * kAmxSums];
-    kOf[row_groups_ - 1](left_, packed_rows_, row_group_bytes_, depth_, tiles_of_group_, sums, next);
+    kOf[row_groups_ - 1](left_, packed_rows_, row_group_bytes(), steps_, sums, next);
     for (int64_t r = 0; r < row_groups_; ++r) {
       VecF totals[kAmxRows];
       MOEKERNELS_UNROLL
       for (int i = 0; i < kAmxRows; ++i) {
         const int32_t* products = sums + r * kAmxSums + i * kAmxRows;
-        totals[i] =
-            __builtin_convertvector(*reinterpret_cast<const VecIMemory*>(products), VecF) * set1(weight_scales_[i]);
+        totals[i] = __builtin_convertvector(*reinterpret_cast<const VecIMemory*>(products), VecF) * set1(scales[i]);
       }
       finish(totals, r * kAmxRows, target);
     }
-  }
-
-  // 16 rows times one group of columns after the other, whose sums wait in memory for their scales.
-  void multiply_groups(int64_t row_group, int64_t target, AmxNextCodes& next) const {
-    const int64_t group_bytes = tiles_of_group_ * depth_ * kAmxRows;
-    const uint8_t *left = left_, *right = packed_rows_ + row_group * row_group_bytes_;
-    alignas(64) int32_t sums[kAmxGroups * kAmxSums];
-    VecF totals[kAmxRows] = {};
-    for (int64_t group = 0; group < groups_; group += kAmxGroups) {
-      const int64_t n = min(kAmxGroups, groups_ - group);
-      asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
-      multiply_group<0>(left, right, depth_, tiles_of_group_, sums);
-      if (n > 1) multiply_group<1>(left + group_bytes, right + group_bytes, depth_, tiles_of_group_, sums);
-      if (n > 2) multiply_group<2>(left + 2 * group_bytes, right + 2 * group_bytes, depth_, tiles_of_group_, sums);
-      if (n > 3) multiply_group<3>(left + 3 * group_bytes, right + 3 * group_bytes, depth_, tiles_of_group_, sums);
-      next.fetch();
-      left += kAmxGroups * group_bytes;
-      right += kAmxGroups * group_bytes;
-      for (int64_t g = 0; g < n; ++g) {
-        MOEKERNELS_UNROLL
-        for (int i = 0; i < kAmxRows; ++i) {
-          const int32_t* products = sums + g * kAmxSums + i * kAmxRows;
-          totals[i] = fma(__builtin_convertvector(*reinterpret_cast<const VecIMemory*>(products), VecF),
-                          set1(weight_scales_[i * groups_ + group + g]), totals[i]);
-        }
-      }
-    }
-    finish(totals, row_group * kAmxRows, target);
   }
 
   // Totals [weight rows][rows] to the values of rows from `row` on.
@@ -263,22 +193,16 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
   }
 
   const bool is_nibbles_;
-  const int64_t code_bytes_;       // of a weight row
-  const int64_t depth_;            // columns of a tile
-  const int64_t tiles_of_group_;   // with one scale
-  const int64_t groups_;           // of a weight row
-  const int64_t row_group_bytes_;  // of 16 packed rows
+  const int64_t code_bytes_;  // of a weight row
+  const int64_t steps_;       // of 64 columns
   const int64_t row_groups_;
-  uint8_t* const packed_rows_;  // [row groups][64 columns][16 words][16 rows]
-  uint8_t* const left_;         // [tiles][16 weight rows][columns of a tile]
-  float* const weight_scales_;  // [16 weight rows][groups]
+  uint8_t* const packed_rows_;  // [row groups][steps][16 words][16 rows]
+  uint8_t* const left_;         // [steps][16 weight rows][64 columns]
 };
 
-// Sums over groups are added up in another order than vectors do, which batch invariance does not allow.
 void amx_integer_gemm(const QuantizedGemmParams& params, const GemmTask& task, void* scratch) {
-  const bool is_exact = has_row_scales(params);
-  const bool has_few_rows = task.row_end - task.row_begin < (is_exact ? kAmxIntegerMinRows : kAmxGroupedMinRows);
-  if (has_few_rows || (params.gemm.batch_invariant && !is_exact)) {
+  const bool has_row_scales = params.weight.group >= params.gemm.in_features;
+  if (!has_row_scales || task.row_end - task.row_begin < kAmxIntegerMinRows) {
     return integer_gemm(params, task, scratch);
   }
   with_dtype(params.gemm.dtype,

@@ -23,16 +23,14 @@ constexpr int64_t kAmxStride = kAmxDepth * sizeof(BFloat16);  // bytes of a row 
 // (right), which are `depth` bytes of K deep.
 class AmxTiles {
  public:
-  explicit AmxTiles(int depth = kAmxStride) {
+  AmxTiles() {
     struct alignas(64) Config {
       uint8_t palette, start_row, reserved[14];
       uint16_t bytes_per_row[16];
       uint8_t rows[16];
     };
-    const auto bytes = static_cast<uint16_t>(depth);
-    const auto words = static_cast<uint8_t>(depth / 4);
-    const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, bytes, 64}, {16, 16, 16, 16, 16, 16, 16, words}};
-    _tile_loadconfig(&config);
+    constexpr Config kWhole = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&kWhole);
   }
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
