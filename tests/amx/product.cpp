@@ -36,6 +36,24 @@ extern "C" void product(const void* left, const void* right, void* sums, int row
   _tile_release();
 }
 
+// The calling thread gets tiles of so many rows, or none; and what it has, 64 bytes.
+extern "C" void configure(int rows) {
+  Config config = {};
+  config.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.rows[tile] = uint8_t(rows);
+    config.bytes_per_row[tile] = 64;
+  }
+  if (rows > 0) {
+    _tile_loadconfig(&config);
+  } else {
+    _tile_release();
+  }
+}
+extern "C" void configuration(void* config) {
+  _tile_storeconfig(config);
+}
+
 #if defined(MOEKERNELS_EMULATED_TILES)  // assemblers know some of the rules
 // Each breaks one rule.
 extern "C" void break_rule(int rule) {

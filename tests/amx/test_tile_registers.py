@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import moekernels
+from moekernels import ops
 from tests.amx.build import product_library
 from tests.compiler import Compiler
 from tests.isa import needs_isa
@@ -188,6 +190,28 @@ def test_integers_of_the_processor(shape: tuple[int, int, int], emulated: Produc
     for _ in range(20):
         tiles = random_integers(*shape)
         assert torch.equal(emulated(*tiles), native(*tiles))
+
+
+@needs_isa("amx")
+@pytest.mark.parametrize("rows", [5, 0])
+def test_a_thread_keeps_the_configuration_of_another_library(rows: int, compiler: Compiler) -> None:
+    library = ctypes.CDLL(str(product_library(compiler, native=True)))
+    assert library.request_tiles()
+    weight, offsets = torch.randn(2, 64, 64).bfloat16(), torch.tensor([0, 9, 40], dtype=torch.int32)
+    before, after = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with moekernels.cpu_isa("amx"):
+            library.configure(rows)
+            library.configuration(before)
+            ops.grouped_gemm(torch.randn(40, 64).bfloat16(), weight, offsets)
+            library.configuration(after)
+            library.configure(0)
+    finally:
+        torch.set_num_threads(threads)
+    assert before.raw == after.raw
+    assert any(before.raw) == (rows > 0)
 
 
 RULES = (

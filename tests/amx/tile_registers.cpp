@@ -1,5 +1,5 @@
-// What Intel's manual says that the tile instructions do (Software Developer's Manual, volume 2: LDTILECFG, TILERELEASE,
-// TILEZERO, TILELOADD, TILESTORED, TDPBF16PS, TDPBSSD).
+// What Intel's manual says that the tile instructions do (Software Developer's Manual, volume 2: LDTILECFG, STTILECFG,
+// TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS, TDPBSSD).
 #include "tile_registers.h"
 
 #include <cstdint>
@@ -21,6 +21,7 @@ static_assert(sizeof(Config) == 64);
 
 struct Registers {
   bool configured = false;
+  Config config = {};
   int rows[kTiles] = {}, bytes_per_row[kTiles] = {};
   alignas(64) uint8_t data[kTiles][kMaxRows][kMaxBytes] = {};
 };
@@ -79,7 +80,12 @@ void load_config(const void* memory) {
     registers.rows[tile] = rows;
     registers.bytes_per_row[tile] = bytes;
   }
+  registers.config = config;
   registers.configured = true;
+}
+
+void store_config(void* memory) {
+  std::memcpy(memory, &registers.config, sizeof(registers.config));
 }
 
 void release() {

@@ -13,6 +13,7 @@
 namespace tiles {
 
 void load_config(const void* config);
+void store_config(void* config);
 void release();
 void zero(int tile);
 void load(int tile, const void* memory, long stride);
@@ -32,6 +33,7 @@ void dot_int8(int sums, int left, int right);
 #undef _tile_dpbf16ps
 #undef _tile_dpbssd
 #define _tile_loadconfig(config) ::tiles::load_config(config)
+#define _tile_storeconfig(config) ::tiles::store_config(config)
 #define _tile_release() ::tiles::release()
 #define _tile_zero(tile) ::tiles::zero(tile)
 #define _tile_loadd(tile, memory, stride) ::tiles::load(tile, memory, stride)

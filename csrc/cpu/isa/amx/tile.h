@@ -19,22 +19,33 @@ constexpr int kAmxElements = kAmxRows * kAmxDepth;            // bfloat16 in a t
 constexpr int kAmxSums = kAmxRows * kAmxRows;                 // float32 in a tile
 constexpr int64_t kAmxStride = kAmxDepth * sizeof(BFloat16);  // bytes of a row of a tile in scratch memory
 
-// All eight tile registers, for as long as the object lives: at full size but for the operands in 6 (left) and 7
-// (right), which are `depth` bytes of K deep.
+// All eight tile registers at full size, for as long as the object lives. Then the thread has the configuration that it
+// had before: other libraries (llama.cpp) configure each thread once and for all.
 class AmxTiles {
  public:
   AmxTiles() {
-    struct alignas(64) Config {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t bytes_per_row[16];
-      uint8_t rows[16];
-    };
+    _tile_storeconfig(&before_);
     constexpr Config kWhole = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&kWhole);
   }
-  ~AmxTiles() { _tile_release(); }
+  ~AmxTiles() {
+    if (before_.palette == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(&before_);
+    }
+  }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];  // palette 0: no registers
+    uint16_t bytes_per_row[16];
+    uint8_t rows[16];
+  };
+
+  Config before_;
 };
 
 struct AmxLeft {
