@@ -1,8 +1,8 @@
 // Rows rounded to 8 bits times codes of a quantised weight, by tile registers: 16 weight rows x 64 columns x 16 rows in
 // one instruction, in integers.
 //
-// Codes of 16 weight rows at a time are packed as the left operand, those of 4 bits unpacked to bytes. The rows are
-// rounded as everywhere (isa/quantized_integer_kernel.h) and packed as the right operand, so sums come out as
+// Codes of 16 weight rows at a time are the left operand, bytes straight from memory, others unpacked to bytes. The rows
+// are rounded as everywhere (isa/quantized_integer_kernel.h) and packed as the right operand, so sums come out as
 // [weight rows][rows] and are transposed when they are finished. A weight row has one scale here, so sums are integers
 // to the end, the same as on every machine. With scales for groups, sums would pass through memory for every 64 columns
 // at most, which takes longer than to unpack the weights for tiles of bfloat16.
@@ -17,11 +17,11 @@ namespace {
 
 constexpr int kAmxRowBytes = kAmxStride;                    // of a tile register
 constexpr int kAmxIntegerRowGroups = 6;                     // of rows: two registers of eight hold the operands
-constexpr int64_t kAmxIntegerMinRows = 5;                   // of a task; fewer are multiplied by vectors
+constexpr int64_t kAmxIntegerMinRows = 8;                   // of a task; fewer are multiplied by vectors
 constexpr int64_t kAmxTileBytes = kAmxRows * kAmxRowBytes;  // 64 columns of 16 rows
 static_assert(kIntegerRows <= kAmxIntegerRowGroups * kAmxRows);
 
-// The codes that are packed next, so many bytes of which are asked for at each step of multiplying these.
+// The codes that are read next, so many bytes of which are asked for at each step of multiplying these.
 struct AmxNextCodes {
   const uint8_t* codes;
   int64_t step;
@@ -32,9 +32,15 @@ struct AmxNextCodes {
   }
 };
 
+// Codes of 16 weight rows: where they lie in memory, or packed.
+struct AmxCodes {
+  const uint8_t* codes;
+  int64_t row_stride, tile_stride;
+};
+
 // sums[r] = left * right[r] over `tiles` tiles, where right[r] begins `right_stride` bytes behind the one before it.
 template <int kRights>
-void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_stride, int64_t tiles, int32_t* sums,
+void multiply_codes(const AmxCodes& left, const uint8_t* right, int64_t right_stride, int64_t tiles, int32_t* sums,
                     AmxNextCodes next) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
   _tile_zero(0);
@@ -43,8 +49,9 @@ void multiply_codes(const uint8_t* left, const uint8_t* right, int64_t right_str
   if constexpr (kRights > 3) _tile_zero(3);
   if constexpr (kRights > 4) _tile_zero(4);
   if constexpr (kRights > 5) _tile_zero(5);
-  for (int64_t i = 0; i < tiles; ++i, left += kAmxTileBytes, right += kAmxTileBytes) {
-    _tile_loadd(6, left, kAmxStride);
+  const AmxCodes weights = left;
+  for (int64_t i = 0; i < tiles; ++i, right += kAmxTileBytes) {
+    _tile_loadd(6, weights.codes + i * weights.tile_stride, weights.row_stride);
     _tile_loadd(7, right, kAmxStride);
     _tile_dpbssd(0, 6, 7);
     if constexpr (kRights > 1) {
@@ -127,10 +134,10 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
     const AmxTiles tiles;
     for (int64_t c = 0; c < this->columns_; c += kAmxRows) {
       const int64_t weight_row = first + this->task_.col_begin + c, n = min(kAmxRows, this->columns_ - c);
-      pack_left(weight_row, n);
       float scales[kAmxRows] = {};
       this->scales_.load_rows(weight_row, n, kUnit, scales);
-      multiply(scales, target + c, {codes_of(weight_row + kAmxRows), ceil_div(kAmxRows * code_bytes_, steps_)});
+      multiply(left_operand(weight_row, n), scales, target + c,
+               {codes_of(weight_row + kAmxRows), ceil_div(kAmxRows * code_bytes_, steps_)});
     }
   }
 
@@ -144,8 +151,11 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
 
   // Codes of n weight rows as tiles, read row by row as they lie in memory. What is lacking of 16 rows is left
   // undefined, and so are its sums; columns from K on are zero.
-  void pack_left(int64_t weight_row, int64_t n) const {
+  AmxCodes left_operand(int64_t weight_row, int64_t n) const {
     const int64_t k = this->p_.in_features;
+    if (!is_nibbles_ && n == kAmxRows && k % kAmxRowBytes == 0) {
+      return {codes_of(weight_row), code_bytes_, kAmxRowBytes};
+    }
     const uint8_t* codes = codes_of(weight_row);
     for (int64_t row = 0; row < n; ++row, codes += code_bytes_) {
       uint8_t* target = left_ + row * kAmxRowBytes;
@@ -161,15 +171,16 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
         }
       }
     }
+    return {left_, kAmxRowBytes, kAmxTileBytes};
   }
 
   // All rows of the task at once, times all of K.
-  void multiply(const float (&scales)[kAmxRows], int64_t target, const AmxNextCodes& next) const {
+  void multiply(const AmxCodes& left, const float (&scales)[kAmxRows], int64_t target, const AmxNextCodes& next) const {
     constexpr decltype(&multiply_codes<1>) kOf[kAmxIntegerRowGroups] = {multiply_codes<1>, multiply_codes<2>,
                                                                         multiply_codes<3>, multiply_codes<4>,
                                                                         multiply_codes<5>, multiply_codes<6>};
     alignas(64) int32_t sums[kAmxIntegerRowGroups * kAmxSums];
-    kOf[row_groups_ - 1](left_, packed_rows_, row_group_bytes(), steps_, sums, next);
+    kOf[row_groups_ - 1](left, packed_rows_, row_group_bytes(), steps_, sums, next);
     for (int64_t r = 0; r < row_groups_; ++r) {
       VecF totals[kAmxRows];
       MOEKERNELS_UNROLL
