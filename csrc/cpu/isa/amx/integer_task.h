@@ -1,8 +1,8 @@
 // Rows rounded to 8 bits times codes of a quantised weight, by tile registers: 16 weight rows x 64 columns x 16 rows in
 // one instruction, in integers.
 //
-// Codes of 16 weight rows at a time are the left operand, bytes straight from memory, others unpacked to bytes. The rows
-// are rounded as everywhere (isa/quantized_integer_kernel.h) and packed as the right operand, so sums come out as
+// Codes of 16 weight rows at a time are the left operand, bytes where they lie, those of 4 bits unpacked. The rows are
+// rounded as everywhere (isa/quantized_integer_kernel.h) and packed as the right operand, so sums come out as
 // [weight rows][rows] and are transposed when they are finished. A weight row has one scale here, so sums are integers
 // to the end, the same as on every machine. With scales for groups, sums would pass through memory for every 64 columns
 // at most, which takes longer than to unpack the weights for tiles of bfloat16.
