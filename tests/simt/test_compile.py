@@ -127,6 +127,23 @@ def test_sm80_kernels_use_tensor_cores(compiler: Compiler, source: str, dtype: s
     assert sum(count["LDGSTS"] > 0 for count in kernels.values()) == len(kernels) - 1
 
 
+# Instructions of a step of the ring, in which a warp of the large tile has 64 multiplications; 241 with a plain weight.
+WIDENING_BUDGETS = {"halves": 400, "pairs": 460, "bytes": 480}
+
+
+@pytest.mark.parametrize("source", [s.name for s in SOURCES if s.stem.startswith("quantized_gemm_sm80_")])
+def test_quantized_kernels_widen_codes_between_multiplications(compiler: Compiler, source: str) -> None:
+    dtype, codes = source.split("_")[3:5]
+    opcode = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32"}[dtype]
+    lengths = loop_lengths(cubin(compiler, source, "80"), "HMMA")
+    for name, count in opcodes(compiler, source, "80").items():
+        is_large = "Li128E" in name
+        assert count[opcode] == count["HMMA"] == (64 if is_large else 32), name  # one loop, that of the steps
+        assert count["LDSM"] == (16 if is_large else 12), name
+        assert count["LDGSTS"] == count["LDGSTS.E.BYPASS.LTC128B.128"] > 0, name  # codes as rows, 16 bytes at a time
+        assert lengths[name] <= WIDENING_BUDGETS[codes], (name, lengths[name])
+
+
 @pytest.mark.parametrize("source", ["grouped_gemm_f32", "grouped_gemm_f32_transposed", "grouped_weight_grad_f32"])
 def test_float32_kernels_use_full_precision(compiler: Compiler, source: str) -> None:
     for name, count in opcodes(compiler, f"{source}.cu", "80").items():
@@ -180,7 +197,7 @@ def test_gathering_for_a_weight_gradient_stays_within_its_budget(compiler: Compi
 # ---- overlapping launches: see csrc/cuda/common/overlap.cuh ----
 
 GLOBAL_ACCESS = re.compile(r"LDG|LD$|LD\.|STG|ST$|ST\.|ATOM|RED|LDGSTS|UBLK|UTMA(?!CCTL\.PF)")  # not map prefetches
-WITHOUT_OVERLAP = re.compile(r"grouped_(gemm|weight_grad)_(sm80|f32)|grouped_bias_grad")  # long kernels
+WITHOUT_OVERLAP = re.compile(r"(gemm|weight_grad)_(sm80|f32)|grouped_bias_grad")  # long kernels
 
 
 @pytest.mark.parametrize("source", [s.name for s in SOURCES])

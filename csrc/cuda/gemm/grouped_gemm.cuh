@@ -19,12 +19,22 @@ cudaError_t launch_grouped_gemm_sm80(const GroupedGemmParams& params, const Tile
 cudaError_t launch_grouped_gemm_sm90(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream);
 cudaError_t launch_grouped_gemm_decode(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream);
 
-// The decode path with a quantised weight, which is the only one that reads codes.
+// The paths that read the codes of a quantised weight.
 cudaError_t launch_quantized_gemm_decode(const QuantizedGemmParams& params, const TileConfig& config,
                                          cudaStream_t stream);
+cudaError_t launch_quantized_gemm_sm80(const QuantizedGemmParams& params, const TileConfig& config,
+                                       cudaStream_t stream);
 
 // `run` with the choice made by the caller: for tests and for tuning.
 cudaError_t grouped_gemm_with_config(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream);
+
+// All but the codes.
+__host__ __device__ inline const GroupedGemmParams& gemm_of(const GroupedGemmParams& p) {
+  return p;
+}
+__host__ __device__ inline const GroupedGemmParams& gemm_of(const QuantizedGemmParams& p) {
+  return p.gemm;
+}
 
 __host__ __device__ inline int64_t output_width(const GroupedGemmParams& p) {
   return p.gated ? p.out_features / 2 : p.out_features;

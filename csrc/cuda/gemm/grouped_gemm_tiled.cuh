@@ -72,7 +72,16 @@ __device__ __forceinline__ void finish_slab(const GroupedGemmParams& p, const fl
   }
 }
 
-// What copies a tile's weights: a function of the target and of the K at which the step begins.
+// The weight row that is row r of a tile which has weight rows as its columns.
+__device__ __forceinline__ int64_t feature_of(const GroupedGemmParams& p, const Tile& tile, int r) {
+  const int64_t width = output_width(p);
+  const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
+  const int64_t tile_col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
+  const int64_t col = min(tile_col, width - 1);  // past the end: any weights will do, nobody stores their sums
+  return r < tile_cols ? col : width + col;
+}
+
+// What copies a tile's weights: a function of the step and of where the stages are.
 template <class Traits>
 __device__ __forceinline__ auto weight_loader(const GroupedGemmParams& p, const Tile& tile) {
   using T = typename Traits::T;
@@ -81,44 +90,46 @@ __device__ __forceinline__ auto weight_loader(const GroupedGemmParams& p, const 
   if constexpr (Traits::kTransposed) {
     using Loader = MnMajorLoader<T, kTiledN, Traits::kThreads, Traits::kAligned>;
     const Loader loader(weight.any(), tile.col_tile * kTiledN, static_cast<int32_t>(p.out_features));
-    return [=](uint32_t target, int first_k) {
-      loader.load(target, [&](int i) -> const T* {
-        const int k = first_k + Loader::row(i);
+    return [=](int step, uint32_t stages) {
+      loader.load(Traits::weights_tile(stages, step), [&](int i) -> const T* {
+        const int k = step * Traits::kTileK + Loader::row(i);
         return k < in_features ? weight.row(k) : nullptr;
       });
     };
   } else {
     TileLoader<T, kTiledN, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/false> loader;
-    const int64_t width = output_width(p);
-    loader.start(weight.any(), [&](int r) -> const T* {
-      const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
-      const int64_t tile_col = static_cast<int64_t>(tile.col_tile) * tile_cols + r % tile_cols;
-      const int64_t col = min(tile_col, width - 1);  // past the end: any weights will do, nobody stores their sums
-      const int64_t feature = r < tile_cols ? col : width + col;
-      return weight.row(feature);
-    });
-    return [=](uint32_t target, int first_k) { loader.load(target, first_k, in_features); };
+    loader.start(weight.any(), [&](int r) -> const T* { return weight.row(feature_of(p, tile, r)); });
+    return [=](int step, uint32_t stages) {
+      loader.load(Traits::weights_tile(stages, step), step * Traits::kTileK, in_features);
+    };
   }
 }
 
-template <class Traits>
-__device__ __forceinline__ void compute_tile(const GroupedGemmParams& p, const Tile& tile, unsigned char* smem) {
+template <class Traits, class Params>
+__device__ __forceinline__ void compute_tile(const Params& params, const Tile& tile, unsigned char* smem) {
   using T = typename Traits::T;
+  const GroupedGemmParams& p = gemm_of(params);
   TileLoader<T, Traits::kTileM, Traits::kThreads, Traits::kAligned, /*kMayLackRows=*/true> rows;
-  rows.start(readable_weight<T, Traits::kTables>(p, tile.expert), [&](int r) -> const T* {
+  rows.start(readable_weight<T, Traits::kTables>(params, tile.expert), [&](int r) -> const T* {
     const int32_t row = tile.row_begin + r;
     const int32_t source = row < tile.row_end ? source_row(p, row) : -1;
     return source < 0 ? nullptr : static_cast<const T*>(p.rows) + source * p.row_stride;
   });
-  const auto load_weights = weight_loader<Traits>(p, tile);
+  auto load_weights = weight_loader<Traits>(params, tile);
 
   const auto in_features = static_cast<int>(p.in_features);
   const int num_steps = ceil_div(in_features, Traits::kTileK);
-  typename Traits::Compute compute;
-  multiply_steps<Traits>(compute, ptx::smem_address(smem), num_steps, [&](int step, uint32_t stage) {
+  const uint32_t stages = ptx::smem_address(smem);
+  const auto load = [&](int step, uint32_t stage) {
     rows.load(stage, step * Traits::kTileK, in_features);
-    load_weights(stage + Traits::kRowsBytes, step * Traits::kTileK);
-  });
+    load_weights(step, stages);
+  };
+  typename Traits::Compute compute;
+  if constexpr (Traits::kCoded) {
+    multiply_steps<Traits>(compute, stages, num_steps, load, [&](int step) { load_weights.widen(step, stages); });
+  } else {
+    multiply_steps<Traits>(compute, stages, num_steps, load);
+  }
 
   auto* const slab = reinterpret_cast<float*>(smem);
   finish_passes<Traits>(compute, slab, [&](auto row_of) {
@@ -131,8 +142,9 @@ __device__ __forceinline__ void compute_tile(const GroupedGemmParams& p, const T
 }
 
 // The body of a kernel.
-template <class Traits>
-__device__ __forceinline__ void run_tiled_gemm(const GroupedGemmParams& p, int group_m, unsigned char* smem) {
+template <class Traits, class Params>
+__device__ __forceinline__ void run_tiled_gemm(const Params& params, int group_m, unsigned char* smem) {
+  const GroupedGemmParams& p = gemm_of(params);
   auto* const starts = reinterpret_cast<int32_t*>(smem + Traits::kSmemBytes);
   if (threadIdx.x < 32) TileSchedule::build(starts, p.expert_offsets, p.num_experts, p.num_rows, Traits::kTileM);
   __syncthreads();
@@ -141,23 +153,24 @@ __device__ __forceinline__ void run_tiled_gemm(const GroupedGemmParams& p, int g
   const TileSchedule schedule(starts, p.expert_offsets, p.num_experts, p.num_rows, Traits::kTileM, col_tiles, group_m);
   const auto first = static_cast<int32_t>(blockIdx.x);
   const auto step = static_cast<int32_t>(gridDim.x);
-  for (int32_t i = first; i < schedule.num_tiles(); i += step) compute_tile<Traits>(p, schedule.tile(i), smem);
+  for (int32_t i = first; i < schedule.num_tiles(); i += step) compute_tile<Traits>(params, schedule.tile(i), smem);
 
   zero_unused_rows<typename Traits::T>(p, static_cast<int64_t>(first) * Traits::kThreads + threadIdx.x,
                                        static_cast<int64_t>(step) * Traits::kThreads);
 }
 
-template <class Traits, auto kKernel>
-cudaError_t launch_tiled_gemm(const GroupedGemmParams& params, const TileConfig& config, cudaStream_t stream) {
+template <class Traits, auto kKernel, class Params>
+cudaError_t launch_tiled_gemm(const Params& params, const TileConfig& config, cudaStream_t stream) {
+  const GroupedGemmParams& p = gemm_of(params);
   DeviceInfo device;
   if (const cudaError_t error = device_info(&device); error != cudaSuccess) return error;
-  const int tile_cols = params.gated ? kTiledN / 2 : kTiledN;
-  const int64_t col_tiles = ceil_div(output_width(params), tile_cols);
-  const int64_t tiles = max_row_tiles(params.num_rows, params.num_experts, Traits::kTileM) * col_tiles;
-  const int64_t widest = std::max(params.in_features, params.transposed ? params.out_features : 0);
+  const int tile_cols = p.gated ? kTiledN / 2 : kTiledN;
+  const int64_t col_tiles = ceil_div(output_width(p), tile_cols);
+  const int64_t tiles = max_row_tiles(p.num_rows, p.num_experts, Traits::kTileM) * col_tiles;
+  const int64_t widest = std::max(p.in_features, p.transposed ? p.out_features : 0);
   if (tiles > INT32_MAX || widest > INT32_MAX - kTiledN) return cudaErrorInvalidValue;
   const int64_t resident = static_cast<int64_t>(device.sm_count) * Traits::Compute::kBlocksPerSm;
-  const size_t smem_bytes = Traits::kSmemBytes + TileSchedule::smem_bytes(params.num_experts);
+  const size_t smem_bytes = Traits::kSmemBytes + TileSchedule::smem_bytes(p.num_experts);
   const LaunchConfig launch_config{dim3(static_cast<unsigned>(std::min(tiles, resident))), dim3(Traits::kThreads),
                                    smem_bytes, stream};
   return launch<kKernel>(launch_config, params, config.group_m);

@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/gemm/mn_major_loader.cuh"
 #include "cuda/gemm/tile_loader.cuh"
@@ -37,6 +38,7 @@ struct TiledGemmTraits {
   using T = typename Compute::Element;
   static constexpr int kStages = kStages_;
   static constexpr bool kAligned = kAligned_;
+  static constexpr bool kCoded = false;  // the weights come as codes, and are widened on their way
   static constexpr bool kTransposed = Compute::kWeightsMajor == Major::kMN;
   static constexpr int kTileM = Compute::kTileM;
   static constexpr bool kTables = kTileM == 64 || sizeof(T) == 2;  // the large tiles of float32 need all registers
@@ -46,6 +48,14 @@ struct TiledGemmTraits {
   static constexpr int kRowsBytes = kTileM * kTileRowBytes;
   static constexpr int kStageBytes = kRowsBytes + kTiledN * kTileRowBytes;
   static constexpr int kSmemBytes = kStages * kStageBytes;  // and the schedule
+
+  // Where the operands of a step are.
+  static __device__ __forceinline__ uint32_t rows_tile(uint32_t smem, int step) {
+    return smem + step % kStages * kStageBytes;
+  }
+  static __device__ __forceinline__ uint32_t weights_tile(uint32_t smem, int step) {
+    return rows_tile(smem, step) + kRowsBytes;
+  }
 
   static constexpr int kRowsPerPass = kSlabRows / Compute::kWarpsM;
   static constexpr int kPasses = kTileM / kSlabRows;
@@ -73,24 +83,38 @@ __device__ __forceinline__ void finish_passes(const typename Traits::Compute& co
   }
 }
 
-// The ring: `load(step, stage)` starts to copy a step into the stage at that address.
-template <class Traits, class Load>
-__device__ __forceinline__ void multiply_steps(typename Traits::Compute& compute, uint32_t stages, int num_steps,
-                                               Load&& load) {
+struct NothingToPrepare {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
+// The ring: `load(step, stage)` starts to copy a step into the stage at that address. `prepare(step)` makes of what has
+// been copied what is multiplied, a step ahead and between multiplications; it finds there what was loaded with the
+// step before.
+template <class Traits, class Load, class Prepare = NothingToPrepare>
+__device__ __forceinline__ void multiply_steps(typename Traits::Compute& compute, uint32_t smem, int num_steps,
+                                               Load&& load, Prepare&& prepare = {}) {
   constexpr int kStages = Traits::kStages;
+  constexpr bool kPrepares = !std::is_same_v<std::remove_cvref_t<Prepare>, NothingToPrepare>;
   const auto start = [&](int step) {
-    if (step < num_steps) load(step, stages + step % kStages * Traits::kStageBytes);
+    if (step < num_steps) load(step, Traits::rows_tile(smem, step));
     ptx::cp_async_commit_group();  // an empty group too: waiting counts groups
   };
   compute.clear();
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) start(step);
+  if constexpr (kPrepares) {
+    ptx::cp_async_wait_group<kStages - 2>();
+    __syncthreads();
+    if (num_steps > 0) prepare(0);
+  }
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();
-    const uint32_t stage = stages + step % kStages * Traits::kStageBytes;
-    compute.multiply(stage, stage + Traits::kRowsBytes, [&] { start(step + kStages - 1); });
+    compute.multiply(Traits::rows_tile(smem, step), Traits::weights_tile(smem, step), [&] {
+      start(step + kStages - 1);
+      if (kPrepares && step + 1 < num_steps) prepare(step + 1);
+    });
   }
   ptx::cp_async_wait_group<0>();
 }

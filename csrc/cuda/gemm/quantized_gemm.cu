@@ -1,5 +1,4 @@
-// The entry of the grouped GEMM with a quantised weight. Callers choose it for as few rows as prefers_decode
-// (tile_config.h) does; with many it is right, but reads the codes once more for every few rows of an expert.
+// The entry of the grouped GEMM with a quantised weight.
 #include "cuda/common/launch.cuh"
 #include "cuda/gemm/grouped_gemm.cuh"
 
@@ -13,7 +12,9 @@ cudaError_t run(const QuantizedGemmParams& params, cudaStream_t stream) {
   DeviceInfo device;
   if (const cudaError_t error = device_info(&device); error != cudaSuccess) return error;
   const GemmProblem problem = gemm_problem(gemm, device.compute_capability, device.sm_count);
-  return launch_quantized_gemm_decode(params, decode_config(problem, bits_of(params.weight.order)), stream);
+  const TileConfig config = quantized_config(problem, bits_of(params.weight.order));
+  if (config.path == GemmPath::kDecode) return launch_quantized_gemm_decode(params, config, stream);
+  return launch_quantized_gemm_sm80(params, config, stream);
 }
 
 }  // namespace moekernels

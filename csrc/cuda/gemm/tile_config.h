@@ -211,6 +211,13 @@ inline TileConfig sm80_config(const GemmProblem& p) {
   return {GemmPath::kSm80, 128, 128, tile_k, has_small_smem(p.compute_capability) ? 3 : 4, kGroupM};
 }
 
+// Of a quantised weight, whose codes have so many bits. The decode kernel can do with any number of rows what it does
+// with few; in float32 there is no other.
+inline TileConfig quantized_config(const GemmProblem& p, int weight_bits) {
+  const bool decodes = !p.transposed && (p.dtype == DType::kFloat32 || prefers_decode(p));
+  return decodes ? decode_config(p, weight_bits) : sm80_config(p);
+}
+
 inline TileConfig f32_config(const GemmProblem& p) {
   if (!prefers_large_tiles(p)) return {GemmPath::kF32, 64, 128, kTileK32Bit, 4, kGroupM};
   return {GemmPath::kF32, 128, 128, kTileK32Bit, 3, kGroupM};

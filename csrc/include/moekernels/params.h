@@ -187,7 +187,8 @@ enum class CodeOrder : int32_t {
 };
 
 // A weight [E, M, K] in few bits: w = value(code) * scale, with a scale for every `group` weights, which divides K.
-// 4-bit codes are a multiple of 32 per row; group is K or a power of 2 of at least 32.
+// 4-bit codes are a multiple of 32 per row; group is K or a power of 2 of at least 32. Of a `transposed` product, whose
+// weight is [E, K, M], a row has M.
 struct QuantizedWeightParams {
   const void* codes;
   const void* scales;
@@ -204,7 +205,8 @@ struct QuantizedWeightParams {
   DType scales_dtype;  // float32 or float16; none beside `map`
 };
 
-// The grouped GEMM with a quantised weight: `gemm` has everything else. Neither transposed nor in parts.
+// The grouped GEMM with a quantised weight: `gemm` has everything else. Not in parts; on a CPU and in float32 not
+// transposed.
 struct QuantizedGemmParams {
   static constexpr const char* kOp = "quantized_gemm";
   GroupedGemmParams gemm;

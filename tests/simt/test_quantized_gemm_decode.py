@@ -1,4 +1,4 @@
-"""The grouped GEMM that reads the codes of a quantised weight, on the CPU."""
+"""The decode path with the codes of a quantised weight, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from moekernels import ops
 from moekernels.ops import reference
 from moekernels.quantization import QuantizedWeight
 from tests.simt.build import instances
 from tests.simt.device import Settings, Simt, SimtError, SimtLibrary, poisoned
-from tests.simt.gemm_problems import Inputs, Problem, make_inputs, other_fields
-from tests.simt.params import CodeOrder, DType
+from tests.simt.gemm_problems import Problem, make_inputs
+from tests.simt.params import DType
+from tests.simt.quantized_problems import FORMATS, MAIN, bits_of, check, launch, quantized, weight_fields
 from tests.tolerance import assert_accurate
 
 SOURCES = (
@@ -24,22 +23,9 @@ SOURCES = (
     "gemm/quantized_gemm_decode.cu",
     *instances("quantized_gemm_decode_"),
 )
-# One of each order of codes, and what else there is.
-MAIN = {"int4": ("int4", {}), "nf4": ("nf4", {}), "int8": ("int8", {})}
-FORMATS = {
-    **MAIN,
-    "int4-64": ("int4", {"group_size": 64}),
-    "nf4-nested": ("nf4", {"blocksize": 32, "double_quant": True}),
-    "fp4-128": ("fp4", {"blocksize": 128}),
-    "int8-groups": ("int8_groups", {}),
-}
 HALF_TILES = {4: ((8, 32, 2048), (8, 16, 4096), (32, 16, 2048)), 8: ((8, 32, 1024), (8, 16, 2048), (32, 16, 1024))}
 FLOAT_TILES = {4: ((8, 16, 2048),), 8: ((8, 16, 1024),)}
 RAGGED = (3, 0, 1, 9, 0, 40, 16)
-
-
-def bits_of(name: str) -> int:
-    return 8 if name.startswith("int8") else 4
 
 
 def tiles_of(name: str, dtype: torch.dtype) -> tuple[tuple[int, int, int], ...]:
@@ -63,67 +49,6 @@ def built(simt: Simt) -> SimtLibrary:
 def library(built: SimtLibrary) -> SimtLibrary:
     built.call("set_decode_tiles", 0, 0, 0)
     return built
-
-
-def quantized(inputs: Inputs, name: str) -> QuantizedWeight:
-    format, options = FORMATS[name]
-    return ops.quantize(inputs.weight, format, **options)
-
-
-def weight_fields(weight: QuantizedWeight) -> dict[str, Any]:
-    layout = weight.kernel_layout
-    assert layout is not None
-    table, *nested = layout.tables or [None]
-    map, factors, offsets = nested or (None, None, None)
-    return {
-        "codes": layout.codes,
-        "scales": layout.scales,
-        "table": table,
-        "map": map,
-        "nested": factors,
-        "offset": offsets,
-        "codes_stride": layout.codes.stride(0),
-        "scales_stride": layout.scales.stride(0),
-        "nested_stride": 0 if factors is None else factors.stride(0),
-        "group": layout.group,
-        "unit": layout.unit,
-        "order": CodeOrder[layout.order.upper()],
-        "scales_dtype": DType.FLOAT16 if layout.scales.dtype == torch.float16 else DType.FLOAT32,
-    }
-
-
-def launch(
-    library: SimtLibrary, p: Problem, inputs: Inputs, weight: QuantizedWeight, settings: Settings | None = None,
-    *, int8_rows: bool = False, **changed: Any,
-) -> Tensor:  # fmt: skip
-    """The output for these inputs, NaN wherever nothing is written. `changed`: fields of the weight."""
-    out = poisoned((p.num_rows, p.width), p.dtype)
-    gemm = {
-        **other_fields(p, inputs, out),
-        "bias": inputs.bias,
-        "bias_stride": 0 if inputs.bias is None else inputs.bias.stride(0),
-        "weight_expert_stride": 0,
-        "weight_row_stride": 0,
-        "num_parts": 1,
-        "allow_tf32": False,
-        "batch_invariant": False,
-    }
-    fields = {"gemm": gemm, "weight": {**weight_fields(weight), **changed}, "int8_rows": int8_rows}
-    library.run("quantized_gemm", settings=settings, int8_threshold=0.0, **fields)
-    return out
-
-
-def check(
-    library: SimtLibrary, p: Problem, name: str, settings: Settings | None = None, seed: int = 1
-) -> tuple[Tensor, QuantizedWeight]:
-    """Runs a problem, compares it with the definition on the values of the weight, and returns output and weight."""
-    inputs = make_inputs(p, seed)
-    weight = quantized(inputs, name)
-    actual = launch(library, p, inputs, weight, settings)
-    truth = replace(inputs.to(torch.float64), weight=weight.dequantize(torch.float64)).reference(p)
-    plain = replace(inputs, weight=weight.dequantize(p.dtype)).reference(p)
-    assert_accurate(actual, truth, plain)
-    return actual, weight
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -306,24 +231,6 @@ def test_the_usual_tiles_are_built(library: SimtLibrary) -> None:
             assert tuple(config.tolist()) in tiles_of(name, dtype)
             chosen.add((dtype, bits_of(name), tuple(config.tolist())))
     assert len(chosen) == 2 * (3 + 1)  # each of them is somebody's
-
-
-def test_the_entry(simt: Simt) -> None:
-    """What it chooses is the decode path, whatever the number of rows; and what there is without experts, or rows."""
-    entry = simt.library("gemm/quantized_gemm.cu", *SOURCES[1:])
-    for counts in ((0, 1), (3, 2), (0, 70)):
-        check(entry, Problem(counts, 40, 128, unused=1), "int4")
-        assert "grouped_gemm_decode_kernel" in entry.launches[0]
-    nothing = Problem((0, 0), 40, 128)
-    inputs = make_inputs(nothing)
-    launch(entry, nothing, inputs, quantized(inputs, "int4"))
-    assert entry.launches == []
-    nobody = Problem((), 40, 128, unused=3)
-    alone = replace(inputs, rows=torch.ones(3, 128).bfloat16(), expert_offsets=torch.zeros(1, dtype=torch.int32))
-    assert torch.equal(launch(entry, nobody, alone, quantized(inputs, "int4")), torch.zeros(3, 40).bfloat16())
-    with pytest.raises(SimtError, match=r"cudaError_t 1$"):  # the epilogue has no registers for it
-        squared = Problem((0, 1), 40, 128, activation="relu2")
-        launch(entry, squared, make_inputs(squared), quantized(inputs, "int4"))
 
 
 def test_launches_in_a_row_overlap(library: SimtLibrary) -> None:
