@@ -296,6 +296,7 @@ def racecheck(check: Check) -> None:
 # ---- how fast is it? ----
 
 OLMOE, PHI, NLLB, SWITCH = "olmoe-1b-7b", "phi-3.5-moe", "nllb-moe-54b", "switch-base-8"
+QUANTISED = "--weights int4 nf4 int8"
 
 
 def _benchmark(check: Check, part: str, name: str, script: str, options: Sequence[str]) -> None:
@@ -321,10 +322,9 @@ def _benchmarks(check: Check, part: str, runs: dict[str, str]) -> None:
 
 
 def decode(check: Check) -> None:
-    quantised = "--weights int4 nf4 int8"
     runs = {
         "layer, few tokens": f"moe_layer.py --shapes {OLMOE} {PHI} --tokens 1 8 32 --budget 0.5",
-        "layer, few tokens, quantised": f"moe_layer.py {quantised} --shapes {OLMOE} --tokens 1 8 --budget 0.2",
+        "layer, few tokens, quantised": f"moe_layer.py {QUANTISED} --shapes {OLMOE} --tokens 1 8 --budget 0.2",
         "layer with routing": f"moe_layer.py --with-routing --shapes {OLMOE} --tokens 1 8 --no-baselines --budget 0.3",
     }
     _benchmarks(check, "decode", runs)
@@ -334,6 +334,7 @@ def prefill(check: Check) -> None:
     runs = {
         "layer, many tokens": f"moe_layer.py --shapes {OLMOE} {PHI} --tokens 512 8192 32768 --budget 0.7",
         "kernels": f"moe_layer.py --kernels all --shapes {OLMOE} --tokens 1 8 512 16384 --budget 0.3",
+        "layer, many tokens, quantised": f"moe_layer.py {QUANTISED} --shapes {OLMOE} --tokens 512 8192 --budget 0.2",
     }
     _benchmarks(check, "prefill", runs)
 

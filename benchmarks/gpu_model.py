@@ -41,6 +41,10 @@ CODES = {"int4": 3.6, "nf4": 5.3, "int8": 5.1}
 BYTES = {"int4": 4.5 / 8, "nf4": 4.5 / 8, "int8": 1.0}  # of a weight, its share of a scale included
 LANES = 128  # of a multiprocessor, an instruction each per clock
 
+# ---- and of the kernel of many rows: instructions of a warp for a step, of the 128 × 128 × 32 tile on sm_90a ----
+MMA_SYNC = 0.6  # assumed: what mma.sync reaches of the rate of wgmma
+CODES_STEP = {"int4": 374, "nf4": 435, "int8": 450}
+
 ELEMENT = 2  # bytes of bfloat16
 
 
@@ -140,6 +144,25 @@ def few_tokens(shape: LayerShape, tokens: int, format: str | None = None) -> flo
     return 3 * LAUNCH + max(read, widen)
 
 
+def quantized_gemm(num_rows: int, experts: int, m: int, k: int, format: str) -> float:
+    """Seconds of [num_rows, k] by the codes of [experts, m, k]. Two blocks share a multiprocessor, each with a warp on
+    every scheduler: one's epilogue runs under the other's multiplications."""
+    tile = Tile(128, 128, 32)
+    tiles = experts * math.ceil(num_rows / experts / tile.rows) * math.ceil(m / tile.columns)
+    # A step reads 16 or 32 bytes of a row of codes, and the cache gives 32.
+    through_l2 = tile.rows * tile.depth * ELEMENT + tile.columns * 32
+    step = max(multiply_clocks(tile) / MMA_SYNC, CODES_STEP[format], through_l2 / L2_PER_CLOCK)
+    return LAUNCH + math.ceil(tiles / SMS) * math.ceil(k / tile.depth) * step / (CLOCK * SUSTAINED)
+
+
+def forward_of_codes(shape: LayerShape, tokens: int, format: str) -> float:
+    """:func:`forward` with quantised weights."""
+    rows = tokens * shape.top_k
+    up = quantized_gemm(rows, shape.num_experts, shape.up_features, shape.hidden_size, format)
+    down = quantized_gemm(rows, shape.num_experts, shape.hidden_size, shape.ffn_size, format)
+    return up + down + stream((rows + tokens) * shape.hidden_size * ELEMENT)
+
+
 def flops(shape: LayerShape, tokens: int) -> float:
     return 2 * tokens * shape.top_k * shape.expert_size
 
@@ -179,6 +202,14 @@ def rows(shared: bool) -> list[tuple[str, str, str]]:
         *(
             (f"{name} layer, one token, {format}", "–", micros(few_tokens(shape, 1, format)))
             for name, shape in (("OLMoE", OLMOE), ("Phi-3.5", PHIMOE))
+            for format in CODES
+        ),
+        *(
+            (
+                f"OLMoE layer, 8192 tokens, {format}",
+                "–",
+                rate(forward_of_codes(OLMOE, 8192, format), flops(OLMOE, 8192)),
+            )
             for format in CODES
         ),
         ("G6: OLMoE layer, 8 tokens", "≥ 75 % of bandwidth", bandwidth(few_tokens(OLMOE, 8), eight)),

@@ -30,12 +30,12 @@ STABLE_TORCH_LIBRARY(moekernels, m) {
       "router_stats(Tensor logits, SymInt num_groups, int top_k, Tensor? mask=None) "
       "-> (Tensor counts, Tensor prob_sums, Tensor z_sums)");
 
-  // Without gradients: the Python functions dequantise the weight where it has no kernel.
+  // Without gradients: the Python functions see to them, and dequantise the weight where it has no kernel.
   m.def(
       "quantized_gemm(Tensor rows, Tensor codes, Tensor scales, Tensor[] tables, str order, int group, float unit, "
       "int out_features, Tensor expert_offsets, Tensor? bias=None, str activation='none', bool gated=False, "
       "Tensor? row_scale=None, Tensor? token_of_row=None, bool batch_invariant=False, bool int8_rows=False, "
-      "float int8_threshold=0.0) -> Tensor");
+      "float int8_threshold=0.0, bool transposed=False) -> Tensor");
 
   // On the CPU, and without gradients: the Python functions leave everything else to torch.
   m.def(

@@ -36,7 +36,7 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
                       const std::string& order, int64_t group, double unit, int64_t out_features,
                       const Tensor& expert_offsets, const std::optional<Tensor>& bias, const std::string& activation,
                       bool gated, const std::optional<Tensor>& row_scale, const std::optional<Tensor>& token_of_row,
-                      bool batch_invariant, bool int8_rows, double int8_threshold);
+                      bool batch_invariant, bool int8_rows, double int8_threshold, bool transposed);
 
 Tensor permute(const Tensor& hidden, const Tensor& token_of_row, const std::optional<Tensor>& row_of_slot);
 

@@ -27,17 +27,23 @@ void check_part(const Checks& check, const char* name, const Tensor& tensor, Sca
   check.same_device(name, tensor);
 }
 
-// What lies between the rows; of a single one that is as torch happens to say.
+// From one row to the next; of a single one torch says something or other.
 int64_t stride_of_rows(const Tensor& tensor) {
-  return tensor.size(0) == 1 ? tensor.size(1) : tensor.stride(0);
+  return tensor.size(0) == 1 ? 0 : tensor.stride(0);
 }
 
-// A tensor of dense rows that start at multiples of 16 bytes, as kernels for GPUs read them: itself, or a copy.
+// A tensor of dense rows that start at multiples of 16 bytes, as kernels for GPUs read them: itself, or a copy, with
+// something between its rows if need be.
 Tensor aligned_rows(const Tensor& tensor, int64_t element_size) {
   const Tensor rows = dense_rows(tensor);
-  const bool is_aligned =
-      reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0 && stride_of_rows(rows) * element_size % 16 == 0;
-  return is_aligned ? rows : torch::stable::clone(rows);
+  if (reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0 && stride_of_rows(rows) * element_size % 16 == 0) {
+    return rows;
+  }
+  const int64_t width = rows.size(1), vector = 16 / element_size;
+  Tensor wide = moekernels::new_empty(rows, {rows.size(0), (width + vector - 1) / vector * vector});
+  Tensor copy = torch::stable::narrow(wide, 1, 0, width);
+  torch::stable::copy_(copy, rows);
+  return copy;
 }
 
 constexpr int64_t kMostIntegers = 65536;  // whose products with codes of 8 bits add up to less than 2^31
@@ -46,13 +52,15 @@ constexpr int64_t kMostIntegers = 65536;  // whose products with codes of 8 bits
 
 // rows [N, K], codes [E, entries], scales [E, M * K / group], expert_offsets [E + 1] -> [N, M], or [N, M / 2] gated
 //
+// `transposed`: the weight is [E, K, M], so that this is the gradient of the rows; on CUDA in 16 bits alone.
+//
 // `tables`: none, [16] values of 4-bit codes, or, where scales are codes themselves, also [256] their values and, for
 // every 256 of them, [E, n] factors and [E, n] offsets.
 Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& scales, const std::vector<Tensor>& tables,
                       const std::string& order, int64_t group, double unit, int64_t out_features,
                       const Tensor& expert_offsets, const std::optional<Tensor>& bias, const std::string& activation,
                       bool gated, const std::optional<Tensor>& row_scale, const std::optional<Tensor>& token_of_row,
-                      bool batch_invariant, bool int8_rows, double int8_threshold) {
+                      bool batch_invariant, bool int8_rows, double int8_threshold, bool transposed) {
   const Checks check("quantized_gemm", "rows", rows);
   check.rank("rows", rows, 2, "[num_rows, in_features]");
   QuantizedGemmParams params{};
@@ -64,12 +72,17 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
   const int64_t in_features = rows.size(1), num_experts = experts_of(check, expert_offsets);
   check.that(in_features > 0 && out_features > 0 && (!gated || out_features % 2 == 0),
              "the weight must not be empty, and have an even number of rows when gated");
+  const bool on_gpu = rows.is_cuda();
+  const int64_t columns = transposed ? out_features : in_features;
+  check.that(!transposed || (on_gpu && gemm.dtype != DType::kFloat32 && !gated && !bias.has_value() &&
+                             gemm.activation == Activation::kNone),
+             "transposed goes with bfloat16 or float16 on CUDA, and with no bias, activation or gate");
   weight.order = order_of(check, order);
   const bool is_nibbles = weight.order != CodeOrder::kBytes;
-  check.that(group == in_features || (group >= 32 && (group & (group - 1)) == 0),
+  check.that(group == columns || (group >= 32 && (group & (group - 1)) == 0),
              "group must be in_features or a power of 2 from 32 on, got ", group);
-  check.that(in_features % group == 0 && (!is_nibbles || in_features % 32 == 0),
-             "rows must have a multiple of the group of the weight in columns, ", group, ", got ", in_features);
+  check.that(columns % group == 0 && (!is_nibbles || columns % 32 == 0), transposed ? "the weight" : "rows",
+             " must have a multiple of the group of the weight in columns, ", group, ", got ", columns);
   if (token_of_row.has_value()) check.index("token_of_row", *token_of_row, 1, "[num_rows]");
   gemm.num_source_rows = rows.size(0);
   gemm.num_rows = token_of_row.has_value() ? token_of_row->size(0) : rows.size(0);
@@ -91,10 +104,9 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
              "int8_threshold goes with int8_rows, codes in bytes and a scale for each row of the weight");
   params.int8_rows = int8_rows;
   params.int8_threshold = static_cast<float>(int8_threshold);
-  const bool on_gpu = rows.is_cuda();
   check.that(!on_gpu || !int8_rows, "on CUDA rows are not rounded to 8 bits");
-  check.that(!on_gpu || is_nibbles || in_features % 16 == 0,
-             "on CUDA rows must have a multiple of 16 columns beside codes of 8 bits, got ", in_features);
+  check.that(!on_gpu || is_nibbles || columns % 16 == 0, "on CUDA ", transposed ? "the weight" : "rows",
+             " must have a multiple of 16 columns beside codes of 8 bits, got ", columns);
   if (!tables.empty()) check.float_shape("tables[0]", tables[0], {16}, "[16]");
   if (is_nested) {
     check.float_shape("tables[1]", tables[1], {256}, "[256]");
@@ -112,7 +124,7 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
     check.that(!row_scale.has_value(), "row_scale goes with no relu2 on CUDA");
     return moekernels::activation(
         quantized_gemm(rows, codes, scales, tables, order, group, unit, out_features, expert_offsets, bias, "none",
-                       false, std::nullopt, token_of_row, batch_invariant, int8_rows, int8_threshold),
+                       false, std::nullopt, token_of_row, batch_invariant, int8_rows, int8_threshold, false),
         activation, gated);
   }
   Tensor out = moekernels::new_empty(rows, {gemm.num_rows, gated ? out_features / 2 : out_features});
@@ -149,6 +161,7 @@ Tensor quantized_gemm(const Tensor& rows, const Tensor& codes, const Tensor& sca
   gemm.out_features = out_features;
   gemm.in_features = in_features;
   gemm.num_experts = static_cast<int32_t>(num_experts);
+  gemm.transposed = transposed;
   gemm.batch_invariant = batch_invariant;
   launch(params, rows);
   return out;

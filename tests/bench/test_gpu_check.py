@@ -70,7 +70,7 @@ def test_every_command_can_be_given(
             gpu_check.PARTS[part](check)
 
     benchmarks = [c for c in commands if c[1].endswith(".py") and Path(c[1]).parent.name == "benchmarks"]
-    assert len(benchmarks) == 9
+    assert len(benchmarks) == 10
     for _, script, *options in benchmarks:
         options[options.index("--device") + 1] = "cpu"
         parse(Path(script), options, monkeypatch)

@@ -42,5 +42,13 @@ def test_few_tokens_by_hand(model: ModuleType) -> None:
     assert model.few_tokens(OLMOE, 1) == pytest.approx(read + 3 * model.LAUNCH)
 
 
+def test_codes_of_many_rows_by_hand(model: ModuleType) -> None:
+    """64 tiles of 128 rows by 8 of 128 columns are 4 rounds of 132; a step of 32 columns is 256 clocks of wgmma."""
+    clocks = {"int4": 256 / 0.6, "nf4": 435, "int8": 450}  # of nf4 and int8 the instructions that widen
+    for format, step in clocks.items():
+        expected = 4 * 64 * step / (0.8 * 1.83e9)
+        assert model.quantized_gemm(64 * 100, 64, 1024, 2048, format) == pytest.approx(expected + model.LAUNCH)
+
+
 def test_work_counts_as_everywhere(model: ModuleType) -> None:
     assert model.flops(OLMOE, 10) == 6 * 10 * 8 * 2048 * 1024

@@ -74,17 +74,26 @@ def check_rows(width: int, device: torch.device) -> None:
     torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def check_quantized(format: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Few rows by the codes of a weight, whose last row ends within a tile; experts with rows and without."""
-    weight = ops.quantize(torch.randn(4, 52, 320, device=device) / 18, format)
-    rows, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((23, 320), (4, 52)))
-    offsets = torch.tensor([0, 1, 1, 20, 22], dtype=torch.int32, device=device)
+def check_quantized(format: str, counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """By the codes of a weight, whose last row ends within a tile, and with gradients of the rows."""
+    weight = ops.quantize(torch.randn(len(counts), 52, 320, device=device) / 18, format)
+    num_rows = sum(counts) + 1
+    rows, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((num_rows, 320), (len(counts), 52)))
+    offsets = torch.tensor([0, *counts], device=device).cumsum(0).int()
     more = {"gated": True, "activation": "silu"}
-    out = ops.grouped_gemm(rows, weight, offsets, bias=bias, **more)
-    values = weight.dequantize(torch.float64)
-    truth = reference.grouped_gemm(rows.double(), values, offsets, bias=bias.double(), **more)
+    results = []
+    for multiply, stack, wide in (
+        (ops.grouped_gemm, weight, dtype),
+        (reference.grouped_gemm, weight.dequantize(torch.float64), torch.float64),
+    ):
+        inputs = rows.to(wide).requires_grad_()
+        out = multiply(inputs, stack, offsets, bias=bias.to(wide), **more)
+        plain = multiply(inputs.detach(), stack, offsets, bias=bias.to(wide), **more)
+        (grad,) = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        results.append([x.double() for x in (plain, out, grad)])
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), truth, rtol=8 * eps, atol=8 * eps)
+    for actual, truth in zip(*results, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=16 * eps, atol=16 * eps)
 
 
 def main() -> None:
@@ -104,7 +113,8 @@ def main() -> None:
             check_router(scoring, num_experts, device)
     for format in ("int4", "nf4", "int8", "int8_groups"):
         for dtype in DTYPES:
-            check_quantized(format, dtype, device)
+            check_quantized(format, (1, 0, 19, 2), dtype, device)
+            check_quantized(format, (0, 150, 1, 70), dtype, device)
     for width in (38, 40, 2064):
         check_rows(width, device)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Quantised weights on a GPU: few rows are multiplied by their codes, and nothing waits for the device."""
+"""Quantised weights on a GPU: rows are multiplied by their codes, and nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -57,6 +57,62 @@ def test_against_the_cpu_and_the_definition(cuda: torch.device, name: str, dtype
         here = ops.grouped_gemm(rows, weight, offsets, bias=bias.to(dtype), row_scale=scale, **more)
         assert_accurate(there, truth, plain)
         assert_accurate(there, here.double(), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_and_their_gradients(cuda: torch.device, name: str, dtype: torch.dtype) -> None:
+    """Against the definition, and against this package's own product with the whole weight."""
+    for counts, out_features, in_features, gated in (
+        ((0, 130, 1, 300, 0, 64), 70, 640, True),
+        ((900, 3, 1200, 0), 2048, 1024, False),
+        ((0, 77), 1025, 128, False),  # gradients whose rows are not multiples of 16 bytes
+    ):
+        weight = _weight(name, len(counts), out_features, in_features).to(cuda)
+        whole, offsets = weight.dequantize(dtype), _offsets(counts).to(cuda)
+        num_rows, more = sum(counts) + 2, {"activation": "silu" if gated else "none", "gated": gated}
+        assert not are_few_rows(num_rows, len(counts))
+        rows = torch.randn(num_rows, in_features, device=cuda).to(dtype)
+        bias = torch.randn(len(counts), out_features, device=cuda).to(dtype)
+        grad_out = torch.randn(num_rows, out_features // (2 if gated else 1), device=cuda).to(dtype)
+        results = []
+        for multiply, stack, wide in (
+            (ops.grouped_gemm, weight, dtype),
+            (reference.grouped_gemm, whole.double(), torch.float64),
+            (ops.grouped_gemm, whole, dtype),
+        ):
+            inputs = [x.to(wide).requires_grad_() for x in (rows, bias)]
+            out = multiply(inputs[0], stack, offsets, bias=inputs[1], **more)
+            results.append([out, *torch.autograd.grad(out, inputs, grad_out.to(wide))])
+        for ours, truth, plain in zip(*results, strict=True):
+            assert_accurate(ours, truth, plain)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_captured_step_of_training(cuda: torch.device, name: str) -> None:
+    """Forward and backward, replayed with other rows of other experts."""
+    weight = _weight(name, 4, 192, 256).to(cuda)
+    rows = torch.randn(300, 256, device=cuda).bfloat16().requires_grad_()
+    offsets = _offsets((100, 0, 150, 40)).to(cuda)
+
+    def step() -> Tensor:
+        out = ops.grouped_gemm(rows, weight, offsets, activation="silu", gated=True)
+        return torch.autograd.grad(out.float().square().sum(), rows)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for counts in ((0, 290, 0, 10), (1, 2, 3, 4)):
+        rows.data.normal_()
+        offsets.copy_(_offsets(counts))
+        graph.replay()
+        assert torch.equal(captured, step())
+        assert captured.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

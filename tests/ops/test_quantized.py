@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from moekernels.quantization import QuantizedWeight, bitsandbytes
 from tests.robustness.poison import poison_free_memory
 from tests.tolerance import assert_accurate
 
-linear_module: Any = importlib.import_module("moekernels.ops.linear")  # whose name its function has taken
+# Whose names their functions have taken.
+grouped_gemm_module: Any = importlib.import_module("moekernels.ops.grouped_gemm")
+linear_module: Any = importlib.import_module("moekernels.ops.linear")
 
 FORMATS = [
     ("nf4", {}), ("nf4", {"blocksize": 32, "double_quant": True}), ("fp4", {"blocksize": 128}), ("int8", {}),
@@ -69,7 +72,7 @@ def test_the_kernel_on_every_instruction_set(
 
 
 def test_few_rows_are_those_of_the_grouped_gemm() -> None:
-    """What a GPU multiplies by codes is what it would stream of a whole weight."""
+    """What a GPU streams codes past is what it would stream a whole weight past."""
     for num_experts in (1, 2, 8, 64, 1024, 1025):
         for num_rows in (1, 31, 32, 33, 4 * num_experts - 1, 4 * num_experts, 4 * num_experts + 1, 5000):
             tiles = _C.describe_tiles(num_rows=num_rows, out_features=64, in_features=64, num_experts=num_experts)
@@ -109,35 +112,133 @@ def _a_gpu_is_imagined(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
 
 
+def _ours(calls: _Calls) -> list[str]:
+    return [operator.name() for operator in calls.operators if operator.namespace == "moekernels"]
+
+
 @pytest.mark.usefixtures("_a_gpu_is_imagined")
 @pytest.mark.parametrize(("format", "options"), FORMATS[:7])
-def test_few_rows_on_a_gpu_are_multiplied_by_codes(format: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"), [(80, torch.bfloat16), (80, torch.float32), (3000, torch.bfloat16), (3000, torch.float16)]
+)
+def test_a_gpu_multiplies_by_codes(num_rows: int, dtype: torch.dtype, format: str, options: dict[str, object]) -> None:
+    """Without a wait for the device, which such tensors could not answer."""
     stack, matrix = (_quantized(*shape, format=format, **options) for shape in ((20, 8, 128), (8, 128)))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Calls() as calls:
-        offsets = _empty(21, dtype=torch.int32)
-        out = ops.grouped_gemm(_empty(80, 128), _on_a_gpu(stack), offsets, gated=True, activation="silu")
-        assert out.shape == (80, 4)
-        assert ops.linear(_empty(2, 16, 128), _on_a_gpu(matrix), activation="relu").shape == (2, 16, 8)
-    ours = [operator for operator in calls.operators if operator.namespace == "moekernels"]
-    assert ours == 2 * [torch.ops.moekernels.quantized_gemm.default]
+        stack, matrix, offsets = _on_a_gpu(stack), _on_a_gpu(matrix), _empty(21, dtype=torch.int32)
+        out = ops.grouped_gemm(_empty(num_rows, 128, dtype=dtype), stack, offsets, gated=True, activation="silu")
+        assert out.shape == (num_rows, 4)
+        input = _empty(2, 16 if num_rows == 80 else 512, 128, dtype=dtype)
+        assert ops.linear(input, matrix, activation="relu").shape == (*input.shape[:-1], 8)
+        if dtype != torch.float32:
+            grads = _empty(num_rows, 8, dtype=dtype)
+            assert ops.grouped_gemm(grads, stack, offsets, transposed=True).shape == (num_rows, 128)
+    assert _ours(calls) == (2 if dtype == torch.float32 else 3) * ["moekernels::quantized_gemm"]
+
+
+@pytest.fixture
+def _products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each product from here on, whether it is transposed. The definition stands for the kernel of a GPU."""
+    calls: list[bool] = []
+
+    def product(
+        rows: Tensor, bias: Tensor | None, row_scale: Tensor | None, expert_offsets: Tensor,
+        token_of_row: Tensor | None, weight: QuantizedWeight, out_features: int, transposed: bool,
+        activation: str = "none", gated: bool = False,
+    ) -> Tensor:  # fmt: skip
+        calls.append(transposed)
+        stack = weight.dequantize(rows.dtype).view(-1, *weight.shape[-2:])
+        out = reference.grouped_gemm(
+            rows, stack.transpose(1, 2) if transposed else stack, expert_offsets, bias=bias, activation=activation,
+            gated=gated, row_scale=row_scale, token_of_row=token_of_row,
+        )  # fmt: skip
+        assert out.shape[1] == (out_features // 2 if gated else out_features)
+        return out
+
+    monkeypatch.setattr(quantized_products, "_product", product)
+    for module in (grouped_gemm_module, linear_module):
+        monkeypatch.setattr(module, "has_kernel", lambda *_, **__: True)
+    return calls
+
+
+def _with_gradients(function: Callable[..., Tensor], *leaves: Tensor | None) -> list[Tensor | None]:
+    inputs = [None if x is None else x.clone().requires_grad_() for x in leaves]
+    out = function(*inputs)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    return [out, *torch.autograd.grad(out, [x for x in inputs if x is not None], weights)]
+
+
+@pytest.mark.parametrize(
+    ("activation", "gated", "transposed"),
+    [("none", False, False), ("silu", True, False), ("gelu", False, False), ("none", False, True)],
+)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("gathered", [False, True], ids=["", "gathered"])
+def test_gradients_of_products_with_codes(
+    _products: list[bool], gathered: bool, scaled: bool, activation: str, gated: bool, transposed: bool
+) -> None:
+    weight = _quantized(3, 64, 128, format="int4")
+    width, depth = (128, 64) if transposed else (64, 128)
+    rows, scale = torch.randn(6 if gathered else 11, depth), torch.rand(11) if scaled else None
+    bias = None if transposed else torch.randn(3, width)
+    options: dict[str, Any] = {"activation": activation, "gated": gated, "transposed": transposed}
+    if gathered:
+        options["token_of_row"] = torch.randint(0, 6, (11,), dtype=torch.int32)
+    offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    ours, theirs = (
+        _with_gradients(
+            lambda rows, bias, scale, weight=weight: ops.grouped_gemm(
+                rows, weight, offsets, bias=bias, row_scale=scale, **options
+            ),
+            rows, bias, scale,
+        )
+        for weight in (weight, weight.dequantize(torch.float32))
+    )  # fmt: skip
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    again = [transposed] if scaled else []  # what the epilogue was given
+    assert _products == [transposed, *again, not transposed]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_gradients_of_a_linear_of_codes(_products: list[bool], activation: str) -> None:
+    weight, input, bias = _quantized(24, 64, format="int4"), torch.randn(2, 5, 64), torch.randn(24)
+    ours, theirs = (
+        _with_gradients(lambda x, b, w=w: ops.linear(x, w, b, activation=activation), input, bias)
+        for w in (weight, weight.dequantize(torch.float32))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert _products == [False, True]
 
 
 @pytest.mark.usefixtures("_a_gpu_is_imagined")
 def test_what_a_gpu_dequantises(monkeypatch: pytest.MonkeyPatch) -> None:
-    def streams(num_rows: int, columns: int = 48, dtype: torch.dtype = torch.bfloat16) -> bool:
+    def has_kernel(
+        num_rows: int, columns: int = 48, dtype: torch.dtype = torch.bfloat16, grad: bool = False, **options: bool
+    ) -> bool:
         weight = _quantized(8, columns, format="int8")
         with FakeTensorMode(allow_non_fake_inputs=True):
-            rows = _empty(num_rows, columns, dtype=dtype)
-            return quantized_products.streams(_on_a_gpu(weight), rows, num_rows=num_rows)
+            rows, bias = _empty(num_rows, columns, dtype=dtype), torch.empty(8, requires_grad=grad)
+            return quantized_products.has_kernel(_on_a_gpu(weight), rows, bias, num_rows=num_rows, **options)
 
-    assert streams(1) and streams(32) and streams(3, dtype=torch.float16)
-    assert not streams(33)
-    assert not streams(3, columns=40)  # bytes are read 16 at a time
-    assert not streams(3, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        for num_rows in (1, 32, 33, 5000):
+            assert has_kernel(num_rows, dtype=dtype)
+            assert has_kernel(num_rows, dtype=dtype, grad=True)
+            assert has_kernel(num_rows, dtype=dtype, transposed=True)
+            with moekernels.batch_invariant(True):
+                assert has_kernel(num_rows, dtype=dtype)
+            assert not has_kernel(num_rows, columns=40, dtype=dtype)  # bytes are read 16 at a time
+    assert not has_kernel(3, dtype=torch.float64)
+    assert has_kernel(32, dtype=torch.float32)
+    assert not has_kernel(33, dtype=torch.float32)
+    assert not has_kernel(3, dtype=torch.float32, grad=True)
+    assert not has_kernel(3, dtype=torch.float32, transposed=True)
     with moekernels.batch_invariant(True):
-        assert not streams(3)
+        assert not has_kernel(3, dtype=torch.float32)
     monkeypatch.setattr(quantized_products, "_HAS_CUDA", False)
-    assert not streams(3)
+    assert not has_kernel(3)
 
 
 INTEGER_FORMATS = [("int4", {}), ("int4", {"group_size": 64}), ("int8", {}), ("int8_groups", {})]
@@ -312,6 +413,11 @@ def test_a_format_says_how_activations_are_multiplied() -> None:
                 rows, layout.codes, layout.scales, [], "halves", 32, 1.0, 4, torch.tensor([0, 3], dtype=torch.int32),
                 int8_rows=int8_rows, int8_threshold=threshold,
             )  # fmt: skip
+    with pytest.raises(RuntimeError, match="transposed goes with bfloat16 or float16 on CUDA, and with no bias"):
+        torch.ops.moekernels.quantized_gemm(
+            torch.randn(3, 4), layout.codes, layout.scales, [], "halves", 32, 1.0, 64,
+            torch.tensor([0, 3], dtype=torch.int32), transposed=True,
+        )  # fmt: skip
     with pytest.raises(ValueError, match="nf4 has the options blocksize, double_quant; got 'activations'"):
         ops.quantize(torch.randn(4, 64), "nf4", activations="int8")
 

@@ -78,7 +78,7 @@ _register("router_stats", _setup_router_stats, _router_stats_backward)
 # --- permutation ------------------------------------------------------------------------------------------------------
 
 
-def _sum_copies(rows: Tensor, token_of_row: Tensor, num_tokens: int) -> Tensor:
+def sum_copies(rows: Tensor, token_of_row: Tensor, num_tokens: int) -> Tensor:
     """``out[t] = sum of the rows whose token is t``, in the order of the rows and in float32. -> [T, H]
 
     The gradient of a bias is such a sum: here each token is an expert, and its rows are gathered from where they are.
@@ -113,7 +113,7 @@ def _setup_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _permute_backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
     token_of_row, row_of_slot = ctx.saved_tensors
     if row_of_slot is None:
-        return _sum_copies(grad_rows, token_of_row, ctx.num_tokens), None, None
+        return sum_copies(grad_rows, token_of_row, ctx.num_tokens), None, None
     return _ops.unpermute(grad_rows, row_of_slot, None), None, None
 
 
@@ -191,7 +191,7 @@ def _grouped_gemm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
             allow_tf32, batch_invariant, not transposed,
         )  # fmt: skip
         if token_of_row is not None:
-            grad_rows = _sum_copies(grad_rows, token_of_row, rows.shape[0])
+            grad_rows = sum_copies(grad_rows, token_of_row, rows.shape[0])
     options = {"allow_tf32": allow_tf32, "zero_unvisited": zero_unvisited}
     if transposed:
         # The gradients of weight and bias sum different rows.

@@ -180,6 +180,7 @@ def _quantized_gemm(
     batch_invariant: bool = False,
     int8_rows: bool = False,
     int8_threshold: float = 0.0,
+    transposed: bool = False,
 ) -> Tensor:
     num_rows = (rows if token_of_row is None else token_of_row).shape[0]
     return rows.new_empty(num_rows, out_features // 2 if gated else out_features)

@@ -15,10 +15,10 @@ from moekernels.ops._quantized import (
     compute_dtype,
     dequantized,
     expert_bounds,
+    has_kernel,
     is_quantized,
+    multiply,
     not_compiled,
-    stream,
-    streams,
 )
 from moekernels.ops.activation import Swiglu
 from moekernels.ops.activation import activation as activate
@@ -111,14 +111,19 @@ def _of_quantized(
     token_of_row: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """The same with a quantised weight: by the kernel that reads codes, or of experts that have rows, one after the
+    """The same with a quantised weight: by a kernel that reads codes, or of experts that have rows, one after the
     other."""
     num_rows = (rows if token_of_row is None else token_of_row).shape[0]
-    has_kernel = isinstance(options["activation"], str) and not options["transposed"]
-    if has_kernel and streams(weight, rows, row_scale, *tensor_list(bias), num_rows=num_rows):
+    activation, gated, transposed = options["activation"], options["gated"], options["transposed"]
+    is_linear = activation == "none" and not gated
+    fits = isinstance(activation, str) and not (transposed and (bias is not None or not is_linear))
+    operands = row_scale, *tensor_list(bias)
+    if fits and has_kernel(weight, rows, *operands, num_rows=num_rows, transposed=transposed):
         stack = bias_of_experts(bias, expert_offsets.shape[0] - 1)
-        activation, gated = options["activation"], options["gated"]
-        return stream(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row)
+        if not is_linear and row_scale is None and wants_gradient(rows, *operands):
+            linear = multiply(rows, weight, expert_offsets, stack, token_of_row=token_of_row)
+            return activate(linear, activation, gated=gated)
+        return multiply(rows, weight, expert_offsets, stack, activation, gated, row_scale, token_of_row, transposed)
     if token_of_row is not None:
         rows = permute(rows, token_of_row)
     num_experts = expert_offsets.shape[0] - 1
@@ -139,5 +144,5 @@ def _of_quantized(
             )
         pieces.append(piece)
     height, width = (sum(matrix.shape[-2] for matrix in matrices[0]), matrices[0][0].shape[-1])
-    out_features = width if options["transposed"] else height // 2 if options["gated"] else height
+    out_features = width if transposed else height // 2 if gated else height
     return torch.cat([*pieces, rows.new_zeros(rows.shape[0] - end, out_features, dtype=compute_dtype(rows))])

@@ -9,11 +9,11 @@ from moekernels.ops._call import run, runs_on_cpu_kernels, same_device, wants_gr
 from moekernels.ops._quantized import (
     compute_dtype,
     dequantized,
+    has_kernel,
     is_quantized_matrix,
+    multiply,
     not_compiled,
     one_expert,
-    stream,
-    streams,
 )
 from moekernels.ops.activation import ACTIVATION_FUNCTIONS
 from moekernels.quantization.weight import QuantizedWeight, functions
@@ -71,10 +71,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 @not_compiled
 def _of_quantized(input: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str) -> Tensor:
     num_rows = input.numel() // max(input.shape[-1], 1) if input.dim() > 0 else 0
-    if input.dim() > 0 and streams(weight, input, bias, num_rows=num_rows):
+    if input.dim() > 0 and has_kernel(weight, input, bias, num_rows=num_rows):
+        if activation in ACTIVATION_FUNCTIONS and activation != "none" and wants_gradient(input, bias):
+            return ACTIVATION_FUNCTIONS[activation](_of_quantized(input, weight, bias, "none"))
         rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
         bias = None if bias is None else bias.unsqueeze(0)
-        out = stream(rows, weight, one_expert(rows.shape[0], rows.device), bias, activation)
+        out = multiply(rows, weight, one_expert(rows.shape[0], rows.device), bias, activation)
         return out if input.dim() == 2 else out.view(*input.shape[:-1], out.shape[-1])
     with dequantized([weight], compute_dtype(input)) as plain:
         return linear(input, plain, bias, activation=activation)
