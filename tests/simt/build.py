@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,11 +19,14 @@ RUNTIME = Path(__file__).resolve().parent / "runtime"
 KERNELS = Path(__file__).resolve().parent / "kernels"  # that test the emulator
 CUDA_SOURCES = REPOSITORY / "csrc" / "cuda"
 
-COMMON_FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wall", "-Wextra")
+COMMON_FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-Wall", "-Wextra")
 # The calls that the sanitizers' instrumentation makes arrive in runtime/hooks.cpp; no sanitizer library is linked.
 KERNEL_FLAGS = (
     "-x",
     "c++",
+    "-O1",  # more takes longer than it saves; but a fault in a builtin is to name the kernel's line
+    "-finline-functions",
+    "-finline-small-functions",
     "-DMOEKERNELS_SIMT",
     "-ffp-contract=off",
     "-fsanitize=thread",
@@ -67,21 +71,44 @@ def instances(kind: str = "") -> list[Path]:
     return [Path("instances") / f"{line.split()[0]}.cu" for line in lines if re.match(f"{kind}[a-z]", line)]
 
 
-def located(source: str | Path, cache_dir: Path) -> Path:
-    """Where a source is: a relative path is one in ``csrc/cuda``, or an instance, written here as CMake writes it."""
-    path = CUDA_SOURCES / source
-    if path.parent != CUDA_SOURCES / "instances":
-        return path
-    line = re.search(f"^{path.stem} +(\\S+) +(.*)$", (CUDA_SOURCES / "instances.txt").read_text(), re.MULTILINE)
-    assert line is not None, path.stem
-    text = (CUDA_SOURCES / "instance.cu.in").read_text().replace("@header@", line[1])
-    text = text.replace("@instances@", re.sub(r"(\([^)]*\)) *", r"MOEKERNELS_INSTANCE\1;\n", line[2]))
-    written = cache_dir / path.name
-    if not written.exists() or written.read_text() != text:
-        with tempfile.NamedTemporaryFile("w", dir=cache_dir, delete=False) as scratch:
-            scratch.write(text)
-        os.replace(scratch.name, written)
-    return written
+def families() -> dict[str, tuple[Path, ...]]:
+    """All instances, those of a template that ``located`` makes one source of together, by what their names share."""
+    found: dict[str, tuple[Path, ...]] = {}
+    for path in instances():
+        name = re.sub(r"_(bf16|fp16|f32|tf32)_?.*", "", path.stem)
+        found[name] = (*found.get(name, ()), path)
+    return found
+
+
+def _line(instance: str) -> tuple[str, str]:
+    """The header of an instance, and what its ``MOEKERNELS_INSTANCE`` gets."""
+    line = re.search(f"^{instance} +(\\S+) +(.*)$", (CUDA_SOURCES / "instances.txt").read_text(), re.MULTILINE)
+    assert line is not None, instance
+    return line[1], line[2]
+
+
+def located(sources: Sequence[str | Path], cache_dir: Path) -> list[Path]:
+    """Where sources are: a relative path is one in ``csrc/cuda``, or an instance, written here as CMake writes it.
+
+    Instances of the same header are one source here, since it takes long to read.
+    """
+    paths = [CUDA_SOURCES / source for source in sources]
+    instances: dict[str, list[str]] = {}
+    for path in paths:
+        if path.parent == CUDA_SOURCES / "instances":
+            header, arguments = _line(path.stem)
+            instances.setdefault(header, []).append(arguments)
+    found = [path for path in paths if path.parent != CUDA_SOURCES / "instances"]
+    for header, arguments in instances.items():
+        calls = re.sub(r"(\([^)]*\)) *", r"MOEKERNELS_INSTANCE\1;\n", "".join(arguments))
+        text = (CUDA_SOURCES / "instance.cu.in").read_text().replace("@header@", header).replace("@instances@", calls)
+        written = cache_dir / f"{Path(header).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.cu"
+        if not written.exists():
+            with tempfile.NamedTemporaryFile("w", dir=cache_dir, delete=False) as scratch:
+                scratch.write(text)
+            os.replace(scratch.name, written)
+        found.append(written)
+    return found
 
 
 class Builder(Compiler):
@@ -96,7 +123,7 @@ class Builder(Compiler):
         if self._runtime is not None:
             return self._runtime
         sources = sorted(RUNTIME.glob("*.cpp"))
-        flags = (*COMMON_FLAGS, "-march=native", *self._include_flags())
+        flags = (*COMMON_FLAGS, "-O2", "-march=native", *self._include_flags())
         with ThreadPoolExecutor(max_workers=2) as pool:
             objects = list(pool.map(lambda source: self.compile(source, flags), sources))
         # -Bsymbolic: the runtime uses its own copies of inline functions, not a kernel's instrumented ones.
@@ -114,7 +141,7 @@ class Builder(Compiler):
         """
         runtime = self.runtime()
         flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *self._include_flags()]
-        paths = [located(source, self._cache_dir) for source in sources]
+        paths = located(sources, self._cache_dir)
         macros = [[f"-D{define}" for define in defines], *([] for _ in paths[1:])]
         with ThreadPoolExecutor(max_workers=2) as pool:
             objects = list(pool.map(lambda path, extra: self.compile(path, [*flags, *extra]), paths, macros))

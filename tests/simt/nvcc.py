@@ -113,43 +113,44 @@ class Compiler:
     def __init__(self, cache_dir: Path) -> None:
         self._cache_dir = cache_dir
         self._pool = ThreadPoolExecutor(max_workers=WORKERS)
-        self._results: dict[tuple[Path, str], Future[Compiled]] = {}
+        self._results: dict[tuple[tuple[Path, ...], str], Future[Compiled]] = {}
         self._lock, self._locks = Lock(), dict[str, Lock]()
         # A copy: pytest writes to the environment before each test, while other threads start processes with it.
         self._environment = dict(os.environ)
 
-    def start(self, wanted: Iterable[tuple[Path, str]]) -> None:
-        """Begins to compile these pairs of source and architecture, in this order."""
-        for source, architecture in wanted:
-            self._submit(source, architecture)
+    def start(self, wanted: Iterable[tuple[tuple[Path, ...], str]]) -> None:
+        """Begins to compile these pairs of source, or instances of a template, and architecture, in this order."""
+        for sources, architecture in wanted:
+            self._submit(sources, architecture)
 
-    def compiled(self, source: Path, architecture: str) -> Compiled:
+    def compiled(self, sources: tuple[Path, ...], architecture: str) -> Compiled:
         """The result for one of them; waits for it.
 
         Raises:
             CompileError: the source does not compile.
         """
-        return self._submit(source, architecture).result()
+        return self._submit(sources, architecture).result()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _submit(self, source: Path, architecture: str) -> Future[Compiled]:
-        key = (source, architecture)
+    def _submit(self, sources: tuple[Path, ...], architecture: str) -> Future[Compiled]:
+        key = (sources, architecture)
         if key not in self._results:
-            self._results[key] = self._pool.submit(self._compile, source, architecture)
+            self._results[key] = self._pool.submit(self._compile, sources, architecture)
         return self._results[key]
 
-    def _compile(self, source: Path, architecture: str) -> Compiled:
-        source = located(source, self._cache_dir)
+    def _compile(self, sources: tuple[Path, ...], architecture: str) -> Compiled:
+        (source,) = located(sources, self._cache_dir)
         ptx, options = self._ptx(source, architecture), ["-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}"]
         cubin = self._made(f"{ptx.stem}-{architecture}.cubin", ptx, options)
         said = [json.loads(path.with_suffix(".json").read_text()) for path in (ptx, cubin)]
         return Compiled(cubin, "".join(said), _kernels(said[1]))
 
     def _ptx(self, source: Path, architecture: str) -> Path:
-        """What is assembled: the same for 8.0 to 8.9, as sources may only ask whether a GPU is Hopper or newer."""
-        virtual = architecture if architecture.startswith("9") else "80"
+        """What is assembled: the same for 8.0 to 8.9, as sources may only ask whether a GPU is Hopper or newer, and for
+        Hopper where the tiles are those of 8.0, which do not ask."""
+        virtual = architecture if architecture.startswith("9") and "_sm80" not in source.stem else "80"
         name = f"{source.stem}-{virtual}-{_fingerprint(source)}.ptx"
         with self._lock:
             lock = self._locks.setdefault(name, Lock())
