@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "scheduler.h"
@@ -24,7 +25,8 @@ constexpr ptrdiff_t kFarAway = 1 << 20;  // bytes; nobody misses a buffer by mor
 
 constexpr uintptr_t kGranule = 16;
 
-std::vector<Buffer> buffers;
+std::vector<Buffer> buffers;  // in any order: what is touched often moves towards the front, where it is found soon
+constexpr size_t kNear = 8;
 std::unordered_set<uintptr_t> written;  // granules that launches wrote which may still run: see forget_writes
 
 template <class Do>
@@ -87,12 +89,14 @@ void check_constant(const void* pointer, size_t bytes, const char* what) {
 void check_global(const void* pointer, size_t bytes, Access access, const char* what) {
   const auto* p = static_cast<const char*>(pointer);
   const Buffer* held = nullptr;
-  for (const Buffer& buffer : buffers) {
-    if (!buffer.holds(p, bytes)) continue;
-    held = &buffer;
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    if (!buffers[i].holds(p, bytes)) continue;
+    held = &buffers[i];
     check_waited(what);
-    if (access == Access::kRead) return;
-    if (buffer.writable) return for_each_granule(p, bytes, [](uintptr_t granule) { written.insert(granule); });
+    if (access != Access::kRead && !held->writable) continue;
+    if (access != Access::kRead) for_each_granule(p, bytes, [](uintptr_t granule) { written.insert(granule); });
+    if (i > kNear) std::swap(buffers[i], buffers[i / 2]);
+    return;
   }
   if (held != nullptr) fail("%s: %s to buffer '%s', which is an input", what, verb(access), held->name.c_str());
   if (in_closure(p, bytes) || in_kernel_library(p)) return;
