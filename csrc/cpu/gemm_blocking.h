@@ -8,10 +8,10 @@
 
 namespace moekernels::cpu {
 
+constexpr int64_t kLine = 64;  // of caches, in bytes
+
 // For `rows` rows at most and sums over `depth` elements.
 inline GemmBlocking gemm_blocking(const GemmSizes& sizes, int64_t rows, int64_t depth, bool gated) {
-  constexpr int64_t kLine = 64;
-
   const int64_t elements = sizes.packed_bytes / sizes.packed_element_size;
   const int64_t all_depth = round_up(depth > 0 ? depth : 1, sizes.chunk);
   GemmBlocking b{};

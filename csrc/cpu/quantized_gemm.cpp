@@ -19,11 +19,11 @@ namespace {
 
 using cpu::GemmBlocking;
 using cpu::GemmTask;
+using cpu::kLine;
 
 constexpr int64_t kTasksPerWorker = 8;             // as many as let workers finish together
 constexpr int64_t kWeightRows = 128;               // of a task at most; gate and value count separately
 constexpr int64_t kMinWeightRows = 32;             // at least
-constexpr int64_t kLine = 64;                      // of caches, in bytes
 constexpr int64_t kWeightsPerWorker = 128 * 1024;  // fewer are not worth waking another thread for
 
 class QuantizedGemm {
@@ -56,10 +56,10 @@ class QuantizedGemm {
     columns_ = kWeightRows / gates_;
     while (columns_ > kMinWeightRows / gates_ && visits * col_blocks() < kTasksPerWorker * num_workers_) columns_ /= 2;
     scales_offset_ = gates_ * columns_ * unpacked_bytes_;
-    gemm_offset_ = scales_offset_ + round_up(p_.in_features / params.weight.group * int64_t{4}, 64);
+    gemm_offset_ = scales_offset_ + round_up(p_.in_features / params.weight.group * int64_t{4}, kLine);
     const int64_t unpacking = gemm_offset_ + blocking_.scratch_bytes;
     const int64_t streaming = codes_.scratch_bytes(params, columns_);
-    scratch_bytes_ = round_up(unpacking > streaming ? unpacking : streaming, 64);
+    scratch_bytes_ = round_up(unpacking > streaming ? unpacking : streaming, kLine);
     rounds_ = params.int8_rows && std::any_of(visits_.begin(), visits_.end(),
                                               [this](const Visit& visit) { return !streams(visit.end - visit.begin); });
   }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moekernels import ops
 from moekernels.ops import reference
+from tests.gpu.graphs import captured
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows of each expert: an empty one, one that ends inside every tile, one with nearly all rows.
@@ -117,21 +118,14 @@ def test_a_captured_backward_follows_its_offsets(cuda: torch.device, dtype: torc
     x = Backward.random(SIZES[0], dtype, cuda)
     for tensor in (x.grad_rows, x.rows, x.scale):
         tensor.nan_to_num_(nan=1.0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        x.run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = x.run()
+    graph, results = captured(x.run)
     num_rows = x.rows.shape[0]
     for counts in (RAGGED, (num_rows, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0, num_rows), (0,) * 7, (9,) * 7):
         x.expert_offsets.copy_(torch.tensor([0, *counts]).cumsum(0).int())
-        for tensor in captured:
+        for tensor in results:
             tensor.fill_(float("nan"))
         graph.replay()
-        for actual, truth, eager in zip(captured, x.truth(), x.run(), strict=True):
+        for actual, truth, eager in zip(results, x.truth(), x.run(), strict=True):
             assert_close(actual, truth)
             assert torch.equal(actual, eager)
 

@@ -13,23 +13,11 @@ from moekernels import ops
 from moekernels.nn import SparseMLP
 from moekernels.ops import reference
 from tests.generators import LayerShape
+from tests.gpu.graphs import captured
 from tests.gpu.layer import SHAPE, TOKENS, UNGATED, Layer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = (SHAPE, UNGATED, LayerShape("gpu-odd", 37, 51, 5, 3, activation="gelu"))
-
-
-def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """The run as a graph, and the tensors that a replay writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.generators import LayerShape
+from tests.gpu.graphs import captured
 from tests.gpu.layer import SHAPE, TOKENS, UNGATED, Layer
 
 
@@ -17,38 +18,26 @@ def test_a_captured_layer_follows_its_inputs(
 ) -> None:
     """Replayed with other logits and hidden states it gives, bit for bit, what the eager call gives."""
     layer = Layer.random(shape, num_tokens, dtype, cuda)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        layer.forward(capacity=num_tokens // 2 + 1)
-    torch.cuda.current_stream().wait_stream(side)
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer.forward(capacity=num_tokens // 2 + 1)
+    graph, out = captured(lambda: layer.forward(capacity=num_tokens // 2 + 1))
     for seed in range(3):
         other = Layer.random(shape, num_tokens, dtype, cuda, seed)
         layer.logits.copy_(other.logits)
         layer.x.hidden.copy_(other.x.hidden)
-        captured.fill_(float("nan"))
+        out.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(captured, layer.forward(capacity=num_tokens // 2 + 1))
-        assert captured.isfinite().all()
+        assert torch.equal(out, layer.forward(capacity=num_tokens // 2 + 1))
+        assert out.isfinite().all()
 
 
 def test_all_routings_fit_one_graph(cuda: torch.device) -> None:
     """Every token to one expert, then spread out: the sizes of the experts live on the device."""
     layer = Layer.random(SHAPE, 64, torch.bfloat16, cuda)
-    layer.forward()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer.forward()
+    graph, out = captured(layer.forward)
     for favourite in (None, 0, 15):
         logits = torch.randn(64, SHAPE.num_experts, device=cuda)
         if favourite is not None:
             logits[:, favourite] += 100
         layer.logits.copy_(logits)
         graph.replay()
-        error = (captured.cpu().double() - layer.truth()).abs().max().item()
+        error = (out.cpu().double() - layer.truth()).abs().max().item()
         assert error <= layer.error_scale()

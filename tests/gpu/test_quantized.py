@@ -10,6 +10,7 @@ from moekernels import ops
 from moekernels.ops import reference
 from moekernels.ops._quantized import are_few_rows
 from moekernels.quantization import QuantizedWeight
+from tests.gpu.graphs import captured
 from tests.tolerance import assert_accurate
 
 FORMATS = {
@@ -99,20 +100,13 @@ def test_a_captured_step_of_training(cuda: torch.device, name: str) -> None:
         out = ops.grouped_gemm(rows, weight, offsets, activation="silu", gated=True)
         return torch.autograd.grad(out.float().square().sum(), rows)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, grad = captured(step)
     for counts in ((0, 290, 0, 10), (1, 2, 3, 4)):
         rows.data.normal_()
         offsets.copy_(_offsets(counts))
         graph.replay()
-        assert torch.equal(captured, step())
-        assert captured.isfinite().all()
+        assert torch.equal(grad, step())
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,21 +144,14 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device, name: str) -> N
         return ops.sparse_mlp(hidden, weights, ops.plan(expert_ids, 16), up, down)
 
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            layer()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = layer()
+        graph, out = captured(layer)
         for _ in range(3):
             hidden.normal_()
             logits.normal_()
-            captured.fill_(float("nan"))
+            out.fill_(float("nan"))
             graph.replay()
-            assert torch.equal(captured, layer())
-            assert captured.isfinite().all()
+            assert torch.equal(out, layer())
+            assert out.isfinite().all()
 
 
 def test_rows_and_codes_anywhere(cuda: torch.device) -> None:

@@ -18,7 +18,7 @@ namespace moekernels::cpu {
 namespace {
 
 constexpr int64_t kMegabyte = 1024 * 1024;
-constexpr int64_t kAmxStreamedRows = 4;
+constexpr int64_t kAmxStreamedRows = 4;  // of an expert; tiles multiply more sooner than vectors do, with unpacking
 constexpr int64_t kElementSize = sizeof(BFloat16), kSplitSize = kSplitParts * kElementSize;
 
 constexpr GemmSizes bfloat16_sizes(int64_t right_bytes) {
@@ -68,7 +68,6 @@ constexpr KernelTable kKernels = kernel_table(
         .run_transposed = run_amx_transposed_gemm_task,
         .weight_grad = run_amx_weight_grad_task,
     },
-    // Tiles multiply more than four rows sooner than vectors do, unpacking included.
     quantized_kernel(
         {{kAnyRows, kAmxStreamedRows, kAnyRows}, kIntegerRows, amx_integer_scratch_bytes, amx_integer_gemm},
         kAmxStreamedRows),

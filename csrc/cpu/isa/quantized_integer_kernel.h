@@ -44,6 +44,13 @@ float largest_magnitude(const T* values, int64_t n, int32_t limit) {
   return __builtin_bit_cast(float, largest);
 }
 
+// What a row is a multiple of when its largest magnitude becomes 127, and what it is multiplied with to be rounded.
+struct RowScale {
+  float step, inverse;
+
+  explicit RowScale(float largest) : step(largest / 127.0f), inverse(largest > 0.0f ? 127.0f / largest : 0.0f) {}
+};
+
 // kByRow: a scale for each weight row; else for groups of it.
 template <bool kByRow>
 struct IntegerSums {
@@ -239,8 +246,8 @@ class IntegerProduct
         largest = largest_magnitude<true>(values, this->p_.in_features, limit);
       }
     }
-    row_scales_[row] = largest / 127.0f;
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const RowScale scale(largest);
+    row_scales_[row] = scale.step;
     int32_t sum = 0;
     uint8_t* target = place.target;
     for (int64_t k = 0; k < this->p_.in_features; k += kBlockWeights, target += place.stride) {
@@ -248,7 +255,7 @@ class IntegerProduct
       for (int64_t i = 0; values != nullptr && i < kBlockWeights && k + i < this->p_.in_features; i += kLanes) {
         VecF x = load_n(values + k + i, this->p_.in_features - k - i);
         if constexpr (kTakesOutliers) x = VecF(VecI(x) & (VecI(magnitude_of(x)) < limit));
-        store_low_bytes(block + i, rounded(x * inverse));
+        store_low_bytes(block + i, rounded(x * scale.inverse));
       }
       alignas(64) int8_t ordered[kBlockWeights];
       for (int i = 0; !Codes::kInOrder && i < kBlockWeights; i += 4) {
@@ -345,11 +352,10 @@ class IntegerProduct
 void round_row(DType dtype, const void* row, void* target, int64_t n) {
   with_dtype(dtype, [&]<class T>() {
     const T* values = static_cast<const T*>(row);
-    const float largest = largest_magnitude<false>(values, n, kNoLimit), scale = largest / 127.0f;
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const RowScale scale(largest_magnitude<false>(values, n, kNoLimit));
     for (int64_t k = 0; k < n; k += kLanes) {
-      const VecI integers = rounded(load_n(values + k, n - k) * inverse);
-      store_n(static_cast<T*>(target) + k, __builtin_convertvector(integers, VecF) * scale, n - k);
+      const VecI integers = rounded(load_n(values + k, n - k) * scale.inverse);
+      store_n(static_cast<T*>(target) + k, __builtin_convertvector(integers, VecF) * scale.step, n - k);
     }
   });
 }

@@ -48,21 +48,20 @@ MOEKERNELS_INLINE void unpack_two_groups(const Codes& codes, const uint8_t* p, c
 }
 
 #if MOEKERNELS_NATIVE_BFLOAT16
+constexpr VecU kSixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // To bfloat16 by an instruction that takes subnormal numbers for zeros, as the products do too. A group has but 16
 // values: they are scaled and rounded once, and looked up as 16-bit words.
 template <CodeOrder kOrder>
 MOEKERNELS_INLINE void unpack_group(const TableNibbles<kOrder>& codes, const uint8_t* p, VecF scale, int64_t n,
                                     BFloat16* out) {
-  const __m512i kTwice =
-      __m512i(VecU{0x00000000, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707,
-                   0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f});
-  const VecF values = codes.code(VecU{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) * scale;
+  const VecF values = codes.code(kSixteen) * scale;
   const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values, values));  // twice: the fifth bit of an index is any
   for (int64_t k = 0; k < n; k += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k / 2));
     __m512i index;
     if constexpr (kOrder == CodeOrder::kPairs) {  // each byte twice; at first its high nibble counts
-      const __m512i twice = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), kTwice);
+      const __m512i twice = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), __m512i(kSixteen * 0x01010101u));
       index = _mm512_srlv_epi16(twice, _mm512_set1_epi32(4));
     } else {
       const __m512i words = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
@@ -75,7 +74,7 @@ MOEKERNELS_INLINE void unpack_group(const TableNibbles<kOrder>& codes, const uin
 // The groups share a table: the first 16 words are values of the first one.
 MOEKERNELS_INLINE void unpack_two_groups(const TableNibbles<CodeOrder::kHalves>& codes, const uint8_t* p,
                                          const float* scales, BFloat16* out) {
-  const VecF values = codes.code(VecU{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
+  const VecF values = codes.code(kSixteen);
   const __m512i table = __m512i(_mm512_cvtne2ps_pbh(values * scales[1], values * scales[0]));
   const auto values_of = [&](const uint8_t* group, int first) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
@@ -128,8 +127,9 @@ void unpack_task(const QuantizedGemmParams& params, int64_t expert, int64_t row_
       const int64_t end = min(piece + kPiece, n);
       if (step == 32) {  // known to the compiler, as it is the most frequent and has the most groups
         int64_t k = piece;
-        for (; k + 64 <= end; k += 64)
+        for (; k + 64 <= end; k += 64) {
           unpack_two_groups(codes, row + k / kCodesPerByte, scratch + (k >> 5), target + k);
+        }
         if (k < end) unpack_group(codes, row + k / kCodesPerByte, set1(scratch[k >> 5]), 32, target + k);
         continue;
       }

@@ -21,15 +21,9 @@ cudaError_t launch_quantized_gemm_sm80(const QuantizedGemmParams& params, const 
                                        cudaStream_t stream) {
   return dispatch_half_dtype(params.gemm.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    switch (params.weight.order) {
-      case CodeOrder::kHalves:
-        return launch_codes<T, HalvesCodes>(params, config, stream);
-      case CodeOrder::kPairs:
-        return launch_codes<T, PairCodes>(params, config, stream);
-      case CodeOrder::kBytes:
-        return launch_codes<T, ByteCodes>(params, config, stream);
-    }
-    return cudaErrorInvalidValue;
+    return dispatch_codes(params.weight.order, [&](auto codes) {
+      return launch_codes<T, typename decltype(codes)::Codes>(params, config, stream);
+    });
   });
 }
 

@@ -77,6 +77,25 @@ struct ByteCodes {
   }
 };
 
+template <class Codes_>
+struct CodesTag {
+  using Codes = Codes_;
+};
+
+// function(CodesTag<Codes>{}) of how codes are stored.
+template <class Function>
+cudaError_t dispatch_codes(CodeOrder order, Function&& function) {
+  switch (order) {
+    case CodeOrder::kHalves:
+      return function(CodesTag<HalvesCodes>{});
+    case CodeOrder::kPairs:
+      return function(CodesTag<PairCodes>{});
+    case CodeOrder::kBytes:
+      return function(CodesTag<ByteCodes>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Whether the kernel was made for such scales and values: what the launcher asks.
 template <class Codes>
 bool is_known(const QuantizedWeightParams& w) {

@@ -149,8 +149,8 @@ class AmxIntegerProduct : public IntegerProduct<ByteIntegers, true> {
     return round_up(p.gemm.in_features, kAmxRowBytes) * kAmxRows;
   }
 
-  // Codes of n weight rows as tiles, read row by row as they lie in memory. What is lacking of 16 rows is left
-  // undefined, and so are its sums; columns from K on are zero.
+  // Codes of n weight rows: where they lie, if they are whole tiles of bytes, or packed. What is lacking of 16 rows is
+  // left undefined, and so are its sums; columns from K on are zero.
   AmxCodes left_operand(int64_t weight_row, int64_t n) const {
     const int64_t k = this->p_.in_features;
     if (!is_nibbles_ && n == kAmxRows && k % kAmxRowBytes == 0) {
